@@ -1,0 +1,117 @@
+"""What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ANTICIPATION = 2.0  # seconds before an anomaly that time_to_anomaly counts down
+AFTERMATH = 1.0  # seconds after it that it counts up
+FAR = -100.0  # further away than that
+
+
+class DataError(RuntimeError):
+    """Input data that cannot be used; the message names the file, what was expected and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One clip. Frame i of [0, num_frames) is called frame_name.format(first_frame + i) in its source.
+
+    source: path of a video file, or of a folder of frames that may be packed as "<source>.zip" instead.
+    fps: frames per second of the source. labels: (num_frames,) uint8, 1 = anomalous, or None for unlabelled video.
+    category: name of the accident type; ego: the recording car is involved; night: filmed at night; None = unknown.
+    """
+
+    name: str
+    source: str
+    num_frames: int
+    fps: float
+    frame_name: str = "{:06d}.jpg"
+    first_frame: int = 0
+    labels: np.ndarray | None = field(default=None, repr=False)
+    category: str | None = None
+    ego: bool | None = None
+    night: bool | None = None
+
+    def __post_init__(self):
+        if self.labels is not None and len(self.labels) != self.num_frames:
+            raise ValueError(f"clip {self.name}: {len(self.labels)} labels for {self.num_frames} frames")
+
+    def filename(self, frame: int) -> str:
+        """Name of frame i in the source."""
+        return self.frame_name.format(self.first_frame + frame)
+
+    @property
+    def ttc(self) -> np.ndarray:
+        """(num_frames,) float64: `time_to_anomaly` of the labels."""
+        return time_to_anomaly(self.labels, self.fps)
+
+
+@dataclass(frozen=True)
+class ClipTable(Sequence):
+    """The clips of one split of one data set, in the order of its split file."""
+
+    name: str
+    split: str
+    clips: list[Clip] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, i: int) -> Clip:
+        return self.clips[i]
+
+    def __iter__(self) -> Iterator[Clip]:
+        return iter(self.clips)
+
+    @property
+    def frame_counts(self) -> np.ndarray:
+        """(clips,) int64."""
+        return np.array([c.num_frames for c in self.clips], dtype=np.int64)
+
+    @property
+    def fps(self) -> np.ndarray:
+        """(clips,) float64, source frames per second."""
+        return np.array([c.fps for c in self.clips], dtype=np.float64)
+
+
+def time_to_anomaly(
+    labels: np.ndarray, fps: float, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
+) -> np.ndarray:
+    """(T,) 0/1 labels -> (T,) float64 seconds relative to the nearest anomaly.
+
+    0 inside an anomaly; -d before the next one if d <= anticipation (this wins over the one before); +d after the
+    last one if d <= aftermath; FAR otherwise. All NaN in a clip without anomaly. The reference (simple-tad) gives 0
+    there, which reads "inside an anomaly".
+    """
+    labels = np.asarray(labels) > 0
+    if not labels.any():
+        return np.full(len(labels), np.nan)
+    frame = np.arange(len(labels))
+    anomalous = frame[labels]
+    following = np.searchsorted(anomalous, frame)  # the first anomalous frame at or after each frame
+    none = len(labels) + int((anticipation + aftermath) * fps) + 1  # a distance beyond every limit
+    until = np.where(following < len(anomalous), anomalous[np.minimum(following, len(anomalous) - 1)] - frame, none)
+    since = np.where(following > 0, frame - anomalous[following - 1], none)
+    ttc = np.full(len(labels), FAR)
+    after = since <= int(aftermath * fps)
+    ttc[after] = since[after] / fps
+    before = until <= int(anticipation * fps)
+    ttc[before] = -until[before] / fps
+    ttc[labels] = 0.0
+    return ttc
+
+
+def smooth_labels(
+    labels: np.ndarray, ttc: np.ndarray, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
+) -> np.ndarray:
+    """(T,) 0/1 labels and their `time_to_anomaly` -> (T,) float32 soft probability of an anomaly.
+
+    A sigmoid ramp from 0.0025 at -anticipation to 0.9975 at 0 seconds, and back over aftermath, as in simple-tad.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        before = 1 / (1 + np.exp(-(12 / anticipation) * (ttc + anticipation / 2)))
+        after = 1 / (1 + np.exp(-(12 / aftermath) * (aftermath / 2 - ttc)))
+        soft = np.where((-anticipation <= ttc) & (ttc < 0), before, np.asarray(labels, dtype=np.float64))
+        return np.where((ttc > 0) & (ttc <= aftermath), after, soft).astype(np.float32)

@@ -1,0 +1,116 @@
+"""DoTA (Detection of Traffic Anomaly, github.com/MoonBlvd/Detection-of-Traffic-Anomaly): annotation files -> clips.
+
+ROOT/dataset/train_split.txt, val_split.txt, half_train_split.txt    one clip name per line
+ROOT/dataset/metadata_train.json, metadata_val.json                  category of each clip
+ROOT/dataset/annotations/<clip>.json                                 a label for each frame
+ROOT/frames/<clip>/images.zip  or  ROOT/frames/<clip>/images/        000000.jpg, 000001.jpg, ... at 10 fps
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from datasets.clips import Clip, ClipTable, DataError
+
+FPS = 10.0
+CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
+    1: "start_stop_or_stationary",  # ST
+    2: "moving_ahead_or_waiting",  # AH
+    3: "lateral",  # LA
+    4: "oncoming",  # OC
+    5: "turning",  # TC
+    6: "pedestrian",  # VP
+    7: "obstacle",  # VO
+    8: "leave_to_right",  # OO
+    9: "leave_to_left",  # OO
+    10: "unknown",  # UK
+}
+SPLIT_FILES = {  # variant -> {split: its files under dataset/}; every variant is validated on the full val split
+    "DoTA": {"train": ("train_split.txt",), "val": ("val_split.txt",), "all": ("train_split.txt", "val_split.txt")},
+    "DoTA_half": {"train": ("half_train_split.txt",), "val": ("val_split.txt",)},
+}
+
+
+def load_dota(name: str, root: str, split: str) -> ClipTable:
+    """The clips of a split: train, val or all (train and val) of "DoTA", train or val of "DoTA_half".
+
+    Frame counts and labels come from the annotations (accident_id > 0 is anomalous), the category from the metadata.
+    Raises DataError: a file missing or malformed, an annotation whose frames are not 0, 1, 2, ...
+    """
+    splits = SPLIT_FILES[name]
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    folder = Path(root, "dataset")
+    names = [clip for file in splits[split] for clip in read_split(folder / file)]
+    metadata = read_metadata(root)
+    return ClipTable(name, split, [_clip(Path(root), clip, metadata.get(clip)) for clip in names])
+
+
+def read_split(path: Path) -> list[str]:
+    """Clip names of a split file, in its order. Raises DataError where it is missing, empty or repeats a clip."""
+    if not path.is_file():
+        hint = "it comes with DoTA's repository (dataset/)"
+        if path.name.startswith("half_"):
+            hint = "it comes with huggingface.co/tue-mps/simple-tad (datasets/DoTA)"
+        raise DataError(f"{path}: split file not found; {hint}")
+    names = path.read_text().split()
+    if not names:
+        raise DataError(f"{path}: the split file is empty")
+    if len(set(names)) != len(names):
+        repeated = next(n for n in names if names.count(n) > 1)
+        raise DataError(f"{path}: clip {repeated} is listed twice")
+    return names
+
+
+def read_metadata(root: str) -> dict[str, dict]:
+    """{clip: {"anomaly_class": "ego: lateral", "anomaly_start", "anomaly_end", "num_frames", ...}} of both subsets.
+
+    Empty where neither metadata file exists: categories then come from the annotations alone.
+    """
+    metadata: dict[str, dict] = {}
+    for subset in ("train", "val"):
+        path = Path(root, "dataset", f"metadata_{subset}.json")
+        if path.is_file():
+            metadata |= _read_json(path)
+    return metadata
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as e:
+        raise DataError(
+            f"{path}: cannot be read ({e.strerror}); unpack DoTA_annotations.zip into dataset/annotations/"
+        ) from e
+    except ValueError as e:
+        raise DataError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object")
+    return content
+
+
+def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
+    path = root / "dataset" / "annotations" / f"{name}.json"
+    annotation = _read_json(path)
+    try:
+        rows = sorted((int(Path(row["image_path"]).stem), int(row["accident_id"]) > 0) for row in annotation["labels"])
+        ego, night = bool(annotation["ego_involve"]), bool(annotation["night"])
+        if metadata is not None:
+            category = metadata["anomaly_class"].split(":")[-1].strip()  # "ego: leave_to_right"
+        else:
+            category = CATEGORIES.get(annotation.get("accident_id"))
+    except (KeyError, TypeError, ValueError) as e:
+        raise DataError(f"{path}: not a DoTA annotation: {type(e).__name__}: {e}") from e
+    if [number for number, _ in rows] != list(range(len(rows))):
+        raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
+    return Clip(
+        name=name,
+        source=str(root / "frames" / name / "images"),
+        num_frames=len(rows),
+        fps=FPS,
+        labels=np.array([anomalous for _, anomalous in rows], dtype=np.uint8),
+        category=category,
+        ego=ego,
+        night=night,
+    )

@@ -1,0 +1,150 @@
+"""Frames out of a zip of pictures, a folder of pictures or a video file, behind one protocol.
+
+    with open_clip(clip) as reader:
+        frames = reader.read([0, 3, 6])          # uint8 (3, H, W, 3) RGB
+        for frame in reader.frames([0, 3, 6]):   # one uint8 (H, W, 3) at a time: half the memory traffic
+            ...
+
+Pictures are decoded at full size by Pillow: the same pixels as OpenCV's, as fast as torchvision's decoder, which is
+deprecated since 0.29. A reader is opened where it is
+used, inside the worker process, and closed after the item: decord must not live through a fork (dmlc/decord#294).
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.clips import Clip, DataError
+
+
+class Reader:
+    """Frames of one clip by number."""
+
+    def __init__(self, clip: Clip, path: str):
+        self.clip, self.path = clip, path
+
+    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
+        """uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame."""
+        raise NotImplementedError
+
+    def read(self, frame_ids: Sequence[int]) -> Tensor:
+        """uint8 (len(frame_ids), H, W, 3) RGB. Raises DataError naming file and frame."""
+        frames = list(self.frames(frame_ids))
+        if len({f.shape for f in frames}) > 1:
+            raise DataError(f"{self.path}: frames of different sizes: {sorted({tuple(f.shape[:2]) for f in frames})}")
+        return torch.stack(frames)
+
+    def close(self) -> None:
+        """Release the file."""
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+class _PictureReader(Reader):
+    """Frames that are picture files (JPEG or PNG)."""
+
+    def _bytes(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
+        previous, picture = None, None
+        for i in frame_ids:
+            if i != previous:  # a window at a higher rate than the source's repeats frames
+                name = self.clip.filename(int(i))
+                try:
+                    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(self._bytes(name))).convert("RGB")))
+                except (
+                    OSError,
+                    KeyError,
+                    ValueError,
+                    SyntaxError,
+                    zipfile.BadZipFile,
+                ) as e:  # Pillow raises the fourth
+                    raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
+                previous = i
+            yield picture
+
+
+class ZipReader(_PictureReader):
+    """A flat zip of pictures."""
+
+    def __init__(self, clip: Clip, path: str):
+        super().__init__(clip, path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise DataError(f"{path}: not a readable zip ({_reason(e)}); copy or download it again") from e
+
+    def _bytes(self, name: str) -> bytes:
+        return self._zip.read(name)  # checks the CRC
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class FolderReader(_PictureReader):
+    """A folder of pictures."""
+
+    def _bytes(self, name: str) -> bytes:
+        return Path(self.path, name).read_bytes()
+
+
+class VideoReader(Reader):
+    """A video file, through decord, one decoding thread."""
+
+    def __init__(self, clip: Clip, path: str):
+        super().__init__(clip, path)
+        import decord
+
+        try:
+            self._video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+        except (RuntimeError, decord.DECORDError) as e:
+            raise DataError(f"{path}: not a readable video ({_reason(e)})") from e
+
+    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
+        yield from self.read(frame_ids)
+
+    def read(self, frame_ids: Sequence[int]) -> Tensor:
+        import decord
+
+        ids = [int(i) for i in frame_ids]
+        if max(ids) >= len(self._video):
+            raise DataError(f"{self.path}: frame {max(ids)} asked for, the video has {len(self._video)}")
+        try:
+            return torch.from_numpy(self._video.get_batch(ids).asnumpy())
+        except (RuntimeError, decord.DECORDError) as e:
+            raise DataError(f"{self.path}: frames {ids[0]} to {ids[-1]}: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return "not in the zip"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
+
+
+def open_clip(clip: Clip) -> Reader:
+    """The reader of a clip: its source as "<source>.zip", as a folder, or as a video file, the first that exists.
+
+    Raises DataError where none exists or the file cannot be opened.
+    """
+    packed = f"{clip.source}.zip"
+    if os.path.isfile(packed):
+        return ZipReader(clip, packed)
+    if os.path.isdir(clip.source):
+        return FolderReader(clip, clip.source)
+    if os.path.isfile(clip.source):
+        return VideoReader(clip, clip.source)
+    raise DataError(f"clip {clip.name}: no frames: expected {packed}, a folder {clip.source}/ or a video {clip.source}")

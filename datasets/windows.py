@@ -1,0 +1,88 @@
+"""Which frames make sample i: window arithmetic in O(clips) memory, without lists of windows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class WindowIndex:
+    """All windows of all clips, clip after clip, in ascending time.
+
+    A window is num_frames frames at view_fps; it carries the label of its last frame. Last frames are `stride` source
+    frames apart and anchored at the end of the clip: the last window ends on the clip's last frame, and left-over
+    frames are dropped at its beginning. A clip of T frames has (T - span) // stride + 1 windows, or none if it is
+    shorter than the span.
+
+    Where src_fps / view_fps is not a whole number, each frame is the nearest one to its ideal time, counted back from
+    the last frame (ties go to the later frame); where it is below 1, frames repeat.
+
+    Args:
+        frame_counts: (clips,) frames per clip. src_fps: source frames per second, one number or one per clip.
+        num_frames, view_fps: the window. stride: step between windows in SOURCE frames.
+
+    Raises ValueError for a number that is not positive.
+    """
+
+    def __init__(
+        self,
+        frame_counts: Sequence[int] | np.ndarray,
+        *,
+        src_fps: float | Sequence[float] | np.ndarray,
+        num_frames: int,
+        view_fps: float,
+        stride: int = 1,
+    ):
+        self.frame_counts = np.asarray(frame_counts, dtype=np.int64)
+        self.src_fps = np.broadcast_to(np.asarray(src_fps, dtype=np.float64), self.frame_counts.shape)
+        for name, value in (("num_frames", num_frames), ("view_fps", view_fps), ("stride", stride)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if not (self.src_fps > 0).all():
+            raise ValueError(f"src_fps must be positive, not {self.src_fps.min()}")
+        self.num_frames, self.view_fps, self.stride = int(num_frames), float(view_fps), int(stride)
+
+        rates, self._rate_of = np.unique(self.src_fps / self.view_fps, return_inverse=True)
+        back = np.arange(self.num_frames)[::-1]
+        # Offset of each frame from the last; one row for each distinct rate. ceil(x - 0.5) rounds ties down.
+        self._offsets = -np.ceil(back * rates[:, None] - 0.5).astype(np.int64)
+        self.spans = 1 - self._offsets[self._rate_of, 0]
+        self.counts = np.maximum((self.frame_counts - self.spans) // self.stride + 1, 0)
+        self._ends = np.cumsum(self.counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: int) -> tuple[int, np.ndarray]:
+        """(clip, frames): number of the clip and (num_frames,) int64 source frames. Raises IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        clip = int(np.searchsorted(self._ends, i, side="right"))
+        within = int(i - (self._ends[clip] - self.counts[clip]))
+        return clip, self.frames(clip, self.first_last(clip) + within * self.stride)
+
+    def first_last(self, clip: int) -> int:
+        """Last frame of the clip's first window."""
+        return int(self.frame_counts[clip] - 1 - (self.counts[clip] - 1) * self.stride)
+
+    def last_frames(self, clip: int) -> np.ndarray:
+        """(windows,) int64 last frames of all windows of the clip, ascending."""
+        return self.first_last(clip) + np.arange(self.counts[clip]) * self.stride
+
+    def frames(self, clip: int, last: int | np.ndarray) -> np.ndarray:
+        """(..., num_frames) int64 source frames of the windows of the clip that end on `last` (...)."""
+        return np.asarray(last)[..., None] + self._offsets[self._rate_of[clip]]
+
+    def needed_frames(self, clip: int) -> np.ndarray:
+        """Sorted source frames that at least one window of the clip uses."""
+        return np.unique(self.frames(clip, self.last_frames(clip)))
+
+    def locations(self) -> tuple[np.ndarray, np.ndarray]:
+        """(clip, last frame) of every window in order: two int64 (len(self),)."""
+        within = np.arange(len(self)) - np.repeat(self._ends - self.counts, self.counts)
+        first = self.frame_counts - 1 - (self.counts - 1) * self.stride
+        return np.repeat(np.arange(len(self.counts)), self.counts), np.repeat(first, self.counts) + within * self.stride
+
+    @property
+    def short_clips(self) -> np.ndarray:
+        """Numbers of the clips too short for a single window."""
+        return np.flatnonzero(self.counts == 0)

@@ -1,0 +1,119 @@
+"""Checkpoints of a run.
+
+    OUTPUT_DIR/
+        checkpoint-last/                  everything needed to go on: model, optimizer, scaler, EMA, epoch, step in the
+            state.pth                     epoch, best values, random states of every rank, arguments
+        checkpoint-last.new/              being written; never read
+        checkpoint-last.old/              the one before, for the instant between two renames
+        checkpoint-<epoch>.pth            weights alone: flat, published keys, loadable by the reference too
+        checkpoint-best_auroc.pth         weights of the best evaluation so far by that metric
+        checkpoint-best_auc_mcc.pth
+
+A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, and weights files are replaced in one
+rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine.loop import Optimization, Progress
+from utils.distributed import gather
+from utils.files import replaced, sync
+
+LAST = "checkpoint-last"
+_STATE = "state.pth"
+
+
+def find_last(output_dir: str | Path) -> Path | None:
+    """The folder to resume from, or None. Every rank may call it."""
+    for name in (LAST, f"{LAST}.old"):
+        folder = Path(output_dir, name)
+        if (folder / _STATE).is_file():
+            return folder
+    return None
+
+
+def save_last(
+    output_dir: str | Path, model: nn.Module, optimization: Optimization, progress: Progress, *, args: Mapping[str, Any]
+) -> None:
+    """Replace checkpoint-last/ by the present state; every rank calls it. model: unwrapped. args: plain types."""
+    rng = gather(_rng_state())
+    if rng is None:
+        return
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimization.optimizer.state_dict(),
+        "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
+        "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
+        **asdict(progress),
+        "rng": rng,
+        "args": dict(args),
+    }
+    last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    torch.save(state, new / _STATE)
+    sync(new / _STATE)
+    sync(new)
+    if last.exists():
+        shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
+        os.rename(last, old)
+    os.rename(new, last)
+    sync(Path(output_dir))
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_last(folder: str | Path) -> dict[str, Any]:
+    """The state in a checkpoint-last/ folder, on the CPU; "model" and "args" are the caller's to use."""
+    return torch.load(Path(folder, _STATE), map_location="cpu", weights_only=True)
+
+
+def restore(state: Mapping[str, Any], optimization: Optimization, progress: Progress) -> None:
+    """Set optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place."""
+    optimization.optimizer.load_state_dict(state["optimizer"])
+    if optimization.scaler:
+        optimization.scaler.load_state_dict(state["scaler"])
+    if optimization.ema:
+        optimization.ema.module.load_state_dict(state["model_ema"])
+    for field in fields(progress):
+        setattr(progress, field.name, state[field.name])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank < len(state["rng"]):  # a rank that did not exist keeps its fresh seed
+        _restore_rng(state["rng"][rank])
+
+
+def save_weights(path: str | Path, model: nn.Module) -> None:
+    """Write the state dict of an unwrapped model, flat, on the CPU's memory layout, in one rename."""
+    with replaced(path) as temporary:
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, temporary)
+
+
+def _rng_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's global generators, in plain types."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    """Undo everything drawn since `_rng_state`."""
+    random.setstate(state["python"])
+    numpy = state["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,32 @@
+"""The fine-tuning step: a batch of augmented windows -> loss and statistics."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from engine.losses import Targets
+
+
+class FinetuneStep:
+    """Called by `engine.loop` as step(model, batch) -> (loss, statistics).
+
+    Args:
+        loss: one of engine.losses.LOSSES.
+        to_input: (uint8 video on the device, boxes, seeds) -> normalised float video with erased boxes.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, loss: Callable[[Tensor, Targets], Tensor], to_input: Callable[..., Tensor], device: torch.device
+    ):
+        self.loss, self.to_input, self.device = loss, to_input, device
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        video = self.to_input(batch["video"].to(self.device, non_blocking=True), batch["boxes"], batch["seed"])
+        targets = Targets(*(batch[k].to(self.device, non_blocking=True) for k in ("label", "soft_label", "ttc")))
+        logits = model(video).float()  # a half-precision exponential would saturate
+        with torch.no_grad():
+            accuracy = (logits.argmax(dim=1) == targets.label).float().mean()
+        loss = self.loss(logits, targets)
+        return loss, {"loss": loss, "accuracy": accuracy}

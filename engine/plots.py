@@ -1,0 +1,57 @@
+"""Figures of an evaluation: ROC, precision-recall, MCC over the threshold, confusion matrix."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from engine.metrics import THRESHOLDS, precision_recall_curve, roc_curve, threshold_curve
+
+matplotlib.use("Agg")  # no display on a cluster
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, "matplotlib.axes.Axes"]:
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure, axes
+
+
+def evaluation_figures(scores: np.ndarray, labels: np.ndarray, metrics: dict[str, float]) -> dict[str, Figure]:
+    """Scores in [0, 1], 0/1 labels and their `frame_metrics` -> {"roc", "pr", "mcc", "confusion": Figure}."""
+    curve = threshold_curve(scores, labels)
+
+    roc, axes = _axes(f"ROC, AUC {metrics['auroc']:.3f}", "false positive rate", "true positive rate")
+    axes.plot(*roc_curve(scores, labels))
+    axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+
+    pr, axes = _axes(f"Precision-recall, AP {metrics['ap']:.3f}", "recall", "precision")
+    precision, recall = precision_recall_curve(scores, labels)
+    axes.plot(recall, precision)
+    axes.axhline(metrics["n_pos"] / metrics["n"], linestyle="--", color="grey", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+
+    mcc, axes = _axes(f"MCC, area {metrics['auc_mcc']:.3f}", "threshold", "MCC")
+    axes.plot(THRESHOLDS, curve.mcc)
+    axes.axvline(metrics["mcc_max_threshold"], linestyle="--", color="grey", linewidth=1)
+    axes.set(xlim=(0, 1))
+
+    confusion, axes = _axes("Frames at threshold 0.5", "predicted", "labelled")
+    half = len(THRESHOLDS) // 2
+    counts = np.array([[curve.tn[half], curve.fp[half]], [curve.fn[half], curve.tp[half]]])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        share = shares[row, column]
+        text = f"{count}\n{100 * share:.1f} %"
+        axes.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
+    axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["safe", "anomalous"], yticklabels=["safe", "anomalous"])
+    return {"roc": roc, "pr": pr, "mcc": mcc, "confusion": confusion}
+
+
+def save_figures(folder: str | Path, figures: dict[str, Figure]) -> None:
+    """Write <folder>/<name>.png."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(Path(folder, f"{name}.png"), dpi=120)

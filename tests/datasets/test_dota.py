@@ -1,0 +1,111 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import SHARED
+
+from datasets import DataError, build_clips
+from datasets.dota import CATEGORIES, load_dota, read_metadata, read_split
+from datasets.readers import open_clip
+from datasets.synthetic import Scene, render_dota
+
+
+@pytest.fixture
+def copy(dota_root, tmp_path):
+    """The annotations of the synthetic set, to break."""
+    shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
+    return tmp_path
+
+
+def test_clips_equal_what_the_generator_knows(dota_root):
+    for split, count in (("train", 8), ("val", 5)):
+        table = build_clips("DoTA", str(dota_root), split)
+        assert (table.name, table.split, len(table)) == ("DoTA", split, count)
+        for i, clip in enumerate(table):
+            scene = Scene(np.random.default_rng([1, split == "val", i]), (96, 54))
+            np.testing.assert_array_equal(clip.labels, scene.labels())
+            assert (clip.category, clip.ego, clip.night) == (scene.kind, scene.kind == "oncoming", scene.night)
+            assert (clip.num_frames, clip.fps) == (scene.num_frames, 10.0)
+            assert clip.filename(7) == "000007.jpg"
+    with open_clip(table[0]) as reader:
+        assert reader.read([0, table[0].num_frames - 1]).shape == (2, 54, 96, 3)
+
+
+def test_variants_and_splits(dota_root):
+    names = {split: [c.name for c in build_clips("DoTA", str(dota_root), split)] for split in ("train", "val", "all")}
+    assert names["all"] == names["train"] + names["val"]
+    half = build_clips("DoTA_half", str(dota_root), "train")
+    assert [c.name for c in half] == names["train"][::2] and half[0].category is not None
+    assert [c.name for c in build_clips("DoTA_half", str(dota_root), "val")] == names["val"]
+    with pytest.raises(DataError, match="DoTA_half has no split 'all'; it has train, val"):
+        load_dota("DoTA_half", str(dota_root), "all")
+    with pytest.raises(DataError, match="unknown data set 'dota'; known: DoTA, DoTA_half"):
+        build_clips("dota", str(dota_root), "train")
+
+
+def test_labels_come_from_the_annotation_in_frame_order(copy):
+    path = copy / "dataset" / "annotations" / "syntheticva_000000.json"
+    annotation = json.loads(path.read_text())
+    before = build_clips("DoTA", str(copy), "val")[0].labels
+    annotation["labels"].reverse()
+    annotation["labels"][-1]["accident_id"] = 10
+    path.write_text(json.dumps(annotation))
+    after = build_clips("DoTA", str(copy), "val")[0].labels
+    assert after[0] == 1 and before[0] == 0
+    np.testing.assert_array_equal(after[1:], before[1:])
+
+
+def test_category_falls_back_on_the_annotation(copy):
+    expected = [c.category for c in build_clips("DoTA", str(copy), "val")]
+    (copy / "dataset" / "metadata_val.json").unlink()
+    assert [c.category for c in build_clips("DoTA", str(copy), "val")] == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "val_split.txt").unlink(), r"val_split.txt: split file not found; it comes with DoTA"),
+        (lambda d: (d / "val_split.txt").write_text("\n"), r"val_split.txt: the split file is empty"),
+        (lambda d: (d / "val_split.txt").write_text("a\nb\na\n"), r"clip a is listed twice"),
+        (lambda d: (d / "val_split.txt").write_text("absent\n"), r"absent.json: cannot be read .*DoTA_annotations.zip"),
+        (lambda d: (d / "annotations/syntheticva_000000.json").write_text("{"), r"000000.json: not valid JSON"),
+        (lambda d: (d / "annotations/syntheticva_000000.json").write_text("[]"), r"expected a JSON object"),
+        (lambda d: (d / "annotations/syntheticva_000000.json").write_text("{}"), r"not a DoTA annotation: KeyError"),
+        (lambda d: (d / "metadata_val.json").write_text('{"syntheticva_000000": {}}'), r"anomaly_class"),
+    ],
+)
+def test_bad_input_is_named(copy, damage, message):
+    damage(copy / "dataset")
+    with pytest.raises(DataError, match=message):
+        build_clips("DoTA", str(copy), "val")
+
+
+def test_missing_half_split_says_where_it_comes_from(copy):
+    (copy / "dataset" / "half_train_split.txt").unlink()
+    with pytest.raises(DataError, match="half_train_split.txt.*huggingface.co/tue-mps/simple-tad"):
+        build_clips("DoTA_half", str(copy), "train")
+
+
+def test_gap_in_the_labelled_frames_is_refused(copy):
+    path = copy / "dataset" / "annotations" / "syntheticva_000000.json"
+    annotation = json.loads(path.read_text())
+    del annotation["labels"][5]
+    path.write_text(json.dumps(annotation))
+    with pytest.raises(DataError, match="the labelled frames are not 0 to"):
+        build_clips("DoTA", str(copy), "val")
+
+
+def test_generator_refuses_to_overwrite(dota_root):
+    with pytest.raises(FileExistsError):
+        render_dota(dota_root, train=1, val=1)
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "dota").is_dir(), reason="needs ../shared/data/dota")
+def test_real_metadata_and_splits(tmp_path):
+    (tmp_path / "dataset").symlink_to(SHARED / "data" / "dota")
+    metadata = read_metadata(str(tmp_path))
+    train, val = (read_split(tmp_path / "dataset" / f"{s}_split.txt") for s in ("train", "val"))
+    assert (len(train), len(val)) == (3275, 1402) and set(train) | set(val) == metadata.keys()
+    assert sum(metadata[name]["num_frames"] for name in train) == 334_903
+    assert {m["anomaly_class"].split(": ")[1] for m in metadata.values()} <= set(CATEGORIES.values())

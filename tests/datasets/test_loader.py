@@ -1,0 +1,241 @@
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import build_clips
+from datasets.clips import Clip, ClipTable, DataError
+from datasets.loader import (
+    ClipStream,
+    EpochSampler,
+    WindowDataset,
+    balance,
+    checked,
+    eval_loader,
+    train_loader,
+    window_batches,
+)
+from datasets.readers import open_clip
+from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.windows import WindowIndex
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def global_batches(world_size, batch_size, accumulate=1, epoch=0, start_step=0, **kwargs):
+    """Keys of each step, over ranks and forward passes, in the order of the epoch."""
+    steps = []
+    for rank in range(world_size):
+        sampler = EpochSampler(
+            kwargs.get("num_windows", 50),
+            batch_size=batch_size,
+            accumulate=accumulate,
+            rank=rank,
+            world_size=world_size,
+            samples_per_epoch=kwargs.get("samples_per_epoch", 0),
+            seed=kwargs.get("seed", 0),
+        )
+        sampler.set_epoch(epoch, start_step)
+        passes = list(sampler)
+        assert len(passes) == len(sampler)
+        steps.append([sum(passes[i : i + accumulate], []) for i in range(0, len(passes), accumulate)])
+    return [sorted(sum(parts, []), key=lambda key: key[1]) for parts in zip(*steps, strict=True)]
+
+
+def test_global_batches_do_not_depend_on_how_they_are_split():
+    whole = global_batches(1, 4)
+    assert len(whole) == 12 and all(len(step) == 4 for step in whole)
+    assert whole == global_batches(2, 2) == global_batches(4, 1) == global_batches(2, 1, accumulate=2)
+
+
+def test_an_epoch_draws_without_replacement_and_differently_each_time():
+    windows = [w for step in global_batches(2, 2, samples_per_epoch=20) for _, _, w in step]
+    assert len(windows) == len(set(windows)) == 20
+    other = [w for step in global_batches(2, 2, samples_per_epoch=20, epoch=1) for _, _, w in step]
+    assert set(other) != set(windows)
+    assert [w for step in global_batches(2, 2, samples_per_epoch=20, seed=1) for _, _, w in step] != windows
+    everything = [w for step in global_batches(1, 5, num_windows=50, samples_per_epoch=1000) for _, _, w in step]
+    assert sorted(everything) == list(range(50))
+
+
+def test_resuming_starts_the_slice_later():
+    assert global_batches(2, 2, start_step=5, epoch=3) == global_batches(2, 2, epoch=3)[5:]
+
+
+def test_drawing_few_of_very_many_windows_is_cheap():
+    sampler = EpochSampler(10**9, batch_size=8, samples_per_epoch=1000)
+    assert len(set(sampler.order(0).tolist())) == 1000
+
+
+def test_an_epoch_shorter_than_a_step_is_refused():
+    with pytest.raises(DataError, match="7 windows is less than one step of 8"):
+        EpochSampler(7, batch_size=4, world_size=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training batches
+
+
+def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, epoch=0):
+    clips = build_clips("DoTA", str(root), "train")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+    sampler = EpochSampler(
+        len(index), batch_size=batch_size, rank=rank, world_size=world_size, samples_per_epoch=24, seed=7
+    )
+    dataset = WindowDataset(clips, index, FinetuneTransform(32), seed=7, views=views)
+    sampler.set_epoch(epoch)
+    return list(checked(train_loader(dataset, sampler, num_workers=workers, pin_memory=False)))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in a)
+
+
+def test_batches_do_not_depend_on_workers(dota_root):
+    single = training(dota_root)
+    assert len(single) == 6
+    for workers in (1, 3):
+        assert all(same(a, b) for a, b in zip(single, training(dota_root, workers=workers), strict=True))
+
+
+def test_batches_do_not_depend_on_ranks(dota_root):
+    whole = training(dota_root)
+    parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
+    for a, (first, second) in zip(whole, parts, strict=True):
+        assert same(a, {k: torch.cat([first[k], second[k]]) for k in first})
+
+
+def test_the_same_window_looks_different_in_another_epoch(dota_root):
+    assert not same(training(dota_root)[0], training(dota_root, epoch=1)[0])
+
+
+def test_content_of_a_batch(dota_root):
+    (batch, *_) = training(dota_root)
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items()} == {
+        "video": ((4, 3, 4, 32, 32), torch.uint8),
+        "boxes": ((4, 1, 4), torch.int64),
+        "seed": ((4,), torch.int64),
+        "label": ((4,), torch.int64),
+        "ttc": ((4,), torch.float32),
+        "soft_label": ((4,), torch.float32),
+        "window": ((4,), torch.int64),
+    }
+    clips = build_clips("DoTA", str(dota_root), "train")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+    for window, label, ttc in zip(batch["window"], batch["label"], batch["ttc"], strict=True):
+        clip, frames = index[int(window)]
+        assert label == clips[clip].labels[frames[-1]] and (ttc == 0) == bool(label)
+
+
+def test_views_share_the_decoding_but_not_the_augmentation(dota_root):
+    (batch, *_) = training(dota_root, batch_size=2, views=2)
+    assert batch["video"].shape[0] == 4 and batch["seed"].unique().numel() == 4
+    assert batch["window"].tolist() == [w for w in batch["window"][::2].tolist() for _ in range(2)]
+    assert not torch.equal(batch["video"][0], batch["video"][1]) or not torch.equal(
+        batch["video"][2], batch["video"][3]
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_clip_is_an_error_that_names_it(dota_root, tmp_path, workers):
+    (tmp_path / "dataset").symlink_to(dota_root / "dataset")
+    with pytest.raises(DataError, match=r"synthetictr_00000\d: clip synthetictr_00000\d: no frames"):
+        training(tmp_path, workers=workers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation stream
+
+
+def test_balance():
+    costs = [5, 1, 9, 3, 3, 7]
+    shares = balance(costs, 2)
+    assert sorted(sum(shares, [])) == list(range(6))
+    assert [sum(costs[i] for i in share) for share in shares] in ([13, 15], [15, 13])
+    assert balance([4], 3) == [[0], [], []]
+
+
+def scored(root, *, workers=0, world_size=1, chunk_frames=16, batch_size=8, stride=1, view_fps=10):
+    """{(clip, last frame): the window's frames} of all ranks, and how often each window came."""
+    clips = build_clips("DoTA", str(root), "val")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=view_fps, stride=stride)
+    windows, times = {}, Counter()
+    for rank in range(world_size):
+        stream = ClipStream(
+            clips, index, EvalTransform(32), chunk_frames=chunk_frames, rank=rank, world_size=world_size
+        )
+        loader = eval_loader(stream, num_workers=workers, pin_memory=False)
+        for batch in window_batches(loader, index, batch_size=batch_size, device="cpu"):
+            assert len(batch.last) <= batch_size
+            for last, video in zip(batch.last.tolist(), batch.video, strict=True):
+                windows[batch.clip, last] = video
+                times[batch.clip, last] += 1
+    assert set(times) == set(zip(*(a.tolist() for a in index.locations()), strict=True))
+    assert set(times.values()) == {1}
+    return windows
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 3}, {"view_fps": 5}, {"view_fps": 4, "stride": 2}], ids=str)
+def test_streamed_windows_are_the_windows_of_the_index(dota_root, options):
+    clips = build_clips("DoTA", str(dota_root), "val")
+    index = WindowIndex(
+        clips.frame_counts,
+        src_fps=clips.fps,
+        num_frames=4,
+        view_fps=options.get("view_fps", 10),
+        stride=options.get("stride", 1),
+    )
+    windows = scored(dota_root, **options)
+    for i in range(0, len(index), 7):
+        clip, frames = index[i]
+        with open_clip(clips[clip]) as reader:
+            expected = EvalTransform(32)(reader.frames(frames)).transpose(0, 1)
+        assert torch.equal(windows[clip, int(frames[-1])], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 2}, {"world_size": 3}, {"workers": 2, "world_size": 2}, {"chunk_frames": 5}], ids=str
+)
+def test_each_window_comes_once_however_the_work_is_split(dota_root, options):
+    whole, split = scored(dota_root), scored(dota_root, **options)
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+
+
+def test_each_frame_is_decoded_once(dota_root, monkeypatch):
+    reads = Counter()
+    original = zipfile.ZipFile.read
+
+    def counting(self, name, *args, **kwargs):
+        reads[self.filename, name] += 1
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", counting)
+    scored(dota_root, view_fps=5)
+    assert set(reads.values()) == {1}
+    clips = build_clips("DoTA", str(dota_root), "val")
+    assert len(reads) == sum(c.num_frames for c in clips)
+
+
+def test_frames_no_window_needs_are_not_decoded():
+    index = WindowIndex([31], src_fps=30, num_frames=4, view_fps=10, stride=6)
+    assert index.needed_frames(0).tolist() == list(range(3, 31, 3))
+
+
+def test_clips_without_windows_are_left_out(dota_root):
+    clips = build_clips("DoTA", str(dota_root), "val")
+    short = Clip("short", "nowhere", 2, 10.0, labels=np.zeros(2, np.uint8))
+    table = ClipTable("DoTA", "val", [short, *clips])
+    index = WindowIndex(table.frame_counts, src_fps=10, num_frames=4, view_fps=10)
+    stream = ClipStream(table, index, EvalTransform(32), chunk_frames=64)
+    assert stream.share == [1, 2, 3, 4, 5]
+    assert len(list(checked(eval_loader(stream, num_workers=0, pin_memory=False)))) == stream.num_chunks == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_clip_stops_evaluation_and_is_named(dota_root, tmp_path, workers):
+    (tmp_path / "dataset").symlink_to(dota_root / "dataset")
+    with pytest.raises(DataError, match=r"syntheticva_00000\d: no frames"):
+        scored(tmp_path, workers=workers)

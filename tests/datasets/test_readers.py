@@ -1,0 +1,146 @@
+import io
+import shutil
+import zipfile
+
+import av
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED
+from PIL import Image
+
+from datasets.clips import Clip, DataError
+from datasets.readers import FolderReader, VideoReader, ZipReader, open_clip
+
+
+def picture(i, size=(32, 18)):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size)
+
+
+def encoded(i, kind="JPEG", **kwargs):
+    buffer = io.BytesIO()
+    picture(i, **kwargs).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as z:
+        for name, data in files.items():
+            z.writestr(name, data)
+
+
+def clip(source, n=4, **kwargs):
+    return Clip("clip", str(source), n, 10.0, **kwargs)
+
+
+def decoded(i):
+    return np.asarray(Image.open(io.BytesIO(encoded(i))).convert("RGB"))
+
+
+@pytest.fixture
+def packed(tmp_path):
+    write_zip(tmp_path / "images.zip", {f"{i:06d}.jpg": encoded(i) for i in range(4)})
+    return clip(tmp_path / "images")
+
+
+def test_zip_and_folder_give_the_same_pixels_as_pil(packed, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "images.zip") as z:
+        z.extractall(tmp_path / "folder")
+    with open_clip(packed) as zipped, open_clip(clip(tmp_path / "folder")) as folder:
+        assert isinstance(zipped, ZipReader) and isinstance(folder, FolderReader)
+        frames = zipped.read([2, 0, 0, 3])
+        assert frames.shape == (4, 18, 32, 3) and frames.dtype == torch.uint8
+        assert torch.equal(frames, folder.read([2, 0, 0, 3]))
+    np.testing.assert_array_equal(frames.numpy(), np.stack([decoded(i) for i in (2, 0, 0, 3)]))
+
+
+def test_numbered_from_one_and_png(tmp_path):
+    pictures = {f"{i + 1:04d}.png": encoded(i, "PNG") for i in range(3)}
+    write_zip(tmp_path / "images.zip", pictures)
+    with open_clip(clip(tmp_path / "images", frame_name="{:04d}.png", first_frame=1)) as reader:
+        np.testing.assert_array_equal(reader.read([2])[0].numpy(), np.asarray(picture(2)))
+
+
+def test_zip_wins_over_folder_and_absence_is_named(packed, tmp_path):
+    (tmp_path / "images").mkdir()
+    with open_clip(packed) as reader:
+        assert isinstance(reader, ZipReader)
+    with pytest.raises(DataError, match=r"clip: no frames: expected .*absent.zip, a folder .*absent/ or a video"):
+        open_clip(clip(tmp_path / "absent"))
+
+
+def test_damage_is_named(packed, tmp_path):
+    with open_clip(packed) as reader, pytest.raises(DataError, match=r"images.zip: frame 000009.jpg: not in the zip"):
+        reader.read([0, 9])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "000000.jpg").write_bytes(encoded(0)[:200])
+    with open_clip(clip(tmp_path / "folder")) as reader:
+        with pytest.raises(DataError, match=r"folder: frame 000000.jpg: OSError: .*[Tt]runcated"):
+            reader.read([0])
+        with pytest.raises(DataError, match=r"frame 000001.jpg: no such file"):
+            reader.read([1])
+    whole = (tmp_path / "images.zip").read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>not a zip</html>"):
+        (tmp_path / "images.zip").write_bytes(content)
+        with pytest.raises(DataError, match=r"images.zip: not a readable zip"):
+            open_clip(packed)
+    at = whole.index(encoded(1)) + 100
+    (tmp_path / "images.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+    with open_clip(packed) as reader:
+        reader.read([0])
+        with pytest.raises(DataError, match=r"frame 000001.jpg: BadZipFile: Bad CRC"):
+            reader.read([1])
+
+
+def test_frames_of_different_sizes_are_refused(tmp_path):
+    write_zip(tmp_path / "images.zip", {"000000.jpg": encoded(0), "000001.jpg": encoded(1, size=(16, 18))})
+    with open_clip(clip(tmp_path / "images")) as reader, pytest.raises(DataError, match="different sizes"):
+        reader.read([0, 1])
+
+
+def write_video(path, frames=30, size=(64, 48)):
+    """H.264 with B frames, so that decoding order is not display order; frame i is of brightness 8 i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "2", "g": "12"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            picture = np.full((size[1], size[0], 3), 8 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_video_frames_are_the_ones_asked_for(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    with open_clip(clip(tmp_path / "a.mp4", n=30)) as reader:
+        assert isinstance(reader, VideoReader)
+        frames = reader.read([29, 0, 13, 14, 14])
+        assert frames.shape == (5, 48, 64, 3)
+        np.testing.assert_allclose(frames.float().mean((1, 2, 3)), [232, 0, 104, 112, 112], atol=3)
+        assert torch.equal(torch.stack(list(reader.frames([3, 5]))), reader.read([3, 5]))
+        with pytest.raises(DataError, match="frame 30 asked for, the video has 30"):
+            reader.read([30])
+
+
+def test_unreadable_video_is_named(tmp_path):
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:400])
+    (tmp_path / "empty.mov").write_bytes(b"")
+    for name in ("cut.mp4", "empty.mov"):
+        with pytest.raises(DataError, match=f"{name}: not a readable video"):
+            open_clip(clip(tmp_path / name))
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "driving").is_dir(), reason="needs ../shared/data/driving")
+def test_real_driving_video(tmp_path):
+    source = SHARED / "data" / "driving" / "solidWhiteRight.mp4"
+    shutil.copy(source, tmp_path / "a.mp4")
+    with open_clip(clip(tmp_path / "a.mp4", n=221)) as reader:
+        frames = reader.read([0, 100, 220])
+    assert frames.shape == (3, 540, 960, 3)
+    with av.open(str(source)) as container:
+        truth = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(truth) == 221
+    for ours, theirs in zip(frames, (truth[0], truth[100], truth[220]), strict=True):
+        assert np.abs(ours.numpy().astype(int) - theirs).mean() < 1

@@ -1,0 +1,59 @@
+"""What several tests need: the recipe of the golden checkpoints, commands run as a user would run them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # real data beside the checkout; tests that need it skip where it is absent
+NORM_WEIGHT = re.compile(r"(^|\.)[A-Za-z_]*norm\d*\.weight$")
+
+
+def golden(name: str):
+    """Content of tests/golden/<name>.json."""
+    return json.loads((ROOT / "tests" / "golden" / f"{name}.json").read_text())
+
+
+def recipe(key: str, shape) -> torch.Tensor:
+    """The golden weights of a state-dict key: normal(0, 0.02) seeded by the key, around 1 for norm weights."""
+    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)) * 0.02
+    return torch.from_numpy((values + bool(NORM_WEIGHT.search(key))).astype(np.float32))
+
+
+def golden_input() -> torch.Tensor:
+    """(1, 3, 16, 224, 224), treated as normalised already."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    return torch.from_numpy(rng.standard_normal((1, 3, 16, 224, 224)).astype(np.float32))
+
+
+def published_file(path: Path, fixture: dict) -> Path:
+    """Write the checkpoint of a golden fixture with its authentic keys and nesting."""
+    checkpoint = fixture["checkpoint"]
+    state = {key: recipe(key, shape) for key, shape in checkpoint["keys"]}
+    top = checkpoint["top_level_key"]
+    torch.save({top: state, "epoch": 1} if top else state, path)
+    return path
+
+
+def run(
+    *command: str, processes: int = 0, timeout: float = 300, env: dict | None = None
+) -> subprocess.CompletedProcess:
+    """Run a script of the repository with this Python, under torchrun where processes > 0."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        launcher + [str(c) for c in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,1 @@
+"""Plumbing below everything else: command line, processes, logs, files."""

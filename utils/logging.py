@@ -1,0 +1,118 @@
+"""What a run tells: console lines, averages that do not stall the device, log.txt, TensorBoard, progress bars."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.distributed import all_sum
+
+
+def setup_logging(rank: int) -> logging.Logger:
+    """The logger "tad": everything of rank 0, errors of the others, which name their rank."""
+    logger = logging.getLogger("tad")
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler = logging.StreamHandler(sys.stdout)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    return logger
+
+
+class Averages:
+    """Running means of scalars that stay on the device until they are asked for.
+
+    `window` covers the updates since it was last read, `totals` all of them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.names: list[str] = []
+        self._window = self._total = torch.zeros(0, device=device, dtype=torch.float64)
+        self._window_count = self._count = 0
+
+    def update(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Add one value of each name; no synchronisation. The names are those of the first call."""
+        if not self.names:
+            self.names = list(values)
+            self._window = torch.zeros(len(values), device=self.device, dtype=torch.float64)
+            self._total = self._window.clone()
+        row = torch.stack([values[name].detach().to(torch.float64) for name in self.names])
+        self._window += row
+        self._total += row
+        self._window_count += 1
+        self._count += 1
+
+    def read_window(self) -> dict[str, float]:
+        """Means since the last call, of this rank; waits for the device."""
+        means = (self._window / max(self._window_count, 1)).tolist()
+        self._window = torch.zeros_like(self._window)
+        self._window_count = 0
+        return dict(zip(self.names, means, strict=True))
+
+    def read_total(self) -> dict[str, float]:
+        """Means since the start, over all ranks; waits for the device. Empty before the first update."""
+        if not self.names:
+            return {}
+        sums = all_sum(torch.cat([self._total, self._total.new_tensor([self._count])])).tolist()
+        return {name: value / sums[-1] for name, value in zip(self.names, sums, strict=False)}
+
+
+def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add a line of JSON to a file; NaN becomes null."""
+    with Path(path).open("a") as f:
+        f.write(json.dumps(jsonable(record)) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON types: numbers that are not finite become None, tuples lists, paths strings."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+class TensorBoard:
+    """Scalars and figures by optimizer step; silent where folder is None."""
+
+    def __init__(self, folder: str | Path | None):
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=str(folder))
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Write values under "<group>/<name>"."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def figures(self, group: str, figures: Mapping[str, Any], step: int) -> None:
+        """Write matplotlib figures under "<group>/<name>"."""
+        if self._writer:
+            for name, figure in figures.items():
+                self._writer.add_figure(f"{group}/{name}", figure, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer:
+            self._writer.close()
+
+
+def progress_bar(iterable: Iterable, *, total: int, description: str, enabled: bool = True) -> Any:
+    """tqdm on a terminal, the plain iterable elsewhere (a log file gets lines instead)."""
+    if not (enabled and sys.stdout.isatty()):
+        return iterable
+    from tqdm import tqdm
+
+    return tqdm(iterable, total=total, desc=description, file=sys.stdout, dynamic_ncols=True, leave=False)
