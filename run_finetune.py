@@ -60,7 +60,7 @@ from engine.plots import evaluation_figures, save_figures
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
 from utils.distributed import Process, broadcast, data_parallel, local_main_first, process_group, seed_everything
-from utils.logging import TensorBoard, append_json_line, progress_bar, setup_logging
+from utils.logging import TensorBoard, append_json_line, drop_epochs_from, progress_bar, setup_logging
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
@@ -105,6 +105,8 @@ def train(args: Namespace, process: Process) -> None:
     if saved:
         restore(saved, optimization, progress)
         logger.info(f"continuing at epoch {progress.epoch}, step {progress.step}; best so far {progress.best}")
+    if process.is_main:
+        drop_epochs_from(output_dir / "log.txt", progress.epoch)
 
     defaults = model_defaults(args.model)
     step = FinetuneStep(LOSSES[args.loss], ToModelInput(defaults.mean, defaults.std, args.remode), process.device)
@@ -126,7 +128,7 @@ def train(args: Namespace, process: Process) -> None:
                 device=process.device,
             )
             if args.save_ckpt:  # a kill during the evaluation costs no training
-                save_last(output_dir, model, optimization, progress, args=vars(args))
+                save_last(output_dir, model, optimization, progress, record=vars(args))
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()}
         if validation:
             metrics = validation.run(kept, tensorboard, (progress.epoch + 1) * steps_per_epoch)
@@ -137,7 +139,7 @@ def train(args: Namespace, process: Process) -> None:
         keep_epoch(args, process, kept, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
         if args.save_ckpt:
-            save_last(output_dir, model, optimization, progress, args=vars(args))
+            save_last(output_dir, model, optimization, progress, record=vars(args))
     tensorboard.close()
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; best {progress.best}; results in {output_dir}")
 

@@ -63,7 +63,7 @@ class _PictureReader(Reader):
             if i != previous:  # a window at a higher rate than the source's repeats frames
                 name = self.clip.filename(int(i))
                 try:
-                    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(self._bytes(name))).convert("RGB")))
+                    picture = _decode(self._bytes(name))
                 except (
                     OSError,
                     KeyError,
@@ -74,6 +74,13 @@ class _PictureReader(Reader):
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i
             yield picture
+
+
+def _decode(data: bytes) -> Tensor:
+    image = Image.open(io.BytesIO(data))
+    if image.mode != "RGB":  # convert() would copy even so
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image))
 
 
 class ZipReader(_PictureReader):

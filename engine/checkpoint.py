@@ -44,9 +44,17 @@ def find_last(output_dir: str | Path) -> Path | None:
 
 
 def save_last(
-    output_dir: str | Path, model: nn.Module, optimization: Optimization, progress: Progress, *, args: Mapping[str, Any]
+    output_dir: str | Path,
+    model: nn.Module,
+    optimization: Optimization,
+    progress: Progress,
+    *,
+    record: Mapping[str, Any],
 ) -> None:
-    """Replace checkpoint-last/ by the present state; every rank calls it. model: unwrapped. args: plain types."""
+    """Replace checkpoint-last/ by the present state; every rank calls it.
+
+    model: unwrapped. record: the run's arguments, plain types, kept under "args".
+    """
     rng = gather(_rng_state())
     if rng is None:
         return
@@ -57,7 +65,7 @@ def save_last(
         "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
         **asdict(progress),
         "rng": rng,
-        "args": dict(args),
+        "args": dict(record),
     }
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)

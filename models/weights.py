@@ -265,7 +265,7 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     mismatched = [c for c, k in own_index.items() if c in tensors and tensors[c].shape != own[k].shape]
     if any(c.startswith("head.") for c in mismatched):
         head = [c for c in own_index if c.startswith("head.") and c in tensors]
-        reasons |= {origin[file_index[c]]: f"head of {tensors[c].shape[0]} classes" for c in head}
+        reasons |= {origin[file_index[c]]: f"head.* of {tensors[c].shape[0]} classes" for c in head}
         mismatched = [c for c in mismatched if c not in head]
         tensors = {c: t for c, t in tensors.items() if c not in head}
     if mismatched:

@@ -252,9 +252,9 @@ def split_batch(total: int | None, per_process: int | None, *, world_size: int, 
 
 
 def differing(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """ "key: saved -> current" for each argument that matters to the result and differs."""
-    keys = sorted((saved.keys() | current.keys()) - FREE_ON_RESUME)
-    return [f"{k}: {saved.get(k)} -> {current.get(k)}" for k in keys if saved.get(k) != current.get(k)]
+    """The arguments both know, that matter to the result and differ: ["name: saved -> current", ...]."""
+    keys = sorted((saved.keys() & current.keys()) - FREE_ON_RESUME)
+    return [f"{k}: {saved[k]} -> {current[k]}" for k in keys if saved[k] != current[k]]
 
 
 def write_run_record(path: Path, args: Mapping[str, Any], world_size: int) -> None:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Process:
@@ -35,10 +37,10 @@ class Process:
 def process_group(device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
     """Join the group that torchrun announces in the environment (NCCL on CUDA, gloo on the CPU); leave it at the end.
 
-    Without torchrun: a single process. device: "cuda" or "cpu". Raises ValueError where CUDA is asked for and absent.
+    Without torchrun: a single process. device: "cuda" or "cpu". Raises ConfigError where CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        raise ConfigError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     launched = "WORLD_SIZE" in os.environ
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))

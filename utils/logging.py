@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from utils.distributed import all_sum
+from utils.files import replaced
 
 
 def setup_logging(rank: int) -> logging.Logger:
@@ -68,6 +69,22 @@ def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
     """Add a line of JSON to a file; NaN becomes null."""
     with Path(path).open("a") as f:
         f.write(json.dumps(jsonable(record)) + "\n")
+
+
+def drop_epochs_from(path: str | Path, epoch: int) -> None:
+    """Remove the records of `epoch` and later ones from a log.txt: a resumed run writes them again."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except ValueError:  # the kill came in the middle of the line
+            continue
+    with replaced(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def jsonable(value: Any) -> Any:

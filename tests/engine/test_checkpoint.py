@@ -1,0 +1,137 @@
+import math
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+
+from engine import checkpoint
+from engine.checkpoint import find_last, load_last, restore, save_last, save_weights
+from engine.loop import Optimization, Progress
+from engine.optim import build_optimizer, parameter_groups
+from models import create_model
+from models.weights import load_pretrained
+
+
+def optimization(model, **kwargs):
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.6)
+    optimizer = build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999), fused=False)
+    return Optimization(optimizer, lr=lambda s: 1e-3, weight_decay=lambda s: 0.05, **kwargs)
+
+
+def trained(seed=0):
+    """A tiny model one step into training, and its optimization."""
+    torch.manual_seed(seed)
+    model = create_model("vit_tiny_patch16_64", init_scale=1.0)
+    state = optimization(model, ema=ModelEmaV3(model, decay=0.5))
+    model(torch.randn(1, 3, 4, 64, 64)).square().sum().backward()
+    state.optimizer.step()
+    state.ema.update(model)
+    return model, state
+
+
+def draws():
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
+
+
+def test_everything_comes_back(tmp_path):
+    model, state = trained()
+    np.random.randn()  # leaves a cached second normal, which is part of the state
+    save_last(
+        tmp_path, model, state, Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5}), record={"lr": 1}
+    )
+    expected = draws()
+
+    other, fresh = trained(seed=1)
+    draws()
+    loaded, progress = load_last(find_last(tmp_path)), Progress()
+    other.load_state_dict(loaded["model"])
+    restore(loaded, fresh, progress)
+    assert draws() == expected
+    assert progress == Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5})
+    assert loaded["args"] == {"lr": 1}
+    for a, b in (
+        (model.state_dict(), other.state_dict()),
+        (state.ema.module.state_dict(), fresh.ema.module.state_dict()),
+    ):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    old, new = state.optimizer.state_dict(), fresh.optimizer.state_dict()
+    assert old["param_groups"] == new["param_groups"]
+    for key, moments in old["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in moments.items())
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_save_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    model, state = trained()
+    instants = 0
+    while True:
+        folder = tmp_path / str(instants)
+        save_last(folder, model, state, Progress(epoch=1), record={})
+        calls = 0
+
+        def guarded(function, limit=instants):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "rename", guarded(os.rename))
+            patch.setattr(checkpoint.shutil, "rmtree", guarded(shutil.rmtree))
+            patch.setattr(checkpoint, "sync", guarded(checkpoint.sync))
+            patch.setattr(checkpoint.torch, "save", guarded(torch.save))
+            try:
+                save_last(folder, model, state, Progress(epoch=2), record={})
+                finished = True
+            except Killed:
+                finished = False
+        assert load_last(find_last(folder))["epoch"] in ((2,) if finished else (1, 2))
+        save_last(folder, model, state, Progress(epoch=3), record={})  # and what is left over is in nobody's way
+        assert load_last(find_last(folder))["epoch"] == 3 and os.listdir(folder) == ["checkpoint-last"]
+        if finished:
+            break
+        instants += 1
+    assert instants >= 8
+
+
+def test_nothing_to_resume(tmp_path):
+    assert find_last(tmp_path) is None and find_last(tmp_path / "absent") is None
+    (tmp_path / "checkpoint-last.new").mkdir()
+    (tmp_path / "checkpoint-last.new" / "state.pth").write_bytes(b"half")
+    assert find_last(tmp_path) is None
+
+
+def test_weights_files_are_whole_or_untouched(tmp_path, monkeypatch):
+    model, _ = trained()
+    path = tmp_path / "checkpoint-best_auroc.pth"
+    save_weights(path, model)
+    before = path.read_bytes()
+
+    def fail(state, target):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_weights(path, model)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_weights_files_are_flat_and_load_anywhere(tmp_path):
+    model, _ = trained()
+    save_weights(tmp_path / "weights.pth", model)
+    state = torch.load(tmp_path / "weights.pth", weights_only=True)
+    assert state.keys() == model.state_dict().keys()
+    report = load_pretrained(create_model("vit_tiny_patch16_64"), str(tmp_path / "weights.pth"))
+    assert not report.missing and not report.ignored

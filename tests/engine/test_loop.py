@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine.finetune import FinetuneStep
+from engine.loop import Optimization, Progress, Reporting, TrainingError, train_one_epoch
+from engine.losses import LOSSES
+from engine.optim import build_optimizer, cosine, parameter_groups
+from models import create_model
+from utils.logging import TensorBoard
+
+CPU = torch.device("cpu")
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(3, 1)
+
+
+def squared(model, batch):
+    loss = model(batch).square().mean()
+    return loss, {"loss": loss}
+
+
+def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, **kwargs):
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0, "weight_decay": 0.0}], lr=0.0)
+    optimization = Optimization(optimizer, lr=lr, weight_decay=lambda step: 0.0, **kwargs)
+    reporting = Reporting(TensorBoard(None), clips_per_step=1, log_every=2)
+    return train_one_epoch(
+        model,
+        batches,
+        squared,
+        optimization,
+        progress or Progress(),
+        reporting,
+        steps_per_epoch=steps or len(batches) // optimization.accumulate,
+        device=CPU,
+    )
+
+
+def test_accumulation_equals_a_large_batch():
+    data = torch.randn(3, 8, 3, generator=torch.Generator().manual_seed(0))
+    whole, halves = linear(), linear()
+    means = train(whole, list(data))
+    split = train(halves, [half for batch in data for half in batch.chunk(2)], accumulate=2)
+    torch.testing.assert_close(whole.weight, halves.weight)
+    assert means == pytest.approx(split, rel=1e-5)
+
+
+def test_continues_at_the_step_it_is_told():
+    data = list(torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(0)))
+    asked = []
+
+    def lr(step):
+        asked.append(step)
+        return 1.0 / (1 + step)
+
+    whole, parts = linear(), linear()
+    train(whole, data, lr=lr, progress=Progress(epoch=2))
+    assert asked == [12, 13, 14, 15, 16, 17]
+    progress = Progress(epoch=2)
+    with pytest.raises(StopIteration):  # as a kill after the fourth step would leave it
+        train(parts, data[:4], lr=lr, steps=6, progress=progress)
+    assert progress.step == 4
+    train(parts, data[4:], lr=lr, steps=6, progress=progress)
+    assert progress.step == 6
+    torch.testing.assert_close(whole.weight, parts.weight)
+
+
+def test_clipping_bounds_the_step():
+    model = linear()
+    before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+    means = train(model, [torch.full((4, 3), 100.0)], clip_grad=0.5, lr=lambda step: 1.0)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert moved.norm() == pytest.approx(0.5, abs=1e-4) and means["grad_norm"] > 100
+
+
+def test_loss_that_is_not_finite_stops_training_with_advice():
+    data = [torch.ones(2, 3), torch.full((2, 3), math.nan)]
+    with pytest.raises(TrainingError, match="the loss became nan between steps 0 and 2; try a lower --lr"):
+        train(linear(), data)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_the_model(loss):
+    """A tiny ViT separates four clips by each of the losses."""
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_64", init_scale=1.0)
+    label = torch.tensor([0, 1, 0, 1])
+    batch = {
+        "video": (torch.rand(4, 3, 4, 64, 64) * 60 + 120 * label.view(4, 1, 1, 1, 1)).byte(),
+        "boxes": None,
+        "seed": None,
+        "label": label,
+        "soft_label": label.float() * 0.9,
+        "ttc": torch.tensor([-0.5, 0.0, float("nan"), 0.0]),
+    }
+    groups = parameter_groups(model, weight_decay=0.05)
+    optimization = Optimization(
+        build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999), fused=False),
+        lr=lambda step: cosine(step, base=3e-4, final=0.0, total_steps=40, warmup_steps=5),
+        weight_decay=lambda step: 0.05,
+    )
+    to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
+    reporting = Reporting(TensorBoard(None), clips_per_step=4)
+    step = FinetuneStep(LOSSES[loss], to_input, CPU)
+    train_one_epoch(model, [batch] * 40, step, optimization, Progress(), reporting, steps_per_epoch=40, device=CPU)
+    risk = model.eval()(to_input(batch["video"], None, None)).softmax(1)[:, 1]
+    assert risk[label == 1].min() > risk[label == 0].max()

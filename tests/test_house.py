@@ -1,0 +1,136 @@
+"""The rules of the house: which way imports go, where arguments may go, what a flag owes its user."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from utils.config import Parser, finetune_parser
+
+ROOMS = ("models", "datasets", "engine", "utils")
+MAY_IMPORT = {
+    "utils": {"utils"},
+    "models": {"models"},
+    "datasets": {"datasets", "utils"},
+    "engine": {"engine", "utils"},
+}
+MODEL_LIBRARIES = {"torch", "timm", "einops", "models"}
+
+
+def sources():
+    """(path relative to the root, syntax tree) of every module outside tests."""
+    paths = [p for room in ROOMS for p in sorted((ROOT / room).glob("**/*.py"))] + sorted(ROOT.glob("run_*.py"))
+    assert len(paths) > 20
+    return [(p.relative_to(ROOT), ast.parse(p.read_text())) for p in paths]
+
+
+SOURCES = sources()
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize(("path", "tree"), [s for s in SOURCES if s[0].parts[0] in ROOMS], ids=lambda v: str(v)[:40])
+def test_imports_go_one_way(path, tree):
+    own = {name for name in imports(tree) if name in ROOMS or name.startswith("run_")}
+    assert own <= MAY_IMPORT[path.parts[0]]
+
+
+@pytest.mark.parametrize("path", ["models/vit.py", "models/pos_embed.py"])
+def test_model_files_are_pure(path):
+    tree = ast.parse((ROOT / path).read_text())
+    foreign = set(imports(tree)) - MODEL_LIBRARIES - set(sys.stdlib_module_names)
+    assert not foreign and not {"open", "print"} & {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+
+
+@pytest.mark.parametrize(("path", "tree"), [s for s in SOURCES if s[0].parts[0] in ROOMS], ids=lambda v: str(v)[:40])
+def test_arguments_stay_in_the_run_scripts(path, tree):
+    """No function takes a parsed-arguments object; values travel by name."""
+    if path == Path("utils/config.py"):
+        pytest.skip("makes them")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            a = node.args
+            for arg in [*a.posonlyargs, *a.args, *a.kwonlyargs]:
+                annotation = ast.unparse(arg.annotation) if arg.annotation else ""
+                assert arg.arg not in ("args", "cfg", "config", "opts") and "Namespace" not in annotation, ast.unparse(
+                    node
+                )
+
+
+@pytest.mark.parametrize(("path", "tree"), SOURCES, ids=lambda v: str(v)[:40])
+def test_modules_and_public_names_are_documented(path, tree):
+    assert ast.get_docstring(tree), path
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize(("path", "tree"), SOURCES, ids=lambda v: str(v)[:40])
+def test_files_and_functions_stay_readable(path, tree):
+    assert (ROOT / path).read_text().count("\n") <= 400
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def flags(parser):
+    return [a for a in parser._actions if a.option_strings and "--help" not in a.option_strings]
+
+
+def test_every_flag_has_help_and_groups_are_short():
+    parser = finetune_parser("x")
+    assert all(a.help and len(a.help) > 15 for a in flags(parser))
+    assert all(len(g._group_actions) <= 15 for g in parser._action_groups)
+    used = (ROOT / "run_finetune.py").read_text()
+    for action in flags(parser):  # a flag that does nothing is a bug
+        assert f"args.{action.dest}" in used or f'"{action.dest}"' in used, action.dest
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "run_finetune.py", "--help"], capture_output=True, text=True
+    )
+    assert time.perf_counter() - started < 3
+    assert done.returncode == 0 and "--layer_decay" in done.stdout and "torchrun --standalone" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "decord", "timm", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--layer_deca", "0.6"], "unknown flag --layer_deca, did you mean --layer_decay?"),
+        (["--data-path=x"], "unknown flag --data-path, did you mean --data_path?"),
+        (["--zzz"], "unknown flag --zzz\n"),
+        (["--enable_deepspeed"], "--enable_deepspeed is gone: DistributedDataParallel"),
+        (["--model", "vit_small_patch16_224"], "required: --data_path, --output_dir"),
+        (["--data_path", "x", "--output_dir", "y", "--loss", "hinge"], "invalid choice: 'hinge'"),
+        (["--data_path", "x", "--output_dir", "y", "stray"], "unrecognized arguments: stray"),
+        (["--data_path", "x", "--output_dir", "y", "--lr", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_mistakes_are_answered(words, answer, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        finetune_parser("x").parse_args(words)
+    assert exit_.value.code == 2 and answer in capsys.readouterr().err
+
+
+def test_abbreviations_are_not_guessed():
+    assert isinstance(finetune_parser("x"), Parser)
+    with pytest.raises(SystemExit):
+        finetune_parser("x").parse_args(["--data_path", "x", "--output_dir", "y", "--epoch", "3"])

@@ -1,0 +1,288 @@
+"""run_finetune.py as a user runs it: torchrun, kills, broken input."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ROOT, run
+
+import run_finetune
+from models import create_model
+from utils.config import ConfigError, finetune_parser
+
+TINY = ["--data_set", "DoTA", "--model", "vit_tiny_patch16_64", "--device", "cpu", "--num_workers", "0"]
+SHORT = ["--nb_samples_per_epoch", "16", "--total_batch_size", "4", "--epochs", "2", "--warmup_epochs", "1"]
+
+
+def flags(root, output, *more):
+    return [*TINY, "--data_path", str(root), "--output_dir", str(output), *map(str, more)]
+
+
+def in_process(*words):
+    run_finetune.main(finetune_parser("").parse_args(list(words)))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint whose head is large enough for scores to differ."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(create_model("vit_tiny_patch16_64", init_scale=30.0).state_dict(), path)
+    return path
+
+
+def predictions(folder):
+    with (folder / "predictions.csv").open() as f:
+        return list(csv.DictReader(f))
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same_on_one_and_two_processes(dota_root, weights, tmp_path):
+    results = {}
+    for name, processes, workers in (("one", 0, "0"), ("two", 2, "1")):
+        done = run(
+            "run_finetune.py", "--eval", *flags(dota_root, tmp_path / name, "--finetune", weights),
+            "--num_workers", workers, "--eval_batch_size", "8", processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results[name] = predictions(tmp_path / name)
+    one, two = results["one"], results["two"]
+    assert len(one) == len({(r["clip"], r["frame"]) for r in one}) > 200
+    assert [(r["clip"], r["filename"], r["label"], r["ttc"]) for r in one] == [
+        (r["clip"], r["filename"], r["label"], r["ttc"]) for r in two
+    ]
+    for key in ("logits_safe", "logits_risk", "score"):
+        assert max(abs(float(a[key]) - float(b[key])) for a, b in zip(one, two, strict=True)) <= 1e-6
+    assert len({r["score"] for r in one}) > 100
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in results]
+    assert metrics[0] == metrics[1] and metrics[0]["n"] == len(one) and metrics[0]["clips_scored"] == 5
+    assert sorted(p.name for p in (tmp_path / "two" / "plots").iterdir()) == [
+        "confusion.png", "mcc.png", "pr.png", "roc.png",
+    ]  # fmt: skip
+
+
+def test_evaluation_never_overwrites(dota_root, weights, tmp_path):
+    (tmp_path / "predictions.csv").write_text("old")
+    with pytest.raises(ConfigError, match=r"predictions.csv exists: choose another --output_dir"):
+        in_process("--eval", *flags(dota_root, tmp_path, "--finetune", weights))
+    assert (tmp_path / "predictions.csv").read_text() == "old"
+
+
+def test_evaluation_needs_a_trained_head(dota_root, tmp_path):
+    state = {k: v for k, v in create_model("vit_tiny_patch16_64").state_dict().items() if not k.startswith("head")}
+    torch.save(state, tmp_path / "headless.pth")
+    with pytest.raises(run_finetune.CheckpointError, match="no head trained on two classes"):
+        in_process("--eval", *flags(dota_root, tmp_path / "out", "--finetune", tmp_path / "headless.pth"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(dota_root, tmp_path):
+    for name, processes in (("one", 0), ("two", 2)):
+        done = run(
+            "run_finetune.py", *flags(dota_root, tmp_path / name, *SHORT), "--drop_path", "0", processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True) for name in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+        assert a["val_auroc"] == pytest.approx(b["val_auroc"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_with_its_best_values(dota_root, tmp_path):
+    more = ["--nb_samples_per_epoch", "64", "--total_batch_size", "4", "--epochs", "4", "--warmup_epochs", "1"]
+    reference = run("run_finetune.py", *flags(dota_root, tmp_path / "whole", *more))
+    assert reference.returncode == 0, reference.stderr
+
+    folder = tmp_path / "killed"
+    command = [sys.executable, "run_finetune.py", *flags(dota_root, folder, *more)]
+    first = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ((folder / "log.txt").exists() and len(log(folder)) >= 2):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+
+    second = run("run_finetune.py", *flags(dota_root, folder, *more))
+    assert second.returncode == 0, second.stderr
+    assert "resuming from" in second.stdout and "best so far {'auroc': 0." in second.stdout
+    whole, resumed = log(tmp_path / "whole"), log(folder)
+    assert [r["epoch"] for r in resumed] == [0, 1, 2, 3]
+    for record in resumed:
+        expected = whole[record["epoch"]]
+        assert {k: v for k, v in record.items() if k != "seconds"} == {
+            k: v for k, v in expected.items() if k != "seconds"
+        }
+    for name in ("checkpoint-3.pth", "checkpoint-best_auroc.pth", "checkpoint-best_auc_mcc.pth"):
+        a, b = (torch.load(f / name, weights_only=True) for f in (tmp_path / "whole", folder))
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+    last = torch.load(folder / "checkpoint-last" / "state.pth", weights_only=True)
+    assert last["best"]["auroc"] == max(r["val_auroc"] for r in whole)
+
+
+@pytest.fixture(scope="module")
+def finished(dota_root, tmp_path_factory):
+    """The output folder of a finished run of two epochs."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    in_process(*flags(dota_root, folder, *SHORT))
+    return folder
+
+
+def test_what_a_run_leaves_behind(finished):
+    names = {p.name for p in finished.iterdir() if "tfevents" not in p.name}
+    assert names >= {"args.json", "log.txt", "checkpoint-last", "checkpoint-1.pth", "checkpoint-best_auroc.pth"}
+    assert "checkpoint-0.pth" not in names and not any(n.endswith((".tmp", ".new", ".old")) for n in names)
+    record = json.loads((finished / "args.json").read_text())
+    assert record["args"]["lr"] == 1e-3 and record["args"]["num_frames"] == 4 and record["args"]["batch_size"] == 4
+    assert [r["epoch"] for r in log(finished)] == [0, 1]
+    assert {"train_loss", "train_grad_norm", "val_auroc", "val_auc_mcc", "seconds"} <= log(finished)[0].keys()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished)).Reload()
+    assert {"train/loss", "train/lr", "perf/clips_per_s", "perf/data_wait_pct", "val/auroc"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert set(events.Tags()["images"]) == {"val/roc", "val/pr", "val/mcc", "val/confusion"}
+    assert [e.step for e in events.Scalars("val/auroc")] == [4, 8]
+
+
+def test_a_finished_run_stays_finished(finished, dota_root):
+    before = (finished / "log.txt").read_text()
+    in_process(*flags(dota_root, finished, *SHORT))
+    assert (finished / "log.txt").read_text() == before
+
+
+def test_other_arguments_are_refused_in_a_used_folder(finished, dota_root):
+    record = (finished / "args.json").read_text()
+    with pytest.raises(
+        ConfigError, match=r"other arguments \(layer_decay: 0.6 -> 0.9\): use those, another --output_dir"
+    ):
+        in_process(*flags(dota_root, finished, *SHORT, "--layer_decay", "0.9"))
+    assert (finished / "args.json").read_text() == record
+
+
+def test_resume_from_another_folder(finished, dota_root, tmp_path):
+    in_process(*flags(dota_root, tmp_path / "b", *SHORT, "--resume", finished / "checkpoint-last"))
+    assert not (tmp_path / "b" / "log.txt").exists()  # nothing was left to do
+    with pytest.raises(ConfigError, match="--resume .*nowhere: no such folder"):
+        in_process(*flags(dota_root, tmp_path / "c", "--resume", tmp_path / "nowhere"))
+
+
+def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finished, tmp_path):
+    for stop in (1, 2):
+        in_process(*flags(dota_root, tmp_path, *SHORT, "--stop_epoch", stop))
+        assert [r["epoch"] for r in log(tmp_path)] == list(range(stop))
+    a, b = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (tmp_path, finished))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num_sample", "2", "--num_workers", "1"],
+        ["--update_freq", "2", "--clip_grad", "1.0"],
+        ["--model_ema", "--model_ema_decay", "0.9", "--model_ema_force_cpu", "--save_ckpt_freq", "1"],
+        ["--use_checkpoint", "--no_flash_attn", "--freeze_layers", "2"],
+        ["--final_reduction", "cls", "--opt", "sgd", "--weight_decay_end", "0.1", "--loss", "2bce"],
+        ["--num_frames", "8", "--view_fps", "10", "--tubelet_size", "4", "--input_size", "48", "--sampling_rate", "2"],
+        ["--aa", "none", "--reprob", "1", "--recount", "3", "--remode", "rand", "--erase_max_area", "0.5"],
+        ["--train_short_side", "48", "--train_interpolation", "bilinear", "--eval_split", "train"],
+        ["--warmup_steps", "2", "--layer_decay", "1", "--drop", ".1", "--attn_drop_rate", ".1", "--fc_drop_rate", ".1"],
+        ["--data_set", "DoTA_half", "--batch_size", "2", "--sampling_rate_val", "3", "--no_pin_mem"],
+        ["--precision", "bf16", "--no_save_ckpt", "--start_epoch", "1"],
+    ],
+    ids=lambda o: o[0],
+)  # fmt: skip
+def test_options_train_and_evaluate(dota_root, tmp_path, options):
+    short = SHORT if "--batch_size" not in options else [w for w in SHORT if w not in ("--total_batch_size", "4")]
+    in_process(*flags(dota_root, tmp_path, *short, *options))
+    records = log(tmp_path)
+    assert records[-1]["epoch"] == 1 and 0 < records[-1]["train_loss"] < 10 and 0 <= records[-1]["val_auroc"] <= 1
+    assert (tmp_path / "checkpoint-last").exists() == ("--no_save_ckpt" not in options)
+    assert (tmp_path / "checkpoint-0.pth").exists() == ("--save_ckpt_freq" in options)
+    assert len(records) == (1 if "--start_epoch" in options else 2)
+
+
+def test_evaluation_during_training_can_be_left_out(dota_root, tmp_path):
+    in_process(
+        *flags(dota_root, tmp_path, *SHORT, "--disable_eval_during_finetuning", "--log_dir", tmp_path / "events")
+    )
+    assert not any(k.startswith("val_") for r in log(tmp_path) for k in r)
+    assert list((tmp_path / "events").glob("*tfevents*")) and not list(tmp_path.glob("*tfevents*"))
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_and_saves_the_same_keys(dota_root, tmp_path):
+    in_process(*flags(dota_root, tmp_path, *SHORT, "--compile", "--model_ema"))
+    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    assert state.keys() == create_model("vit_tiny_patch16_64").state_dict().keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What bad input gets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_errors_name_the_file_and_exit_without_a_traceback(dota_root, tmp_path, processes):
+    root = tmp_path / "data"
+    shutil.copytree(dota_root, root)
+    broken = root / "frames" / "syntheticva_000003" / "images.zip"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    done = run("run_finetune.py", "--eval", *flags(root, tmp_path / "out"), "--num_workers", "1", processes=processes)
+    assert done.returncode != 0 and "Traceback" not in done.stdout
+    assert f"error: {broken}: not a readable zip" in done.stderr
+    assert processes or "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "vit_tini"], "unknown model 'vit_tini'"),
+        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: DoTA"),
+        (["--aa", "rand-q3"], "--aa 'rand-q3'"),
+        (["--input_size", "60"], "input_size 60 must be a multiple of the patch size 16"),
+        (["--freeze_layers", "9"], "cannot freeze 9 of 4 blocks"),
+        (["--num_frames", "400"], "no clip is long enough for a window"),
+        (["--total_batch_size", "4000"], "use a smaller batch"),
+        (["--opt", "adamv"], "adamv"),
+        (["--finetune", "absent.pth"], "absent.pth: no such checkpoint file"),
+        (["--eval_split", "test"], "DoTA has no split 'test'"),
+        (["--view_fps", "0"], "view_fps must be positive"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_mistaken_arguments_are_explained(dota_root, tmp_path, options, message):
+    with pytest.raises((ConfigError, run_finetune.DataError, run_finetune.CheckpointError)) as caught:
+        in_process(*flags(dota_root, tmp_path, "--num_frames", "4", *options))
+    assert message in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_explained(dota_root, tmp_path):
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        in_process(*flags(dota_root, tmp_path), "--device", "cuda")
