@@ -111,7 +111,7 @@ def train(args: Namespace, process: Process) -> None:
     defaults = model_defaults(args.model)
     step = FinetuneStep(LOSSES[args.loss], ToModelInput(defaults.mean, defaults.std, args.remode), process.device)
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
-    reporting = Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq)
+    reporting = Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main)
     kept = optimization.ema.module if optimization.ema else model  # what is evaluated and written
     while progress.epoch < args.stop_epoch:
         started = time.perf_counter()
@@ -336,11 +336,13 @@ def pin_memory(args: Namespace) -> bool:
 
 def find_resume(args: Namespace) -> dict | None:
     """The state to continue from, if any. Raises ConfigError where it belongs to other arguments."""
-    folder = Path(args.resume) if args.resume else find_last(args.output_dir) if args.auto_resume else None
+    folder = find_last(args.output_dir) if args.auto_resume else None
+    if folder is None and args.resume:  # after an interruption the run's own checkpoint is the later one
+        folder = Path(args.resume)
+        if not folder.is_dir():
+            raise ConfigError(f"--resume {folder}: no such folder; it takes a checkpoint-last folder")
     if folder is None:
         return None
-    if not folder.is_dir():
-        raise ConfigError(f"--resume {folder}: no such folder; it takes a checkpoint-last folder")
     saved = load_last(folder)
     if changes := differing(saved["args"], vars(args)):
         raise ConfigError(

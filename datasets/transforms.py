@@ -248,7 +248,7 @@ class ToModelInput:
         """
         if self.mean.device != video.device:
             self.mean, self.std = self.mean.to(video.device), self.std.to(video.device)
-        video = (video - self.mean) / self.std
+        video = video.float().sub_(self.mean).div_(self.std)
         if boxes is not None:
             for clip, own, seed in zip(video, boxes.tolist(), seeds.tolist(), strict=True):
                 self._erase(clip, own, seed)

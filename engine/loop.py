@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.optim import set_schedule
-from utils.logging import Averages, TensorBoard
+from utils.logging import Averages, TensorBoard, progress_bar
 
 logger = logging.getLogger("tad")
 Step = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -59,11 +59,12 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where statistics go. clips_per_step counts all ranks."""
+    """Where statistics go. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal."""
 
     tensorboard: TensorBoard
     clips_per_step: int
     log_every: int = 20
+    progress_bar: bool = False
 
 
 def train_one_epoch(
@@ -89,7 +90,8 @@ def train_one_epoch(
     averages, clock = Averages(device), _Clock()
     batches = iter(batches)
     first = progress.epoch * steps_per_epoch
-    while progress.step < steps_per_epoch:
+    remaining = range(progress.step, steps_per_epoch)
+    for _ in progress_bar(remaining, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
         lr = optimization.lr(first + progress.step)
         weight_decay = optimization.weight_decay(first + progress.step)
         set_schedule(optimization.optimizer, lr=lr, weight_decay=weight_decay)

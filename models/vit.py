@@ -136,7 +136,9 @@ class VideoViT(nn.Module):
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, K) logits; (B, N, K) where final_reduction is "none"."""
-        return self.head(self.fc_dropout(self.forward_features(video)))
+        x = self.fc_dropout(self.forward_features(video))
+        with torch.autocast(x.device.type, enabled=False):  # logits in half precision would tie
+            return self.head(x.float())
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beyond the 1-D ones."""

@@ -199,7 +199,7 @@ def _output_flags(parser: Parser) -> None:
     add("--output_dir", None, "folder for checkpoints, logs and results", required=True)
     add("--log_dir", None, "folder for TensorBoard events (default: --output_dir)")
     _switch(group, "auto_resume", "continue from --output_dir/checkpoint-last if there is one")
-    add("--resume", "", "continue from this checkpoint-last folder instead", metavar="DIR")
+    add("--resume", "", "start from this checkpoint-last folder if --output_dir has none", metavar="DIR")
     add("--start_epoch", 0, "epoch a fresh run starts at")
     _switch(group, "save_ckpt", "write checkpoints")
     add("--save_ckpt_freq", 0, "keep checkpoint-<epoch>.pth every N epochs; 0: of the last only", metavar="N")

@@ -49,7 +49,8 @@ def process_group(device: str, timeout: timedelta = timedelta(minutes=30)) -> It
     if device == "cuda":
         torch.cuda.set_device(own)
     if launched:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+        backend, bound = ("nccl", own) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound)
     try:
         yield Process(rank, local_rank, world_size, own)
     finally:

@@ -18,12 +18,21 @@ def setup_logging(rank: int) -> logging.Logger:
     """The logger "tad": everything of rank 0, errors of the others, which name their rank."""
     logger = logging.getLogger("tad")
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _AboveBar() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
     logger.propagate = False
     return logger
+
+
+class _AboveBar(logging.Handler):
+    """Lines that do not tear the progress bar of the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stdout)
 
 
 class Averages:
@@ -126,7 +135,7 @@ class TensorBoard:
             self._writer.close()
 
 
-def progress_bar(iterable: Iterable, *, total: int, description: str, enabled: bool = True) -> Any:
+def progress_bar(iterable: Iterable, *, description: str, total: int | None = None, enabled: bool = True) -> Iterable:
     """tqdm on a terminal, the plain iterable elsewhere (a log file gets lines instead)."""
     if not (enabled and sys.stdout.isatty()):
         return iterable

@@ -1,8 +1,10 @@
+import io
 import json
+import sys
 
 import torch
 
-from utils.logging import Averages, append_json_line, drop_epochs_from
+from utils.logging import Averages, append_json_line, drop_epochs_from, progress_bar, setup_logging
 
 
 def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
@@ -28,3 +30,22 @@ def test_averages_are_exact_and_read_late():
     assert averages.read_window() == {"loss": 3.0}
     averages.update({"loss": torch.tensor(7.0)})
     assert averages.read_window() == {"loss": 7.0} and averages.read_total() == {"loss": 4.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    items = [1, 2, 3]
+    assert progress_bar(items, description="epoch 0") is items
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert progress_bar(items, description="epoch 0", enabled=False) is items
+    logger = setup_logging(rank=0)
+    for item in progress_bar(iter(items), total=3, description="epoch 0"):
+        logger.info(f"item {item}")
+    shown = sys.stdout.getvalue()
+    assert "epoch 0:" in shown and "/3" in shown and "item 2\n" in shown
+    monkeypatch.undo()
+    setup_logging(rank=0)
