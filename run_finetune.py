@@ -4,13 +4,13 @@ One GPU, or the CPU where there is none (defaults are the published recipe for t
     python run_finetune.py --model vit_small_patch16_224 --finetune videomae_s_k400.pth \\
         --data_set DoTA --data_path /data/DoTA --output_dir runs/videomae_s_dota
 
-One machine, N GPUs (the total batch stays 56; --total_batch_size must divide by N):
+One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see jobs/finetune/):
     torchrun --standalone --nproc_per_node=N run_finetune.py ...the same flags...
 
-Several machines, on each of them (Slurm: see jobs/finetune/):
+Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_finetune.py ...
 
-Evaluate a checkpoint: the same flags with --eval, any number of processes:
+Evaluate a checkpoint: the same flags with --eval, on any number of processes:
     python run_finetune.py --eval --model vit_small_patch16_224 --data_set DoTA --data_path /data/DoTA \\
         --finetune runs/videomae_s_dota/checkpoint-best_auroc.pth --output_dir runs/videomae_s_dota/eval
 
@@ -19,7 +19,8 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 
 import sys
 
-from utils.config import ConfigError, differing, finetune_parser, split_batch, write_run_record
+from utils.config import ConfigError, config_errors, split_batch, write_run_record
+from utils.flags import FREE_ON_RESUME, finetune_parser
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -29,8 +30,6 @@ import logging
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,27 +38,36 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, build_clips
+from datasets import DataError, build_clips
 from datasets.loader import ClipStream, EpochSampler, WindowDataset, checked, eval_loader, train_loader, window_batches
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
-from datasets.windows import WindowIndex
-from engine.checkpoint import find_last, load_last, restore, save_last, save_weights
+from datasets.windows import index_clips
+from engine.checkpoint import find_resume, restore, save_last, save_weights
 from engine.evaluate import (
     EvaluationError,
     Predictions,
     gather_predictions,
     score_windows,
+    summary,
     write_metrics,
     write_predictions,
 )
-from engine.finetune import FinetuneStep
+from engine.finetune import FinetuneObjective
 from engine.loop import Optimization, Progress, Reporting, TrainingError, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import build_optimizer, cosine, parameter_groups
 from engine.plots import evaluation_figures, save_figures
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
-from utils.distributed import Process, broadcast, data_parallel, local_main_first, process_group, seed_everything
+from utils.distributed import (
+    Process,
+    barrier,
+    broadcast,
+    data_parallel,
+    local_main_first,
+    process_group,
+    seed_everything,
+)
 from utils.logging import TensorBoard, append_json_line, drop_epochs_from, progress_bar, setup_logging
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -81,10 +89,37 @@ def main(args: Namespace) -> None:
             train(args, process)
 
 
+def resolve(args: Namespace, world_size: int) -> None:
+    """Replace what was left open by the value it stands for, so that args.json holds what was used."""
+    with config_errors():
+        defaults = model_defaults(args.model)
+    for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+    args.log_dir = args.log_dir or args.output_dir
+    args.pin_mem = args.pin_mem and args.device == "cuda"
+    if args.eval:
+        return
+    args.lr = defaults.finetune_lr if args.lr is None else args.lr
+    args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    args.stop_epoch = args.epochs if args.stop_epoch is None else args.stop_epoch
+    if not args.start_epoch < args.stop_epoch <= args.epochs:
+        raise ConfigError(
+            f"--start_epoch {args.start_epoch} < --stop_epoch {args.stop_epoch} <= --epochs {args.epochs} must hold"
+        )
+    args.batch_size, args.total_batch_size = split_batch(
+        args.total_batch_size, args.batch_size, world_size=world_size, update_freq=args.update_freq
+    )
+
+
 def train(args: Namespace, process: Process) -> None:
     """The fine-tuning recipe, top to bottom."""
     output_dir = Path(args.output_dir)
-    saved = find_resume(args)
+    resumed = find_resume(
+        output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
+    )
+    barrier()  # every rank has looked at the folder before it changes
     if process.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_run_record(output_dir / "args.json", vars(args), process.world_size)
@@ -92,56 +127,55 @@ def train(args: Namespace, process: Process) -> None:
     loader, sampler = training_data(args, process)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
-    model = build_model(args, process, pretrained=saved is None)
+    model = build_model(args, process, pretrained=resumed is None)
     if args.freeze_layers is not None:
         with config_errors():
             model.freeze_blocks(args.freeze_layers)
-    if saved:
-        model.load_state_dict(saved["model"])
-    wrapped = data_parallel(model, process)
+    ddp_model = data_parallel(model, process)
+    defaults = model_defaults(args.model)
+    to_input = ToModelInput(defaults.mean, defaults.std, args.remode)
+    objective = FinetuneObjective(LOSSES[args.loss], to_input, process.device)
+
     steps_per_epoch = sampler.steps_per_epoch
     optimization = build_optimization(args, process, model, steps_per_epoch)
     progress = Progress(epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf))
-    if saved:
-        restore(saved, optimization, progress)
-        logger.info(f"continuing at epoch {progress.epoch}, step {progress.step}; best so far {progress.best}")
+    if resumed:
+        restore(resumed, model, optimization, progress, process.rank)
+        logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     if process.is_main:
         drop_epochs_from(output_dir / "log.txt", progress.epoch)
+    eval_model = optimization.ema.module if optimization.ema else model
 
-    defaults = model_defaults(args.model)
-    step = FinetuneStep(LOSSES[args.loss], ToModelInput(defaults.mean, defaults.std, args.remode), process.device)
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
     reporting = Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main)
-    kept = optimization.ema.module if optimization.ema else model  # what is evaluated and written
     while progress.epoch < args.stop_epoch:
         started = time.perf_counter()
-        if progress.step < steps_per_epoch:
+        if progress.step < steps_per_epoch:  # else a kill during the evaluation left a trained epoch behind
             sampler.set_epoch(progress.epoch, progress.step)
             progress.means = train_one_epoch(
-                wrapped,
+                ddp_model,
                 checked(loader),
-                step,
+                objective,
                 optimization,
                 progress,
                 reporting,
                 steps_per_epoch=steps_per_epoch,
                 device=process.device,
             )
-            if args.save_ckpt:  # a kill during the evaluation costs no training
-                save_last(output_dir, model, optimization, progress, record=vars(args))
+            save_run(args, model, optimization, progress)
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()}
         if validation:
-            metrics = validation.run(kept, tensorboard, (progress.epoch + 1) * steps_per_epoch)
-            keep_best(args, process, kept, metrics, progress)
+            metrics = validation.evaluate(eval_model, tensorboard, (progress.epoch + 1) * steps_per_epoch)
+            save_best(args, process, eval_model, metrics, progress)
             record |= {f"val_{k}": v for k, v in metrics.items()}
         if process.is_main:
             append_json_line(output_dir / "log.txt", record | {"seconds": round(time.perf_counter() - started, 1)})
-        keep_epoch(args, process, kept, progress.epoch)
+        save_epoch(args, process, eval_model, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, 0
-        if args.save_ckpt:
-            save_last(output_dir, model, optimization, progress, record=vars(args))
+        save_run(args, model, optimization, progress)
     tensorboard.close()
-    logger.info(f"{progress.epoch} of {args.epochs} epochs done; best {progress.best}; results in {output_dir}")
+    best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done{f'; best {best}' * bool(best)}; see {output_dir}")
 
 
 def evaluate_checkpoint(args: Namespace, process: Process) -> None:
@@ -149,76 +183,37 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     output_dir = Path(args.output_dir)
     if (output_dir / "predictions.csv").exists():
         raise ConfigError(f"{output_dir}/predictions.csv exists: choose another --output_dir or remove it")
+    if process.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
     validation = Validation(args, process)
     predictions = validation.predict(build_model(args, process, pretrained=True, trained_head=True))
     if predictions is None:
         return
     metrics = predictions.metrics()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
-    write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     about = {
-        "checkpoint": args.finetune or None,
+        "checkpoint": args.finetune,
         "data_set": args.data_set,
         "split": args.eval_split,
         "clips": len(validation.clips),
         "clips_scored": int((validation.index.counts > 0).sum()),
         "frames": int(validation.index.frame_counts.sum()),
     }
+    write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     write_metrics(output_dir / "metrics.json", about | metrics)
     save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
     logger.info(summary(metrics))
     logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
-class Validation:
-    """The evaluation split, ready to score a model as often as asked."""
-
-    def __init__(self, args: Namespace, process: Process):
-        self.args, self.process = args, process
-        self.clips = build_clips(args.data_set, args.data_path, args.eval_split)
-        self.index = window_index(self.clips, args, args.sampling_rate_val)
-        defaults = model_defaults(args.model)
-        self.to_input = ToModelInput(defaults.mean, defaults.std)
-        self.stream = ClipStream(
-            self.clips,
-            self.index,
-            EvalTransform(args.input_size),
-            chunk_frames=args.eval_batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
-
-    def predict(self, model: nn.Module) -> Predictions | None:
-        """Scores of every window on rank 0, None on the others."""
-        args, device = self.args, self.process.device
-        if next(model.parameters()).device != device:  # an average kept on the CPU
-            model = copy.deepcopy(model).to(device)
-        loader = eval_loader(self.stream, num_workers=args.num_workers, pin_memory=pin_memory(args))
-        total = self.stream.num_chunks
-        chunks = progress_bar(loader, total=total, description="evaluation", enabled=self.process.is_main)
-        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device)
-        local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
-        return gather_predictions(local, self.index.locations(), lambda clip: self.clips[clip].labels)
-
-    def run(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
-        """Metrics, on every rank; scalars and figures to TensorBoard."""
-        predictions, metrics = self.predict(model), None
-        if predictions:
-            metrics = predictions.metrics()
-            logger.info(summary(metrics))
-            tensorboard.scalars("val", metrics, step)
-            tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
-        return broadcast(metrics)
-
-
 def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochSampler]:
     """Batches of augmented windows of the train split, and the sampler that orders them."""
     clips = build_clips(args.data_set, args.data_path, "train")
-    index = window_index(clips, args, args.sampling_rate)
     with config_errors():
+        index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
             args.input_size,
+            views=args.num_sample,
             aa=args.aa,
             interpolation=args.train_interpolation,
             short_side=args.train_short_side,
@@ -235,8 +230,52 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
     )
-    dataset = WindowDataset(clips, index, transform, seed=args.seed, views=args.num_sample)
-    return train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=pin_memory(args)), sampler
+    dataset = WindowDataset(clips, index, transform, seed=args.seed)
+    return train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem), sampler
+
+
+class Validation:
+    """The evaluation split, ready to score a model as often as asked."""
+
+    def __init__(self, args: Namespace, process: Process):
+        self.args, self.process = args, process
+        self.clips = build_clips(args.data_set, args.data_path, args.eval_split)
+        with config_errors():
+            self.index = index_clips(
+                self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
+            )
+        defaults = model_defaults(args.model)
+        self.to_input = ToModelInput(defaults.mean, defaults.std)
+        self.stream = ClipStream(
+            self.clips,
+            self.index,
+            EvalTransform(args.input_size),
+            chunk_frames=args.eval_batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+
+    def predict(self, model: nn.Module) -> Predictions | None:
+        """Scores of every window on rank 0, None on the others."""
+        args, device = self.args, self.process.device
+        if next(model.parameters()).device != device:  # an average kept on the CPU
+            model = copy.deepcopy(model).to(device)
+        loader = eval_loader(self.stream, num_workers=args.num_workers, pin_memory=args.pin_mem)
+        total = self.stream.num_chunks
+        chunks = progress_bar(loader, total=total, description="evaluation", enabled=self.process.is_main)
+        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device)
+        local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
+        return gather_predictions(local, self.index.locations(), lambda clip: self.clips[clip].labels)
+
+    def evaluate(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
+        """Metrics, on every rank; scalars and figures to TensorBoard."""
+        predictions, metrics = self.predict(model), None
+        if predictions:
+            metrics = predictions.metrics()
+            logger.info(summary(metrics))
+            tensorboard.scalars("val", metrics, step)
+            tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
+        return broadcast(metrics)
 
 
 def build_model(args: Namespace, process: Process, *, pretrained: bool, trained_head: bool = False) -> nn.Module:
@@ -257,7 +296,7 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool, trained_
     if pretrained and args.finetune:
         with local_main_first(process):  # one download per node
             path = fetch(args.finetune)
-        report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix)
+        report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix or "")
         logger.info(report)
         if trained_head and report.missing:
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")
@@ -276,7 +315,11 @@ def build_optimization(args: Namespace, process: Process, model: nn.Module, step
     lr, min_lr = args.lr * scale, args.min_lr * scale
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
-    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    if warmup_steps >= total_steps:
+        raise ConfigError(
+            f"the warm-up ({warmup_steps} steps) must be shorter than --epochs {args.epochs} ({total_steps} steps): "
+            "lower --warmup_epochs"
+        )
     logger.info(
         f"batch {args.total_batch_size} = {args.batch_size} windows x {process.world_size} processes x "
         f"{args.update_freq} passes; learning rate {lr:.4g} = {args.lr:g} x {args.total_batch_size} / 256, "
@@ -290,10 +333,11 @@ def build_optimization(args: Namespace, process: Process, model: nn.Module, step
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    decay, decay_end = args.weight_decay, args.weight_decay_end
     return Optimization(
         optimizer=optimizer,
         lr=lambda step: cosine(step, base=lr, final=min_lr, total_steps=total_steps, warmup_steps=warmup_steps),
-        weight_decay=lambda step: cosine(step, base=args.weight_decay, final=decay_end, total_steps=total_steps),
+        weight_decay=lambda step: cosine(step, base=decay, final=decay_end, total_steps=total_steps),
         accumulate=args.update_freq,
         clip_grad=args.clip_grad,
         dtype=DTYPES[args.precision],
@@ -302,74 +346,13 @@ def build_optimization(args: Namespace, process: Process, model: nn.Module, step
     )
 
 
-def resolve(args: Namespace, world_size: int) -> None:
-    """Replace every None by the value it stands for, so that args.json holds what was used."""
-    with config_errors():
-        defaults = model_defaults(args.model)
-    for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
-    if args.lr is None:
-        args.lr = defaults.finetune_lr
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    args.batch_size, args.total_batch_size = split_batch(
-        args.total_batch_size, args.batch_size, world_size=world_size, update_freq=args.update_freq
-    )
-    args.eval_batch_size = args.eval_batch_size or 2 * args.batch_size
-    args.stop_epoch = args.epochs if args.stop_epoch is None else args.stop_epoch
-    args.log_dir = args.log_dir or args.output_dir
+def save_run(args: Namespace, model: nn.Module, optimization: Optimization, progress: Progress) -> None:
+    """Write checkpoint-last/."""
+    if args.save_ckpt:
+        save_last(args.output_dir, model, optimization, progress, record=vars(args))
 
 
-@contextmanager
-def config_errors() -> Iterator[None]:
-    """A value that models, transforms or optimizers refuse came from the command line."""
-    try:
-        yield
-    except ValueError as e:
-        raise ConfigError(str(e)) from e
-
-
-def pin_memory(args: Namespace) -> bool:
-    """Pinned memory is of use to CUDA alone."""
-    return args.pin_mem and args.device == "cuda"
-
-
-def find_resume(args: Namespace) -> dict | None:
-    """The state to continue from, if any. Raises ConfigError where it belongs to other arguments."""
-    folder = find_last(args.output_dir) if args.auto_resume else None
-    if folder is None and args.resume:  # after an interruption the run's own checkpoint is the later one
-        folder = Path(args.resume)
-        if not folder.is_dir():
-            raise ConfigError(f"--resume {folder}: no such folder; it takes a checkpoint-last folder")
-    if folder is None:
-        return None
-    saved = load_last(folder)
-    if changes := differing(saved["args"], vars(args)):
-        raise ConfigError(
-            f"{folder} was written with other arguments ({'; '.join(changes)}): "
-            "use those, another --output_dir, or --no_auto_resume to start over"
-        )
-    logger.info(f"resuming from {folder}")
-    return saved
-
-
-def window_index(clips: ClipTable, args: Namespace, stride: int) -> WindowIndex:
-    """The windows of a split; logs how many there are and which clips are too short for one."""
-    with config_errors():
-        index = WindowIndex(
-            clips.frame_counts, src_fps=clips.fps, num_frames=args.num_frames, view_fps=args.view_fps, stride=stride
-        )
-    split = f"{clips.name} {clips.split}"
-    logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
-    if len(short := index.short_clips):
-        names = ", ".join(clips[i].name for i in short[:5])
-        logger.warning(f"{split}: {len(short)} clips are shorter than a window and go unused: {names}")
-    if not len(index):
-        raise DataError(f"{split}: no clip is long enough for a window")
-    return index
-
-
-def keep_best(args: Namespace, process: Process, model: nn.Module, metrics: dict, progress: Progress) -> None:
+def save_best(args: Namespace, process: Process, model: nn.Module, metrics: dict, progress: Progress) -> None:
     """Write checkpoint-best_<metric>.pth for each metric that improved."""
     for name in BEST:
         if metrics[name] > progress.best[name]:
@@ -378,17 +361,11 @@ def keep_best(args: Namespace, process: Process, model: nn.Module, metrics: dict
                 save_weights(Path(args.output_dir, f"checkpoint-best_{name}.pth"), model)
 
 
-def keep_epoch(args: Namespace, process: Process, model: nn.Module, epoch: int) -> None:
+def save_epoch(args: Namespace, process: Process, model: nn.Module, epoch: int) -> None:
     """Write checkpoint-<epoch>.pth after the last epoch and every --save_ckpt_freq."""
     due = epoch + 1 == args.stop_epoch or (args.save_ckpt_freq and (epoch + 1) % args.save_ckpt_freq == 0)
     if due and args.save_ckpt and process.is_main:
         save_weights(Path(args.output_dir, f"checkpoint-{epoch}.pth"), model)
-
-
-def summary(metrics: dict[str, float]) -> str:
-    """The figures of the published tables, in percent."""
-    names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}
-    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  n {metrics['n']}"
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def read_metadata(root: str) -> dict[str, dict]:
         path = Path(root, "dataset", f"metadata_{subset}.json")
         if path.is_file():
             metadata |= _read_json(path)
+            if incomplete := [name for name, entry in metadata.items() if "anomaly_class" not in entry]:
+                raise DataError(f"{path}: clip {incomplete[0]} has no anomaly_class")
     return metadata
 
 
@@ -96,14 +98,14 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
     try:
         rows = sorted((int(Path(row["image_path"]).stem), int(row["accident_id"]) > 0) for row in annotation["labels"])
         ego, night = bool(annotation["ego_involve"]), bool(annotation["night"])
-        if metadata is not None:
-            category = metadata["anomaly_class"].split(":")[-1].strip()  # "ego: leave_to_right"
-        else:
-            category = CATEGORIES.get(annotation.get("accident_id"))
     except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{path}: not a DoTA annotation: {type(e).__name__}: {e}") from e
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
+    if metadata is not None:
+        category = metadata["anomaly_class"].split(":")[-1].strip()  # "ego: leave_to_right"
+    else:
+        category = CATEGORIES.get(annotation.get("accident_id"))
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),

@@ -10,7 +10,7 @@ how many workers or ranks there are.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from datasets.clips import ClipTable, DataError, smooth_labels
 from datasets.readers import open_clip
-from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.transforms import EvalTransform
 from datasets.windows import WindowIndex
 
 Key = tuple[int, int, int]  # (epoch, position in the epoch's order, window)
@@ -80,17 +80,22 @@ class EpochSampler(Sampler[list[Key]]):
 
 
 class WindowDataset(Dataset):
-    """Augmented training windows: (epoch, position, window) -> a dictionary of tensors with a leading axis of views.
+    """Training windows: (epoch, position, window) -> a dictionary of tensors with a leading axis of V views.
 
-    video uint8 (V, 3, num_frames, size, size); label int64, ttc and soft_label float32 (V,), of the last frame;
-    boxes int64 (V, count, 4) and seed int64 (V,) for random erasing; window int64 (V,).
-    A DataError is returned, not raised, so that the main process reports it instead of a worker's traceback.
+    What `transform(frames, rng)` returns, with window int64 (V,) and, of the last frame of a labelled clip, label
+    int64, ttc and soft_label float32 (V,). A DataError is returned, not raised, so that the main process reports it
+    instead of a worker's traceback.
     """
 
     def __init__(
-        self, clips: ClipTable, index: WindowIndex, transform: FinetuneTransform, *, seed: int, views: int = 1
+        self,
+        clips: ClipTable,
+        index: WindowIndex,
+        transform: Callable[[Iterable[Tensor], np.random.Generator], dict[str, Tensor]],
+        *,
+        seed: int,
     ):
-        self.clips, self.index, self.transform, self.seed, self.views = clips, index, transform, seed, views
+        self.clips, self.index, self.transform, self.seed = clips, index, transform, seed
 
     def __len__(self) -> int:
         return len(self.index)
@@ -101,21 +106,17 @@ class WindowDataset(Dataset):
         clip = self.clips[number]
         try:
             with open_clip(clip) as reader:
-                shrunk, width = self.transform.shrink(reader.frames(frames))
+                sample = self.transform(reader.frames(frames), np.random.default_rng([self.seed, epoch, position]))
         except DataError as e:
             return DataError(f"{clip.name}: {e}")
-        rng = np.random.default_rng([self.seed, epoch, position])
-        videos, boxes = zip(*(self.transform.augment(shrunk, width, rng) for _ in range(self.views)), strict=True)
-        ttc, last = clip.ttc, frames[-1]
-        return {
-            "video": torch.stack(videos),
-            "boxes": torch.stack(boxes),
-            "seed": torch.from_numpy(rng.integers(2**63, size=self.views)),
-            "label": torch.full((self.views,), int(clip.labels[last])),
-            "ttc": torch.full((self.views,), float(ttc[last])),
-            "soft_label": torch.full((self.views,), float(smooth_labels(clip.labels, ttc)[last])),
-            "window": torch.full((self.views,), window),
-        }
+        views = len(sample["video"])
+        sample["window"] = torch.full((views,), window)
+        if clip.labels is not None:
+            last, ttc = frames[-1], clip.ttc
+            sample["label"] = torch.full((views,), int(clip.labels[last]))
+            sample["ttc"] = torch.full((views,), float(ttc[last]))
+            sample["soft_label"] = torch.full((views,), float(smooth_labels(clip.labels, ttc)[last]))
+        return sample
 
 
 def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Tensor] | DataError:

@@ -6,13 +6,14 @@
             ...
 
 Pictures are decoded at full size by Pillow: the same pixels as OpenCV's, as fast as torchvision's decoder, which is
-deprecated since 0.29. A reader is opened where it is
-used, inside the worker process, and closed after the item: decord must not live through a fork (dmlc/decord#294).
+deprecated since 0.29. A reader is opened where it is used, inside the worker process, and closed after the item:
+decord must not live through a fork (dmlc/decord#294).
 """
 
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.clips import Clip, DataError
+
+# What a damaged zip or picture raises; SyntaxError is Pillow's, for a broken PNG.
+_UNREADABLE = (OSError, KeyError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 
 
 class Reader:

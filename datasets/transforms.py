@@ -31,7 +31,7 @@ DRIVING_OPS = [  # no solarise, posterise or translate: a street scene stays one
     "ShearY",
 ]
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
-INTERPOLATIONS = ("bilinear", "bicubic")
+INTERPOLATIONS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
 def resize_exact(frame: Tensor, size: int) -> Tensor:
@@ -72,6 +72,7 @@ class FinetuneTransform:
 
     Args:
         size: output height and width in pixels.
+        views: augmented views of each clip.
         aa: RandAugment policy "rand-m<magnitude 0..10>-n<ops>-mstd<std of the magnitude>", or "none".
         interpolation: of RandAugment's rotations and shears, one of INTERPOLATIONS.
         short_side: resize frames to this short side first; 0 keeps them. Padding is the same share either way.
@@ -85,6 +86,7 @@ class FinetuneTransform:
         self,
         size: int,
         *,
+        views: int = 1,
         aa: str = "rand-m6-n3-mstd0.5-inc1",
         interpolation: str = "bicubic",
         short_side: int = 0,
@@ -92,9 +94,19 @@ class FinetuneTransform:
         erase_count: int = 1,
         erase_max_area: float = 0.1,
     ):
-        self.size, self.short_side = size, short_side
+        self.size, self.views, self.short_side = size, views, short_side
         self.erase_prob, self.erase_count, self.erase_max_area = erase_prob, erase_count, erase_max_area
         self.rand_augment = None if aa == "none" else rand_augment(aa, interpolation)
+
+    def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Frames uint8 (H, W, 3), one at a time -> tensors with a leading axis of V views.
+
+        video uint8 (V, 3, T, size, size); boxes int64 (V, erase_count, 4) and seed int64 (V,) for `ToModelInput`.
+        """
+        shrunk, width = self.shrink(frames)
+        videos, boxes = zip(*(self.augment(shrunk, width, rng) for _ in range(self.views)), strict=True)
+        seeds = torch.from_numpy(rng.integers(2**63, size=self.views))
+        return {"video": torch.stack(videos), "boxes": torch.stack(boxes), "seed": seeds}
 
     def shrink(self, frames: Iterable[Tensor]) -> tuple[Tensor, int]:
         """Frames uint8 (H, W, 3) -> (uint8 (T, H', size, 3), W'): H' x W' is the size after `short_side`.
@@ -142,6 +154,8 @@ def rand_augment(policy: str, interpolation: str):
     """
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
     head, *parts = policy.split("-")
     pairs = [re.fullmatch(r"(m|n|mstd|inc)(\d+(?:\.\d+)?)", part) for part in parts]
     if head != "rand" or not all(pairs):
@@ -152,7 +166,7 @@ def rand_augment(policy: str, interpolation: str):
         raise ValueError(f"--aa {policy!r}: the magnitude goes from 0 to 10 and at least one operation is drawn")
     hparams = {
         "img_mean": (128, 128, 128),  # fills the corners of rotations and shears
-        "interpolation": Image.BICUBIC if interpolation == "bicubic" else Image.BILINEAR,
+        "interpolation": INTERPOLATIONS[interpolation],
         "magnitude_std": values.get("mstd", 0.0),
     }
     return RandAugment(rand_augment_ops(magnitude=magnitude, hparams=hparams, transforms=DRIVING_OPS), layers)

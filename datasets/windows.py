@@ -1,8 +1,13 @@
 """Which frames make sample i: window arithmetic in O(clips) memory, without lists of windows."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
+
+from datasets.clips import ClipTable, DataError
+
+logger = logging.getLogger("tad")
 
 
 class WindowIndex:
@@ -86,3 +91,19 @@ class WindowIndex:
     def short_clips(self) -> np.ndarray:
         """Numbers of the clips too short for a single window."""
         return np.flatnonzero(self.counts == 0)
+
+
+def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: int) -> WindowIndex:
+    """The WindowIndex of a table; logs how many windows there are and which clips are too short for one.
+
+    Raises DataError where none is long enough, ValueError for a number that is not positive.
+    """
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
+    split = f"{clips.name} {clips.split}"
+    logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
+    if len(short := index.short_clips):
+        names = ", ".join(clips[i].name for i in short[:5])
+        logger.warning(f"{split}: {len(short)} clips are shorter than a window and go unused: {names}")
+    if not len(index):
+        raise DataError(f"{split}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
+    return index

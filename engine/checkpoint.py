@@ -13,20 +13,21 @@ A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, a
 rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them.
 """
 
+import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from engine.loop import Optimization, Progress
+from utils.config import ConfigError, differing
 from utils.distributed import gather
 from utils.files import replaced, sync
 
@@ -35,12 +36,38 @@ _STATE = "state.pth"
 
 
 def find_last(output_dir: str | Path) -> Path | None:
-    """The folder to resume from, or None. Every rank may call it."""
+    """The checkpoint-last folder of a run, or None."""
     for name in (LAST, f"{LAST}.old"):
         folder = Path(output_dir, name)
         if (folder / _STATE).is_file():
             return folder
     return None
+
+
+def find_resume(
+    output_dir: str | Path, *, auto_resume: bool, resume: str | None, record: Mapping[str, Any], free: Set[str]
+) -> dict[str, Any] | None:
+    """The state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
+
+    record: the arguments of this run. Those of the run that is continued, or that output_dir belongs to, must equal
+    them but for the names in `free`; without auto_resume, output_dir must not hold a run. Raises ConfigError.
+    """
+    folder, origin = find_last(output_dir) if auto_resume else None, Path(output_dir, "args.json")
+    if origin.exists() and not auto_resume:
+        raise ConfigError(f"{output_dir} holds a run: choose another --output_dir, remove it, or leave auto_resume on")
+    if folder is None and resume:
+        folder = Path(resume)
+        if not (folder / _STATE).is_file():
+            raise ConfigError(f"--resume {resume}: no {_STATE} in it; it takes a checkpoint-last folder")
+    state = load_last(folder) if folder else None
+    if state or origin.exists():
+        known = state["args"] if state else json.loads(origin.read_text())["args"]
+        if changes := differing(known, record, free):
+            raise ConfigError(
+                f"{folder or output_dir} belongs to a run with other arguments ({'; '.join(changes)}): "
+                "use those or another --output_dir"
+            )
+    return state
 
 
 def save_last(
@@ -82,12 +109,19 @@ def save_last(
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint-last/ folder, on the CPU; "model" and "args" are the caller's to use."""
-    return torch.load(Path(folder, _STATE), map_location="cpu", weights_only=True)
+    """The state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read."""
+    path = Path(folder, _STATE)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
+        raise ConfigError(f"{path} is damaged ({str(e).splitlines()[0][:120]}); remove its folder to start over") from e
 
 
-def restore(state: Mapping[str, Any], optimization: Optimization, progress: Progress) -> None:
-    """Set optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place."""
+def restore(
+    state: Mapping[str, Any], model: nn.Module, optimization: Optimization, progress: Progress, rank: int
+) -> None:
+    """Set model, optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place."""
+    model.load_state_dict(state["model"])
     optimization.optimizer.load_state_dict(state["optimizer"])
     if optimization.scaler:
         optimization.scaler.load_state_dict(state["scaler"])
@@ -95,13 +129,12 @@ def restore(state: Mapping[str, Any], optimization: Optimization, progress: Prog
         optimization.ema.module.load_state_dict(state["model_ema"])
     for field in fields(progress):
         setattr(progress, field.name, state[field.name])
-    rank = dist.get_rank() if dist.is_initialized() else 0
     if rank < len(state["rng"]):  # a rank that did not exist keeps its fresh seed
         _restore_rng(state["rng"][rank])
 
 
 def save_weights(path: str | Path, model: nn.Module) -> None:
-    """Write the state dict of an unwrapped model, flat, on the CPU's memory layout, in one rename."""
+    """Write the state dict of an unwrapped model, flat, on the CPU, in one rename."""
     with replaced(path) as temporary:
         torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, temporary)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,12 @@ def gather_predictions(
     order = np.lexsort((frame, clip))
     clip, frame, logits = clip[order], frame[order], logits[order]
     if not (np.array_equal(clip, expected[0]) and np.array_equal(frame, expected[1])):
-        raise EvaluationError(f"scored {len(clip)} windows that are not the {len(expected[0])} expected ones")
+        scored, wanted = (Counter(zip(*(a.tolist() for a in pair), strict=True)) for pair in ((clip, frame), expected))
+        odd = min((scored - wanted) + (wanted - scored))
+        raise EvaluationError(
+            f"scored {len(clip)} windows for {len(expected[0])} expected; the first that is missing, double or "
+            f"foreign is clip {odd[0]}, frame {odd[1]}"
+        )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
         raise EvaluationError(f"{len(broken)} of {len(clip)} windows have NaN or infinite logits; use --precision fp32")
     label = np.concatenate([np.asarray(labels(c))[frame[clip == c]] for c in np.unique(clip)]).astype(np.int64)
@@ -129,3 +135,9 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
     """metrics.json; what is undefined is null."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(jsonable(metrics), indent=2) + "\n")
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """The figures of the published tables, in percent, on one line."""
+    names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}
+    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  n {metrics['n']}"

@@ -1,4 +1,4 @@
-"""The fine-tuning step: a batch of augmented windows -> loss and statistics."""
+"""The fine-tuning objective: a batch of augmented windows -> loss and statistics."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from engine.losses import Targets
 
 
-class FinetuneStep:
-    """Called by `engine.loop` as step(model, batch) -> (loss, statistics).
+class FinetuneObjective:
+    """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
     Args:
         loss: one of engine.losses.LOSSES.

@@ -1,6 +1,7 @@
 """One epoch of training, for any objective.
 
-Nothing in the loop waits for the device: statistics add up there and are read every `log_every` steps.
+Nothing in the loop waits for the device (but GradScaler's overflow check, under fp16): statistics add up there and are
+read every `log_every` steps.
 """
 
 import logging
@@ -19,7 +20,9 @@ from engine.optim import set_schedule
 from utils.logging import Averages, TensorBoard, progress_bar
 
 logger = logging.getLogger("tad")
-Step = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+# (model, batch) -> (loss, statistics with "loss" among them)
+Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class TrainingError(RuntimeError):
@@ -70,7 +73,7 @@ class Reporting:
 def train_one_epoch(
     model: nn.Module,
     batches: Iterable,
-    compute: Step,
+    objective: Objective,
     optimization: Optimization,
     progress: Progress,
     reporting: Reporting,
@@ -82,85 +85,86 @@ def train_one_epoch(
 
     Args:
         model: as wrapped (DDP or not). batches: the remaining ones of the epoch, `accumulate` for each step.
-        compute: the objective's step function.
 
-    Returns epoch means over all ranks. Raises TrainingError where the loss is not finite.
+    Returns the means of the objective's statistics and of grad_norm over these steps and all ranks. Raises
+    TrainingError where the loss is not finite.
     """
     model.train()
     averages, clock = Averages(device), _Clock()
-    batches = iter(batches)
-    first = progress.epoch * steps_per_epoch
-    remaining = range(progress.step, steps_per_epoch)
-    for _ in progress_bar(remaining, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
-        lr = optimization.lr(first + progress.step)
-        weight_decay = optimization.weight_decay(first + progress.step)
+    batches = clock.waiting_for(batches)
+    before = progress.epoch * steps_per_epoch
+    steps = range(progress.step, steps_per_epoch)
+    for step in progress_bar(steps, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
+        lr, weight_decay = optimization.lr(before + step), optimization.weight_decay(before + step)
         set_schedule(optimization.optimizer, lr=lr, weight_decay=weight_decay)
-        _optimizer_step(model, batches, compute, optimization, averages, clock, device, first + progress.step)
+        averages.update(_optimizer_step(model, batches, objective, optimization, device))
+        if optimization.ema:
+            optimization.ema.update(getattr(model, "module", model), step=before + step)
         progress.step += 1
         clock.steps += 1
         if progress.step % reporting.log_every == 0 or progress.step == steps_per_epoch:
             means = averages.read_window()
             if not math.isfinite(means["loss"]):
                 raise TrainingError(
-                    f"the loss became {means['loss']} between steps {first + progress.step - clock.steps} and "
-                    f"{first + progress.step}; try a lower --lr, --clip_grad 1 or --precision fp32"
+                    f"epoch {progress.epoch}: the loss became {means['loss']} between steps "
+                    f"{progress.step - clock.steps} and {progress.step}; try a lower --lr, --clip_grad 1 or "
+                    "--precision fp32"
                 )
-            _report(means, {"lr": lr, "weight_decay": weight_decay}, clock, progress, steps_per_epoch, reporting)
-            clock = _Clock()
+            _report(means | {"lr": lr}, weight_decay, clock, progress, steps_per_epoch, reporting)
+            clock.restart()
     return averages.read_total()
 
 
 def _optimizer_step(
-    model: nn.Module,
-    batches: Iterator,
-    compute: Step,
-    optimization: Optimization,
-    averages: Averages,
-    clock: "_Clock",
-    device: torch.device,
-    number: int,
-) -> None:
-    optimizer, scaler = optimization.optimizer, optimization.scaler
-    sums: dict[str, torch.Tensor] = {}
-    for micro in range(optimization.accumulate):
-        asked = time.perf_counter()
+    model: nn.Module, batches: Iterator, objective: Objective, optimization: Optimization, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Forward and backward passes, then one step; the means of the statistics over the passes, and grad_norm."""
+    optimizer, scaler, passes = optimization.optimizer, optimization.scaler, optimization.accumulate
+    means: dict[str, torch.Tensor] = {}
+    for i in range(passes):
         batch = next(batches)
-        clock.data_seconds += time.perf_counter() - asked
-        last = micro == optimization.accumulate - 1
+        last = i == passes - 1
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
             with torch.autocast(device.type, optimization.dtype, enabled=optimization.dtype != torch.float32):
-                loss, statistics = compute(model, batch)
-            loss = loss / optimization.accumulate
+                loss, statistics = objective(model, batch)
+            loss = loss / passes
             (scaler.scale(loss) if scaler else loss).backward()
         for name, value in statistics.items():
-            sums[name] = sums.get(name, 0) + value.detach() / optimization.accumulate
+            means[name] = means.get(name, 0) + value.detach() / passes
     if scaler:
         scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, optimization.clip_grad or math.inf)
+    means["grad_norm"] = nn.utils.clip_grad_norm_(trained, optimization.clip_grad or math.inf)
     if scaler:
         scaler.step(optimizer)
         scaler.update()
     else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if optimization.ema:
-        optimization.ema.update(getattr(model, "module", model), step=number)
-    averages.update(sums)
+    return means
 
 
-@dataclass
 class _Clock:
-    """Wall time, steps and seconds spent waiting for data since the last report."""
+    """Wall time, steps and seconds spent waiting for data since the last restart."""
 
-    start: float = field(default_factory=time.perf_counter)
-    data_seconds: float = 0.0
-    steps: int = 0
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting_for(self, batches: Iterable) -> Iterator:
+        """Pass batches on, counting the time each took to come."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.data_seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
 
 def _report(
     means: dict[str, float],
-    schedule: dict[str, float],
+    weight_decay: float,
     clock: _Clock,
     progress: Progress,
     steps_per_epoch: int,
@@ -174,8 +178,8 @@ def _report(
     if torch.cuda.is_available():
         performance["mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
     step = progress.epoch * steps_per_epoch + progress.step
-    reporting.tensorboard.scalars("train", means | schedule, step)
+    reporting.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, step)
     reporting.tensorboard.scalars("perf", performance, step)
-    eta = seconds / clock.steps * (steps_per_epoch - progress.step)
-    numbers = "  ".join(f"{k} {v:.4g}" for k, v in (means | schedule | performance).items() if k != "weight_decay")
-    logger.info(f"epoch {progress.epoch}  step {progress.step}/{steps_per_epoch}  eta {eta / 60:.1f} min  {numbers}")
+    left = seconds / clock.steps * (steps_per_epoch - progress.step)
+    numbers = "  ".join(f"{k} {v:.4g}" for k, v in (means | performance).items())
+    logger.info(f"epoch {progress.epoch}  step {progress.step}/{steps_per_epoch}  {left / 60:.1f} min left  {numbers}")

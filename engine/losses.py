@@ -6,6 +6,7 @@ a frame, p = exp(-CE) the probability of its true class.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
 
 
 def focal(logits: Tensor, targets: Targets, *, gamma: float, weights: tuple[float, float]) -> Tensor:
-    """Mean of w_label (1 - p)^gamma CE, after arXiv:1708.02002; p comes from the unweighted CE."""
+    """Mean of weights[label] (1 - p)^gamma CE, after arXiv:1708.02002; p comes from the unweighted CE."""
     ce = F.cross_entropy(logits, targets.label, reduction="none")
     weight = logits.new_tensor(weights)[targets.label]
     return (weight * (1 - torch.exp(-ce)) ** gamma * ce).mean()
@@ -58,16 +59,12 @@ def exponential(logits: Tensor, targets: Targets, *, before: float = 0.1, after:
     return (weight * F.cross_entropy(logits, targets.label, reduction="none")).mean()
 
 
-def _focal(scale: float, gamma: float, safe: float, risk: float) -> Callable[[Tensor, Targets], Tensor]:
-    return lambda logits, targets: focal(logits, targets, gamma=gamma, weights=(scale * safe, scale * risk))
-
-
 LOSSES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
     "crossentropy": cross_entropy,
-    "focal": _focal(1, 2, 0.75, 0.75),
-    "focal6x100": _focal(100, 6, 0.75, 0.75),
-    "focal2_6": _focal(50, 6, 0.40, 0.60),
-    "focal2_2": _focal(10, 2, 0.40, 0.60),
+    "focal": partial(focal, gamma=2, weights=(0.75, 0.75)),
+    "focal6x100": partial(focal, gamma=6, weights=(75.0, 75.0)),  # 100 x 0.75
+    "focal2_6": partial(focal, gamma=6, weights=(20.0, 30.0)),  # 50 x (0.4, 0.6)
+    "focal2_2": partial(focal, gamma=2, weights=(4.0, 6.0)),  # 10 x (0.4, 0.6)
     "smoothap": pairwise_hinge,
     "exponential1": exponential,
     "2bce": soft_binary,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 THRESHOLDS = np.arange(0.0, 1.001, 0.01)
-_HALF = 50  # THRESHOLDS[50] is exactly 0.5
+HALF = 50  # THRESHOLDS[50] is exactly 0.5
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def frame_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     fpr, tpr = roc_curve(scores, labels)
     precision, recall = precision_recall_curve(scores, labels)
     mcc = curve.mcc
-    tp, fp, fn, tn = (int(x[_HALF]) for x in (curve.tp, curve.fp, curve.fn, curve.tn))
+    tp, fp, fn, tn = (int(x[HALF]) for x in (curve.tp, curve.fp, curve.fn, curve.tn))
     n, n_pos = tp + fp + fn + tn, tp + fn
     p, r = _ratio(tp, tp + fp), _ratio(tp, n_pos)
     return {
@@ -97,7 +97,7 @@ def frame_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "auc_mcc": float(np.trapezoid(mcc, THRESHOLDS)),
         "mcc_max": float(mcc.max()),
         "mcc_max_threshold": round(float(THRESHOLDS[mcc.argmax()]), 2),
-        "mcc_05": float(mcc[_HALF]),
+        "mcc_05": float(mcc[HALF]),
         "accuracy": (tp + tn) / n,
         "precision": p,
         "recall": r,

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.metrics import THRESHOLDS, precision_recall_curve, roc_curve, threshold_curve
-
-matplotlib.use("Agg")  # no display on a cluster
+from engine.metrics import HALF, THRESHOLDS, precision_recall_curve, roc_curve, threshold_curve
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, "matplotlib.axes.Axes"]:
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.5, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -38,8 +36,7 @@ def evaluation_figures(scores: np.ndarray, labels: np.ndarray, metrics: dict[str
     axes.set(xlim=(0, 1))
 
     confusion, axes = _axes("Frames at threshold 0.5", "predicted", "labelled")
-    half = len(THRESHOLDS) // 2
-    counts = np.array([[curve.tn[half], curve.fp[half]], [curve.fn[half], curve.tp[half]]])
+    counts = np.array([[curve.tn[HALF], curve.fp[HALF]], [curve.fn[HALF], curve.tp[HALF]]])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):

@@ -2,8 +2,8 @@
 
 A published file differs from our module in four ways only: a wrapper around the state dict (`model`, `module`, ...),
 prefixes (`_orig_mod.`, `module.`, `encoder.`, `backbone.`), the name of the final norm (`encoder.norm`, `norm`,
-`fc_norm`), and tensors of the pre-training task. Both sides' keys are brought to one canonical form and matched;
-what the file has beyond the model must be named by a rule of its dialect, and all the model lacks is the head.
+`fc_norm`), and tensors of the pre-training task. The keys of both sides are brought to one canonical form and matched;
+what the file has beyond the model must be named by a rule of its dialect, and all the model may lack is the head.
 """
 
 import argparse
@@ -29,14 +29,15 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one kind of published file is recognised, and which of its keys are left out on purpose.
+    """How one kind of published file is recognised and read.
 
-    marks: a pattern at least one key matches in full. ignored: patterns of whole keys; a key that none of them
-    matches and that the model lacks is an error.
+    marks: a pattern that at least one key matches in full. prefix: what stands before the encoder's keys.
+    ignored: patterns of whole keys that are left out on purpose where the model has no place for them.
     """
 
     name: str
     marks: str
+    prefix: str = ""
     ignored: tuple[str, ...] = ()
 
 
@@ -45,6 +46,7 @@ DIALECTS = (
     Dialect(
         "VideoMAE pre-training",
         marks=r"encoder\.blocks\.\d+\..+",
+        prefix="encoder.",
         ignored=(
             r"mask_token",
             r"encoder_to_decoder\.weight",
@@ -52,8 +54,10 @@ DIALECTS = (
             r"decoder\.(norm|head)\.(weight|bias)",
         ),
     ),
-    Dialect("fine-tuned Video ViT", marks=r"blocks\.\d+\..+", ignored=(r"head\.(weight|bias)",)),
+    Dialect("Video ViT", marks=r"blocks\.\d+\..+", ignored=(r"head\.(weight|bias)",)),
+    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix="backbone."),
 )
+_OWN_PREFIX = "encoder."  # of our masked autoencoder; the classifier has none
 
 
 @dataclass(frozen=True)
@@ -184,21 +188,37 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
 # Keys
 
 
-def _strip_wrappers(key: str) -> str:
-    return re.sub(r"^((module|_orig_mod)\.)+", "", key)
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: its key there, and the key without wrappers' prefixes."""
+
+    key: str
+    bare: str
+    tensor: Tensor
 
 
-def _canonical(key: str) -> str:
-    """One name for the same tensor in every dialect: no encoder prefix, the final norm called `norm`."""
-    return re.sub(r"^fc_norm\.", "norm.", re.sub(r"^(encoder|backbone)\.", "", key))
+def _canonical(key: str, prefix: str) -> str:
+    """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
+    return re.sub(r"^fc_norm\.", "norm.", key.removeprefix(prefix))
 
 
-def _recognise(keys: Iterable[str], path: str) -> Dialect:
-    keys = list(keys)
+def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[_Entry]:
+    """The file's tensors under model_prefix; the others go to reasons."""
+    entries = []
+    for key, tensor in checkpoint.state.items():
+        bare = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+        if bare.startswith(model_prefix):
+            entries.append(_Entry(key, bare.removeprefix(model_prefix), tensor))
+        else:
+            reasons[key] = f"outside {model_prefix}*"
+    return entries
+
+
+def _recognise(entries: list[_Entry], path: str) -> Dialect:
     for dialect in DIALECTS:
-        if any(re.fullmatch(dialect.marks, key) for key in keys):
+        if any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
             return dialect
-    raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {_brief(keys)}")
+    raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {_brief(e.bare for e in entries)}")
 
 
 def _architecture(shapes: dict[str, tuple[int, ...]]) -> tuple:
@@ -212,21 +232,11 @@ def _describe(architecture: tuple) -> str:
     names = []
     for name in list_models():
         with torch.device("meta"):
-            candidate = create_model(name)
-        if _architecture({_canonical(k): tuple(v.shape) for k, v in candidate.state_dict().items()}) == architecture:
+            state = create_model(name).state_dict()
+        if _architecture({_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in state.items()}) == architecture:
             names.append(name)
     embed, depth = architecture
     return " or ".join(names) or f"a model of {depth} blocks with patch_embed.proj.weight of shape {embed}"
-
-
-def _index(keys: Iterable[str], path: str) -> dict[str, str]:
-    """{canonical key: key}. Raises CheckpointError where two keys mean the same tensor."""
-    index: dict[str, str] = {}
-    for key in keys:
-        other = index.setdefault(_canonical(key), key)
-        if other != key:
-            raise CheckpointError(f"{path}: {other} and {key} both stand for {_canonical(key)}")
-    return index
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,69 +254,74 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
         model_prefix: take the keys under this prefix alone, e.g. "student."; the others are reported as ignored.
 
     Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
-    of another shape, a key that nothing accounts for.
+    of another shape, a key that nothing accounts for. The model is untouched then.
     """
     checkpoint = read_checkpoint(path, model_key)
-    reasons: dict[str, str] = {}
-    origin: dict[str, str] = {}  # stripped key -> the file's key
-    for key in checkpoint.state:
-        stripped = _strip_wrappers(key)
-        if stripped.startswith(model_prefix):
-            origin[stripped.removeprefix(model_prefix)] = key
-        else:
-            reasons[key] = f"outside {model_prefix}*"
-    dialect = _recognise(origin, path)
+    reasons: dict[str, str] = {}  # of each key that is ignored
+    entries = _entries(checkpoint, model_prefix, reasons)
+    dialect = _recognise(entries, path)
+    source: dict[str, _Entry] = {}  # by canonical key, as is `target`
+    for entry in entries:
+        other = source.setdefault(_canonical(entry.bare, dialect.prefix), entry)
+        if other is not entry:
+            raise CheckpointError(f"{path}: {other.key} and {entry.key} both stand for the same tensor; one must go")
+    state = model.state_dict()
+    target = {_canonical(key, _OWN_PREFIX): key for key in state}
 
-    own = model.state_dict()
-    own_index, file_index = _index(own, path), _index(origin, path)
-    tensors = {c: checkpoint.state[origin[k]] for c, k in file_index.items()}
-    _check_architecture({c: own[k] for c, k in own_index.items()}, tensors, path)
+    shapes = {c: tuple(state[key].shape) for c, key in target.items()}
+    _check_architecture(shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, path)
+    _set_foreign_head_aside(source, shapes, reasons)
+    _check_shapes(source, shapes, path)
+    for c in [c for c in source if c not in target]:
+        if any(re.fullmatch(rule, source[c].bare) for rule in dialect.ignored):
+            entry = source.pop(c)
+            reasons[entry.key] = entry.bare if "." not in entry.bare else f"{entry.bare.split('.')[0]}.*"
+    missing = [key for c, key in target.items() if c not in source]
+    unknown = [entry.key for c, entry in source.items() if c not in target]
+    _check_complete([key for key in missing if not key.startswith("head.")], unknown, dialect, path)
 
-    mismatched = [c for c, k in own_index.items() if c in tensors and tensors[c].shape != own[k].shape]
-    if any(c.startswith("head.") for c in mismatched):
-        head = [c for c in own_index if c.startswith("head.") and c in tensors]
-        reasons |= {origin[file_index[c]]: f"head.* of {tensors[c].shape[0]} classes" for c in head}
-        mismatched = [c for c in mismatched if c not in head]
-        tensors = {c: t for c, t in tensors.items() if c not in head}
-    if mismatched:
-        c = mismatched[0]
-        raise CheckpointError(
-            f"{path}: {len(mismatched)} tensors have another shape than the model's: {c} is {tuple(tensors[c].shape)}, "
-            f"not {tuple(own[own_index[c]].shape)}{'; also ' * (len(mismatched) > 1)}{_brief(mismatched[1:])}"
-        )
-
-    missing = [k for c, k in own_index.items() if c not in tensors]
-    unknown = []
-    for canonical in tensors.keys() - own_index.keys():
-        key = file_index[canonical]
-        if any(re.fullmatch(rule, key) for rule in dialect.ignored):
-            reasons[origin[key]] = key if "." not in key else f"{key.split('.')[0]}.*"
-        else:
-            unknown.append(origin[key])
-    _check_complete([k for k in missing if not k.startswith("head.")], sorted(unknown), dialect, path)
-
-    sources = {k: origin[file_index[c]] for c, k in own_index.items() if c in tensors}
     with torch.no_grad():
-        for key, source in sources.items():
-            own[key].copy_(checkpoint.state[source])
+        for c, entry in source.items():
+            state[target[c]].copy_(entry.tensor)
+    sources = {key: source[c].key for c, key in target.items() if c in source}
     return LoadReport(
         path=checkpoint.path,
         dialect=dialect.name,
         wrapper=checkpoint.wrapper,
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state.values()})),
         loaded=list(sources),
-        ignored=[k for k in checkpoint.state if k in reasons],
+        ignored=[key for key in checkpoint.state if key in reasons],
         missing=missing,
         sources=sources,
         reasons=reasons,
     )
 
 
-def _check_architecture(own: dict[str, Tensor], tensors: dict[str, Tensor], path: str) -> None:
-    """Raise CheckpointError where the file is of another model size. Both dictionaries have canonical keys."""
-    wanted, found = (_architecture({c: tuple(t.shape) for c, t in side.items()}) for side in (own, tensors))
+def _check_architecture(wanted: dict[str, tuple], found: dict[str, tuple], path: str) -> None:
+    """Raise CheckpointError where the file is of another model size. Shapes by canonical key."""
+    wanted, found = _architecture(wanted), _architecture(found)
     if found[0] is not None and found != wanted:
         raise CheckpointError(f"{path}: this is {_describe(found)}, but the model is {_describe(wanted)}")
+
+
+def _set_foreign_head_aside(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: dict[str, str]) -> None:
+    """Move a head of another class count from source to reasons."""
+    head = [c for c in source if c.startswith("head.") and c in shapes]
+    if any(tuple(source[c].tensor.shape) != shapes[c] for c in head):
+        for c in head:
+            entry = source.pop(c)
+            reasons[entry.key] = f"head.* of {len(entry.tensor)} classes"
+
+
+def _check_shapes(source: dict[str, _Entry], shapes: dict[str, tuple], path: str) -> None:
+    """Raise CheckpointError where a tensor of the file has another shape than the model's."""
+    wrong = [c for c in shapes if c in source and tuple(source[c].tensor.shape) != shapes[c]]
+    if wrong:
+        first = f"{source[wrong[0]].key} is {tuple(source[wrong[0]].tensor.shape)}, not {shapes[wrong[0]]}"
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors have another shape than the model's: {first}; "
+            "give the model's options that the weights were trained with"
+        )
 
 
 def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, path: str) -> None:
@@ -315,7 +330,9 @@ def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, pa
     if lacking:
         problems.append(f"lacks {len(lacking)} tensors the model needs: {_brief(lacking)}; the file is incomplete")
     if unknown:
-        problems.append(f"has {len(unknown)} keys that no rule of {dialect.name!r} accounts for: {_brief(unknown)}; "
-                        "wrong file, or a family this loader does not know")  # fmt: skip
+        problems.append(
+            f"has {len(unknown)} keys that no rule of {dialect.name!r} accounts for: {_brief(unknown)}; "
+            "wrong file, or a family this loader does not know"
+        )
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))

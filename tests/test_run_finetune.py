@@ -15,7 +15,8 @@ from helpers import ROOT, run
 
 import run_finetune
 from models import create_model
-from utils.config import ConfigError, finetune_parser
+from utils.config import ConfigError
+from utils.flags import finetune_parser
 
 TINY = ["--data_set", "DoTA", "--model", "vit_tiny_patch16_64", "--device", "cpu", "--num_workers", "0"]
 SHORT = ["--nb_samples_per_epoch", "16", "--total_batch_size", "4", "--epochs", "2", "--warmup_epochs", "1"]
@@ -52,28 +53,23 @@ def log(folder):
 
 
 @pytest.mark.slow
-def test_evaluation_is_the_same_on_one_and_two_processes(dota_root, weights, tmp_path):
-    results = {}
-    for name, processes, workers in (("one", 0, "0"), ("two", 2, "1")):
-        done = run(
-            "run_finetune.py", "--eval", *flags(dota_root, tmp_path / name, "--finetune", weights),
-            "--num_workers", workers, "--eval_batch_size", "8", processes=processes,
-        )  # fmt: skip
+def test_evaluation_is_the_same_on_any_number_of_processes(dota_root, weights, tmp_path):
+    results = []
+    for processes in (0, 2, 3):
+        folder = tmp_path / str(processes)
+        words = ["--eval", *flags(dota_root, folder, "--finetune", weights), "--num_workers", str(processes // 2)]
+        done = run("run_finetune.py", *words, processes=processes)
         assert done.returncode == 0, done.stderr
-        results[name] = predictions(tmp_path / name)
-    one, two = results["one"], results["two"]
-    assert len(one) == len({(r["clip"], r["frame"]) for r in one}) > 200
-    assert [(r["clip"], r["filename"], r["label"], r["ttc"]) for r in one] == [
-        (r["clip"], r["filename"], r["label"], r["ttc"]) for r in two
-    ]
-    for key in ("logits_safe", "logits_risk", "score"):
-        assert max(abs(float(a[key]) - float(b[key])) for a, b in zip(one, two, strict=True)) <= 1e-6
-    assert len({r["score"] for r in one}) > 100
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in results]
-    assert metrics[0] == metrics[1] and metrics[0]["n"] == len(one) and metrics[0]["clips_scored"] == 5
-    assert sorted(p.name for p in (tmp_path / "two" / "plots").iterdir()) == [
-        "confusion.png", "mcc.png", "pr.png", "roc.png",
-    ]  # fmt: skip
+        assert {p.name for p in (folder / "plots").iterdir()} == {"roc.png", "pr.png", "mcc.png", "confusion.png"}
+        results.append((predictions(folder), json.loads((folder / "metrics.json").read_text())))
+    one, metrics = results[0]
+    assert len(one) == len({(r["clip"], r["frame"]) for r in one}) == metrics["n"] > 200
+    assert metrics["clips_scored"] == 5 and len({r["score"] for r in one}) > 100
+    for rows, other_metrics in results[1:]:
+        assert other_metrics == metrics
+        for a, b in zip(one, rows, strict=True):
+            assert all(a[k] == b[k] for k in ("clip", "filename", "frame", "label", "ttc"))
+            assert all(abs(float(a[k]) - float(b[k])) <= 1e-6 for k in ("logits_safe", "logits_risk", "score"))
 
 
 def test_evaluation_never_overwrites(dota_root, weights, tmp_path):
@@ -175,20 +171,32 @@ def test_a_finished_run_stays_finished(finished, dota_root):
     assert (finished / "log.txt").read_text() == before
 
 
-def test_other_arguments_are_refused_in_a_used_folder(finished, dota_root):
+def test_a_used_folder_is_refused_to_other_runs(finished, dota_root, tmp_path):
     record = (finished / "args.json").read_text()
-    with pytest.raises(
-        ConfigError, match=r"other arguments \(layer_decay: 0.6 -> 0.9\): use those, another --output_dir"
-    ):
+    with pytest.raises(ConfigError, match=r"other arguments \(layer_decay: 0.6 -> 0.9\): use those or another"):
         in_process(*flags(dota_root, finished, *SHORT, "--layer_decay", "0.9"))
+    with pytest.raises(ConfigError, match="holds a run: choose another --output_dir"):
+        in_process(*flags(dota_root, finished, *SHORT, "--no_auto_resume"))
     assert (finished / "args.json").read_text() == record
+    shutil.copy(finished / "args.json", tmp_path)  # a run that died before its first checkpoint
+    with pytest.raises(ConfigError, match=r"seed: 42 -> 1"):
+        in_process(*flags(dota_root, tmp_path, *SHORT, "--seed", "1"))
 
 
 def test_resume_from_another_folder(finished, dota_root, tmp_path):
     in_process(*flags(dota_root, tmp_path / "b", *SHORT, "--resume", finished / "checkpoint-last"))
     assert not (tmp_path / "b" / "log.txt").exists()  # nothing was left to do
-    with pytest.raises(ConfigError, match="--resume .*nowhere: no such folder"):
-        in_process(*flags(dota_root, tmp_path / "c", "--resume", tmp_path / "nowhere"))
+    for wrong in (tmp_path / "nowhere", finished):
+        with pytest.raises(ConfigError, match="no state.pth in it; it takes a checkpoint-last folder"):
+            in_process(*flags(dota_root, tmp_path / "c", *SHORT, "--resume", wrong))
+
+
+def test_a_damaged_checkpoint_is_named(finished, dota_root, tmp_path):
+    whole = (finished / "checkpoint-last" / "state.pth").read_bytes()
+    (tmp_path / "checkpoint-last").mkdir()
+    (tmp_path / "checkpoint-last" / "state.pth").write_bytes(whole[:5000])
+    with pytest.raises(ConfigError, match="state.pth is damaged .*; remove its folder to start over"):
+        in_process(*flags(dota_root, tmp_path, *SHORT))
 
 
 def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finished, tmp_path):
@@ -255,8 +263,31 @@ def test_errors_name_the_file_and_exit_without_a_traceback(dota_root, tmp_path, 
     done = run("run_finetune.py", "--eval", *flags(root, tmp_path / "out"), "--num_workers", "1", processes=processes)
     assert done.returncode != 0 and "Traceback" not in done.stdout
     assert f"error: {broken}: not a readable zip" in done.stderr
-    assert processes or "Traceback" not in done.stderr
+    assert processes or "Traceback" not in done.stderr  # torchrun adds its own
     assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+@pytest.mark.slow
+def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
+    """A ViT-B for a ViT-S, a truncated file, a web page, a tensor too few, a key too many."""
+    state = torch.load(weights, weights_only=True)
+    base = create_model("vit_base_patch16_224").state_dict()
+    torch.save({"model": {k: torch.zeros(1).expand(v.shape) for k, v in base.items()}}, tmp_path / "base.pth")
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:9999])
+    (tmp_path / "page.pth").write_text("<!doctype html><title>Sign in</title>")
+    torch.save({k: v for k, v in state.items() if k != "blocks.2.norm1.bias"}, tmp_path / "few.pth")
+    torch.save(state | {"blocks.2.norm3.bias": torch.zeros(2)}, tmp_path / "many.pth")
+    for name, message in (
+        ("base", "this is vit_base_patch16_224, but the model is vit_tiny_patch16_64"),
+        ("cut", "truncated, or not a PyTorch checkpoint"),
+        ("page", "HTML or XML page"),
+        ("few", "lacks 1 tensors the model needs: blocks.2.norm1.bias"),
+        ("many", "has 1 keys that no rule of 'Video ViT' accounts for: blocks.2.norm3.bias"),
+    ):
+        checkpoint = tmp_path / f"{name}.pth"
+        done = run("run_finetune.py", *flags(dota_root, tmp_path / "out", *SHORT), "--finetune", checkpoint)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"error: {checkpoint}: " in done.stderr and message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -273,6 +304,8 @@ def test_errors_name_the_file_and_exit_without_a_traceback(dota_root, tmp_path, 
         (["--finetune", "absent.pth"], "absent.pth: no such checkpoint file"),
         (["--eval_split", "test"], "DoTA has no split 'test'"),
         (["--view_fps", "0"], "view_fps must be positive"),
+        (["--epochs", "5"], "the warm-up (45 steps) must be shorter than --epochs 5 (45 steps)"),
+        (["--stop_epoch", "60"], "--start_epoch 0 < --stop_epoch 60 <= --epochs 50 must hold"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )

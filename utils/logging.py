@@ -14,8 +14,8 @@ from utils.distributed import all_sum
 from utils.files import replaced
 
 
-def setup_logging(rank: int) -> logging.Logger:
-    """The logger "tad": everything of rank 0, errors of the others, which name their rank."""
+def setup_logging(rank: int) -> None:
+    """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank."""
     logger = logging.getLogger("tad")
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     handler = _AboveBar() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
@@ -23,7 +23,6 @@ def setup_logging(rank: int) -> logging.Logger:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
     logger.propagate = False
-    return logger
 
 
 class _AboveBar(logging.Handler):

@@ -85,7 +85,7 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     sampler = EpochSampler(
         len(index), batch_size=batch_size, rank=rank, world_size=world_size, samples_per_epoch=24, seed=7
     )
-    dataset = WindowDataset(clips, index, FinetuneTransform(32), seed=7, views=views)
+    dataset = WindowDataset(clips, index, FinetuneTransform(32, views=views), seed=7)
     sampler.set_epoch(epoch)
     return list(checked(train_loader(dataset, sampler, num_workers=workers, pin_memory=False)))
 

@@ -48,8 +48,7 @@ def test_everything_comes_back(tmp_path):
     other, fresh = trained(seed=1)
     draws()
     loaded, progress = load_last(find_last(tmp_path)), Progress()
-    other.load_state_dict(loaded["model"])
-    restore(loaded, fresh, progress)
+    restore(loaded, other, fresh, progress, rank=0)
     assert draws() == expected
     assert progress == Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5})
     assert loaded["args"] == {"lr": 1}

@@ -35,10 +35,16 @@ def test_predictions_are_sorted_and_labelled():
 
 
 @pytest.mark.parametrize(
-    ("clip", "frame"), [((2, 0, 2), (3, 1, 2)), ((2, 0, 2, 0, 0), (3, 1, 2, 2, 2)), ((2, 0, 2, 0), (3, 1, 2, 3))]
+    ("clip", "frame", "odd"),
+    [
+        ((2, 0, 2), (3, 1, 2), "clip 0, frame 2"),
+        ((2, 0, 2, 0, 0), (3, 1, 2, 2, 2), "clip 0, frame 2"),
+        ((2, 0, 2, 1), (3, 1, 2, 0), "clip 0, frame 2"),
+    ],
+    ids=["missing", "double", "foreign"],
 )
-def test_missing_double_and_foreign_windows_are_refused(clip, frame):
-    with pytest.raises(EvaluationError, match="not the 4 expected"):
+def test_other_windows_than_the_expected_are_refused(clip, frame, odd):
+    with pytest.raises(EvaluationError, match=f"scored {len(clip)} windows for 4 expected; the first .* is {odd}"):
         gathered(clip, frame, [(0, 0)] * len(clip))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.finetune import FinetuneStep
+from engine.finetune import FinetuneObjective
 from engine.loop import Optimization, Progress, Reporting, TrainingError, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import build_optimizer, cosine, parameter_groups
@@ -79,7 +79,7 @@ def test_clipping_bounds_the_step():
 
 def test_loss_that_is_not_finite_stops_training_with_advice():
     data = [torch.ones(2, 3), torch.full((2, 3), math.nan)]
-    with pytest.raises(TrainingError, match="the loss became nan between steps 0 and 2; try a lower --lr"):
+    with pytest.raises(TrainingError, match="epoch 0: the loss became nan between steps 0 and 2; try a lower --lr"):
         train(linear(), data)
 
 
@@ -105,7 +105,7 @@ def test_every_loss_trains_the_model(loss):
     )
     to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
     reporting = Reporting(TensorBoard(None), clips_per_step=4)
-    step = FinetuneStep(LOSSES[loss], to_input, CPU)
-    train_one_epoch(model, [batch] * 40, step, optimization, Progress(), reporting, steps_per_epoch=40, device=CPU)
+    objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
+    train_one_epoch(model, [batch] * 40, objective, optimization, Progress(), reporting, steps_per_epoch=40, device=CPU)
     risk = model.eval()(to_input(batch["video"], None, None)).softmax(1)[:, 1]
     assert risk[label == 1].min() > risk[label == 0].max()

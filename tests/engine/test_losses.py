@@ -4,7 +4,7 @@ import torch
 from helpers import golden
 
 from engine.losses import LOSSES, Targets
-from utils.config import LOSS_NAMES
+from utils.flags import LOSS_NAMES
 
 NAMES = {
     "crossentropy": "crossentropy",

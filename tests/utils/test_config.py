@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from utils.config import ConfigError, differing, finetune_parser, split_batch, write_run_record
+from utils.config import ConfigError, differing, split_batch, write_run_record
+from utils.flags import FREE_ON_RESUME, finetune_parser
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,12 @@ def test_batches_that_do_not_divide_name_the_nearest_that_do():
 
 def test_what_may_differ_on_resume():
     base = vars(finetune_parser("x").parse_args(["--data_path", "a", "--output_dir", "b"]))
-    assert differing(base, base | {"num_workers": 1, "data_path": "c", "stop_epoch": 3, "batch_size": 7}) == []
-    assert differing(base, base | {"lr": 1.0, "model": "m"}) == ["lr: None -> 1.0", "model: vit_base_patch16_224 -> m"]
-    assert differing(base, base | {"flag_of_a_newer_version": 1}) == []
+    free = base | {"num_workers": 1, "data_path": "c", "stop_epoch": 3, "batch_size": 7}
+    assert differing(base, free, FREE_ON_RESUME) == []
+    other = base | {"lr": 1.0, "model": "m"}
+    assert differing(base, other, FREE_ON_RESUME) == ["lr: None -> 1.0", "model: vit_base_patch16_224 -> m"]
+    assert differing(base, base | {"flag_of_a_newer_version": 1}, FREE_ON_RESUME) == []
+    assert base.keys() > FREE_ON_RESUME
 
 
 def test_defaults_are_the_published_recipe():

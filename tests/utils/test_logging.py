@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import sys
 
 import torch
@@ -42,9 +43,9 @@ def test_progress_bar_on_a_terminal_only(monkeypatch):
     assert progress_bar(items, description="epoch 0") is items
     monkeypatch.setattr("sys.stdout", Terminal())
     assert progress_bar(items, description="epoch 0", enabled=False) is items
-    logger = setup_logging(rank=0)
+    setup_logging(rank=0)
     for item in progress_bar(iter(items), total=3, description="epoch 0"):
-        logger.info(f"item {item}")
+        logging.getLogger("tad").info(f"item {item}")
     shown = sys.stdout.getvalue()
     assert "epoch 0:" in shown and "/3" in shown and "item 2\n" in shown
     monkeypatch.undo()
