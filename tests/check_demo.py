@@ -1,6 +1,6 @@
 """Print what `make demo` reached; exit with an error where the model did not learn.
 
-    python tests/check_demo.py build/demo
+python tests/check_demo.py build/demo
 """
 
 import json
