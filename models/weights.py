@@ -90,7 +90,7 @@ class LoadReport:
         wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
         renamed = sum(new != old for new, old in self.sources.items())
         missing = _brief(self.missing) + " (newly initialised)" * bool(self.missing)
-        why = ", ".join(f"{n} {reason}" for reason, n in Counter(self.reasons.values()).items())
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(self.reasons.values()).most_common())
         return "\n".join(
             (
                 f"weights from {self.path}",

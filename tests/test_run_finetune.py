@@ -123,7 +123,7 @@ def test_a_killed_run_continues_with_its_best_values(dota_root, tmp_path):
 
     second = run("run_finetune.py", *flags(dota_root, folder, *more))
     assert second.returncode == 0, second.stderr
-    assert "resuming from" in second.stdout and "best so far {'auroc': 0." in second.stdout
+    assert "resuming at epoch " in second.stdout and "best so far: {'auroc': 0." in second.stdout
     whole, resumed = log(tmp_path / "whole"), log(folder)
     assert [r["epoch"] for r in resumed] == [0, 1, 2, 3]
     for record in resumed:
@@ -304,7 +304,7 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
         (["--finetune", "absent.pth"], "absent.pth: no such checkpoint file"),
         (["--eval_split", "test"], "DoTA has no split 'test'"),
         (["--view_fps", "0"], "view_fps must be positive"),
-        (["--epochs", "5"], "the warm-up (45 steps) must be shorter than --epochs 5 (45 steps)"),
+        (["--epochs", "5"], "the warm-up (30 steps) must be shorter than --epochs 5 (30 steps)"),
         (["--stop_epoch", "60"], "--start_epoch 0 < --stop_epoch 60 <= --epochs 50 must hold"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
