@@ -12,6 +12,7 @@ decord must not live through a fork (dmlc/decord#294).
 
 import io
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,12 @@ from torch import Tensor
 
 from datasets.clips import Clip, DataError
 
-# What a damaged zip or picture raises; SyntaxError is Pillow's, for a broken PNG.
-_UNREADABLE = (OSError, KeyError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
+# What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG; RuntimeError is zipfile's, for an
+# encrypted member or a version or compression it does not know.
+_UNREADABLE = (
+    *(OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 
 class Reader:
@@ -68,13 +73,7 @@ class _PictureReader(Reader):
                 name = self.clip.filename(int(i))
                 try:
                     picture = _decode(self._bytes(name))
-                except (
-                    OSError,
-                    KeyError,
-                    ValueError,
-                    SyntaxError,
-                    zipfile.BadZipFile,
-                ) as e:  # Pillow raises the fourth
+                except _UNREADABLE as e:
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i
             yield picture
@@ -94,7 +93,7 @@ class ZipReader(_PictureReader):
         super().__init__(clip, path)
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as e:
+        except _UNREADABLE as e:
             raise DataError(f"{path}: not a readable zip ({_reason(e)}); copy or download it again") from e
 
     def _bytes(self, name: str) -> bytes:

@@ -24,8 +24,8 @@ def encoded(i, kind="JPEG", **kwargs):
     return buffer.getvalue()
 
 
-def write_zip(path, files):
-    with zipfile.ZipFile(path, "w") as z:
+def write_zip(path, files, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as z:
         for name, data in files.items():
             z.writestr(name, data)
 
@@ -92,6 +92,23 @@ def test_damage_is_named(packed, tmp_path):
         reader.read([0])
         with pytest.raises(DataError, match=r"frame 000001.jpg: BadZipFile: Bad CRC"):
             reader.read([1])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_damaged_byte_anywhere_gives_the_right_pixels_or_a_data_error(tmp_path, compression, kind):
+    path, name = tmp_path / "images.zip", f"0.{kind.lower()}"
+    write_zip(path, {name: encoded(0, kind)}, compression)
+    whole, expected = path.read_bytes(), np.asarray(Image.open(io.BytesIO(encoded(0, kind))).convert("RGB"))
+    refused = 0
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        try:
+            with open_clip(clip(tmp_path / "images", frame_name="{}." + kind.lower())) as reader:
+                np.testing.assert_array_equal(reader.read([0])[0].numpy(), expected)
+        except DataError:
+            refused += 1
+    assert refused > len(whole) / 6
 
 
 def test_frames_of_different_sizes_are_refused(tmp_path):
