@@ -20,7 +20,7 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, finetune_parser
+from utils.flags import FREE_ON_RESUME, finetune_parser, resolve_runtime, resolve_schedule
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -28,21 +28,28 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import copy
 import logging
 import math
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 from timm.layers import set_fused_attn
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import DataError, build_clips
-from datasets.loader import ClipStream, EpochSampler, WindowDataset, checked, eval_loader, train_loader, window_batches
+from datasets.loader import (
+    ClipStream,
+    EpochSampler,
+    SkipBad,
+    Source,
+    WindowDataset,
+    eval_loader,
+    train_loader,
+    window_batches,
+)
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import find_resume, restore, save_last, save_weights
+from engine.checkpoint import find_resume, keep_epoch, restore, save_last, save_weights
 from engine.evaluate import (
     EvaluationError,
     Predictions,
@@ -53,22 +60,21 @@ from engine.evaluate import (
     write_predictions,
 )
 from engine.finetune import FinetuneObjective
-from engine.loop import Optimization, Progress, Reporting, TrainingError, train_one_epoch
+from engine.loop import Progress, Reporting, TrainingError, train_epochs
 from engine.losses import LOSSES
-from engine.optim import build_optimizer, cosine, parameter_groups
+from engine.optim import Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
 from utils.distributed import (
     Process,
-    barrier,
     broadcast,
     data_parallel,
     local_main_first,
     process_group,
     seed_everything,
 )
-from utils.logging import TensorBoard, append_json_line, drop_epochs_from, progress_bar, setup_logging
+from utils.logging import TensorBoard, drop_epochs_from, progress_bar, setup_logging
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
@@ -77,7 +83,7 @@ logger = logging.getLogger("tad")
 
 def main(args: Namespace) -> None:
     """Train, or evaluate with --eval."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    resolve_runtime(args, cuda=torch.cuda.is_available())
     with process_group(args.device) as process:
         setup_logging(process.rank)
         resolve(args, process.world_size)
@@ -93,23 +99,17 @@ def resolve(args: Namespace, world_size: int) -> None:
     """Replace what was left open by the value it stands for, so that args.json holds what was used."""
     with config_errors():
         defaults = model_defaults(args.model)
+    if args.model.startswith("pretrain_"):
+        raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes one of the vit_ models")
     for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
-    args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    args.log_dir = args.log_dir or args.output_dir
-    args.pin_mem = args.pin_mem and args.device == "cuda"
     if args.eval:
         return
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
-    args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    args.stop_epoch = args.epochs if args.stop_epoch is None else args.stop_epoch
-    if not args.start_epoch < args.stop_epoch <= args.epochs:
-        raise ConfigError(
-            f"--start_epoch {args.start_epoch} < --stop_epoch {args.stop_epoch} <= --epochs {args.epochs} must hold"
-        )
+    resolve_schedule(args)
     args.batch_size, args.total_batch_size = split_batch(
-        args.total_batch_size, args.batch_size, world_size=world_size, update_freq=args.update_freq
+        args.total_batch_size, args.batch_size, default=56, world_size=world_size, update_freq=args.update_freq
     )
 
 
@@ -119,11 +119,6 @@ def train(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
-    barrier()  # every rank has looked at the folder before it changes
-    if process.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_record(output_dir / "args.json", vars(args), process.world_size)
-
     loader, sampler = training_data(args, process)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
@@ -134,45 +129,46 @@ def train(args: Namespace, process: Process) -> None:
     ddp_model = data_parallel(model, process)
     defaults = model_defaults(args.model)
     to_input = ToModelInput(defaults.mean, defaults.std, args.remode)
-    objective = FinetuneObjective(LOSSES[args.loss], to_input, process.device)
 
-    steps_per_epoch = sampler.steps_per_epoch
-    optimization = build_optimization(args, process, model, steps_per_epoch)
+    optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf))
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
-    if process.is_main:
-        drop_epochs_from(output_dir / "log.txt", progress.epoch)
     eval_model = optimization.ema.module if optimization.ema else model
-
+    if process.is_main:  # only now: a command that fails before it trains leaves its folder free
+        write_run_record(output_dir / "args.json", vars(args), process.world_size)
+        drop_epochs_from(output_dir / "log.txt", progress.epoch)
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
-    reporting = Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main)
-    while progress.epoch < args.stop_epoch:
-        started = time.perf_counter()
-        if progress.step < steps_per_epoch:  # else a kill during the evaluation left a trained epoch behind
-            sampler.set_epoch(progress.epoch, progress.step)
-            progress.means = train_one_epoch(
-                ddp_model,
-                checked(loader),
-                objective,
-                optimization,
-                progress,
-                reporting,
-                steps_per_epoch=steps_per_epoch,
-                device=process.device,
-            )
-            save_run(args, model, optimization, progress)
-        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()}
+
+    def save() -> None:
+        if args.save_ckpt:
+            save_last(output_dir, model, optimization, progress, record=vars(args))
+
+    def after_epoch() -> dict[str, float]:
+        metrics = {}
         if validation:
-            metrics = validation.evaluate(eval_model, tensorboard, (progress.epoch + 1) * steps_per_epoch)
+            metrics = validation.evaluate(eval_model, tensorboard, (progress.epoch + 1) * sampler.steps_per_epoch)
             save_best(args, process, eval_model, metrics, progress)
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-        if process.is_main:
-            append_json_line(output_dir / "log.txt", record | {"seconds": round(time.perf_counter() - started, 1)})
-        save_epoch(args, process, eval_model, progress.epoch)
-        progress.epoch, progress.step = progress.epoch + 1, 0
-        save_run(args, model, optimization, progress)
+        if args.save_ckpt and process.is_main:
+            keep_epoch(output_dir, eval_model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
+        return {f"val_{k}": v for k, v in metrics.items()}
+
+    train_epochs(
+        ddp_model,
+        SkipBad(loader, limit=args.max_bad_samples),
+        sampler.set_epoch,
+        FinetuneObjective(LOSSES[args.loss], to_input, process.device),
+        optimization,
+        progress,
+        Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main),
+        steps_per_epoch=sampler.steps_per_epoch,
+        stop_epoch=args.stop_epoch,
+        device=process.device,
+        save=save,
+        after_epoch=after_epoch,
+        log_file=output_dir / "log.txt" if process.is_main else None,
+    )
     tensorboard.close()
     best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
     logger.info(f"{progress.epoch} of {args.epochs} epochs done{f'; best {best}' * bool(best)}; see {output_dir}")
@@ -184,7 +180,6 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if (output_dir / "predictions.csv").exists():
         raise ConfigError(f"{output_dir}/predictions.csv exists: choose another --output_dir or remove it")
     if process.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
     validation = Validation(args, process)
     predictions = validation.predict(build_model(args, process, pretrained=True, trained_head=True))
@@ -222,15 +217,15 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
             erase_max_area=args.erase_max_area,
         )
     sampler = EpochSampler(
-        len(index),
-        batch_size=args.batch_size,
+        [len(index)],
+        batch_sizes=[args.batch_size],
         accumulate=args.update_freq,
         rank=process.rank,
         world_size=process.world_size,
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
     )
-    dataset = WindowDataset(clips, index, transform, seed=args.seed)
+    dataset = WindowDataset([Source(clips, index, transform)], seed=args.seed, targets=True)
     return train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem), sampler
 
 
@@ -309,47 +304,33 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool, trained_
     return model
 
 
-def build_optimization(args: Namespace, process: Process, model: nn.Module, steps_per_epoch: int) -> Optimization:
-    """Optimizer, schedules, precision and weight average; logs the learning rate and where it comes from."""
-    scale = args.total_batch_size / 256
-    lr, min_lr = args.lr * scale, args.min_lr * scale
-    total_steps = args.epochs * steps_per_epoch
-    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
-    if warmup_steps >= total_steps:
-        raise ConfigError(
-            f"the warm-up ({warmup_steps} steps) must be shorter than --epochs {args.epochs} ({total_steps} steps): "
-            "lower --warmup_epochs"
-        )
-    logger.info(
-        f"batch {args.total_batch_size} = {args.batch_size} windows x {process.world_size} processes x "
-        f"{args.update_freq} passes; learning rate {lr:.4g} = {args.lr:g} x {args.total_batch_size} / 256, "
-        f"down to {min_lr:.4g}; {steps_per_epoch} steps per epoch, {warmup_steps} of warm-up"
-    )
-    groups = parameter_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+def run_optimization(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
+    """The Optimization of the command line."""
     with config_errors():
-        optimizer = build_optimizer(
-            groups, name=args.opt, lr=lr, eps=args.opt_eps, betas=args.opt_betas, fused=args.device == "cuda"
+        schedule = Schedule(
+            epochs=args.epochs,
+            steps_per_epoch=steps_per_epoch,
+            lr=args.lr,
+            min_lr=args.min_lr,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
+            weight_decay_end=args.weight_decay_end,
         )
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    decay, decay_end = args.weight_decay, args.weight_decay_end
-    return Optimization(
-        optimizer=optimizer,
-        lr=lambda step: cosine(step, base=lr, final=min_lr, total_steps=total_steps, warmup_steps=warmup_steps),
-        weight_decay=lambda step: cosine(step, base=decay, final=decay_end, total_steps=total_steps),
-        accumulate=args.update_freq,
-        clip_grad=args.clip_grad,
-        dtype=DTYPES[args.precision],
-        scaler=torch.amp.GradScaler(args.device) if args.precision == "fp16" else None,
-        ema=ema,
-    )
-
-
-def save_run(args: Namespace, model: nn.Module, optimization: Optimization, progress: Progress) -> None:
-    """Write checkpoint-last/."""
-    if args.save_ckpt:
-        save_last(args.output_dir, model, optimization, progress, record=vars(args))
+        return build_optimization(
+            model,
+            schedule,
+            clips_per_step=args.total_batch_size,
+            opt=args.opt,
+            eps=args.opt_eps,
+            betas=args.opt_betas,
+            layer_decay=args.layer_decay,
+            accumulate=args.update_freq,
+            clip_grad=args.clip_grad,
+            dtype=DTYPES[args.precision],
+            ema_decay=args.model_ema_decay if args.model_ema else None,
+            ema_on_cpu=args.model_ema_force_cpu,
+        )
 
 
 def save_best(args: Namespace, process: Process, model: nn.Module, metrics: dict, progress: Progress) -> None:
@@ -359,13 +340,6 @@ def save_best(args: Namespace, process: Process, model: nn.Module, metrics: dict
             progress.best[name] = metrics[name]
             if args.save_ckpt and process.is_main:
                 save_weights(Path(args.output_dir, f"checkpoint-best_{name}.pth"), model)
-
-
-def save_epoch(args: Namespace, process: Process, model: nn.Module, epoch: int) -> None:
-    """Write checkpoint-<epoch>.pth after the last epoch and every --save_ckpt_freq."""
-    due = epoch + 1 == args.stop_epoch or (args.save_ckpt_freq and (epoch + 1) % args.save_ckpt_freq == 0)
-    if due and args.save_ckpt and process.is_main:
-        save_weights(Path(args.output_dir, f"checkpoint-{epoch}.pth"), model)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from datasets import build_clips
-from datasets.loader import ClipStream, EpochSampler, WindowDataset, window_batches
+from datasets.loader import ClipStream, EpochSampler, Source, WindowDataset, window_batches
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform, FinetuneTransform
 from datasets.windows import WindowIndex
@@ -37,8 +37,8 @@ def main() -> None:
     clips = build_clips(args.data_set, args.data_path, "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=16, view_fps=10)
 
-    dataset = WindowDataset(clips, index, FinetuneTransform(224), seed=0)
-    keys = [key for batch in EpochSampler(len(index), batch_size=1) for key in batch]
+    dataset = WindowDataset([Source(clips, index, FinetuneTransform(224))], seed=0, targets=True)
+    keys = [key for batch in EpochSampler([len(index)], batch_sizes=[1]) for key in batch]
     keys = [keys[i % len(keys)] for i in range(args.windows)]
     dataset[keys[0]]
     started = time.process_time()

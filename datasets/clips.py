@@ -50,11 +50,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipTable(Sequence):
-    """The clips of one split of one data set, in the order of its split file."""
+    """The clips of one split of one data set, in the order of its split file.
+
+    one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
+    """
 
     name: str
     split: str
     clips: list[Clip] = field(repr=False)
+    one_clip_per_video: bool = False
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -30,6 +30,8 @@ SPLIT_FILES = {  # variant -> {split: its files under dataset/}; every variant i
     "DoTA": {"train": ("train_split.txt",), "val": ("val_split.txt",), "all": ("train_split.txt", "val_split.txt")},
     "DoTA_half": {"train": ("half_train_split.txt",), "val": ("val_split.txt",)},
 }
+_HINT = "DoTA's repository (dataset/)"
+_HINTS = {"half_train_split.txt": "huggingface.co/tue-mps/simple-tad (datasets/DoTA)"}
 
 
 def load_dota(name: str, root: str, split: str) -> ClipTable:
@@ -42,25 +44,35 @@ def load_dota(name: str, root: str, split: str) -> ClipTable:
     if split not in splits:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
     folder = Path(root, "dataset")
-    names = [clip for file in splits[split] for clip in read_split(folder / file)]
+    names = [clip for file in splits[split] for clip in read_split(folder / file, _HINTS.get(file, _HINT))]
+    if repeated := first_repeated(names):
+        raise DataError(f"{folder}: clip {repeated} is in {' and in '.join(splits[split])}; it must be in one of them")
     metadata = read_metadata(root)
     return ClipTable(name, split, [_clip(Path(root), clip, metadata.get(clip)) for clip in names])
 
 
-def read_split(path: Path) -> list[str]:
-    """Clip names of a split file, in its order. Raises DataError where it is missing, empty or repeats a clip."""
+def read_split(path: Path, hint: str) -> list[str]:
+    """Clip names of a split file, in its order. hint: where the file comes from.
+
+    Raises DataError where it is missing, empty or repeats a clip.
+    """
     if not path.is_file():
-        hint = "it comes with DoTA's repository (dataset/)"
-        if path.name.startswith("half_"):
-            hint = "it comes with huggingface.co/tue-mps/simple-tad (datasets/DoTA)"
-        raise DataError(f"{path}: split file not found; {hint}")
-    names = path.read_text().split()
+        raise DataError(f"{path}: split file not found; it comes with {hint}")
+    try:
+        names = path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
     if not names:
         raise DataError(f"{path}: the split file is empty")
-    if len(set(names)) != len(names):
-        repeated = next(n for n in names if names.count(n) > 1)
+    if repeated := first_repeated(names):
         raise DataError(f"{path}: clip {repeated} is listed twice")
     return names
+
+
+def first_repeated(names: list[str]) -> str | None:
+    """The first name that comes a second time, or None."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def read_metadata(root: str) -> dict[str, dict]:
@@ -73,8 +85,9 @@ def read_metadata(root: str) -> dict[str, dict]:
         path = Path(root, "dataset", f"metadata_{subset}.json")
         if path.is_file():
             metadata |= _read_json(path)
-            if incomplete := [name for name, entry in metadata.items() if "anomaly_class" not in entry]:
-                raise DataError(f"{path}: clip {incomplete[0]} has no anomaly_class")
+            for name, entry in metadata.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get("anomaly_class"), str):
+                    raise DataError(f"{path}: clip {name} has no anomaly_class")
     return metadata
 
 

@@ -1,8 +1,9 @@
 """Samples in a reproducible order for training, and a stream of clips decoded once for evaluation.
 
-Training. The order of an epoch is a permutation that depends on (seed, epoch) alone. Step t takes the t-th slice of
-it, each rank its share of the slice; a sample's augmentation depends on (seed, epoch, position in the order). So the
-content of a batch depends neither on workers nor on ranks, and resuming at step t means starting at slice t.
+Training. The order of an epoch is a permutation that depends on (seed, epoch) alone, one for each data set of a mix.
+Step t takes the t-th slice of it, each rank its share of the slice; a sample's augmentation depends on (seed, epoch,
+data set, position in the order). So the content of a batch depends neither on workers nor on ranks, and resuming at
+step t means starting at slice t.
 
 Evaluation. Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends
 it as uint8; windows are gathered on the device, for one clip at a time, so that the scores of a clip do not depend on
@@ -10,8 +11,10 @@ how many workers or ranks there are.
 """
 
 import heapq
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,97 +24,117 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from datasets.clips import ClipTable, DataError, smooth_labels
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform
-from datasets.windows import WindowIndex
+from datasets.windows import RandomClipIndex, WindowIndex
 
-Key = tuple[int, int, int]  # (epoch, position in the epoch's order, window)
+logger = logging.getLogger("tad")
+
+Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the data sets of a mix: its clips, their windows, and transform(frames, rng) -> dictionary of tensors."""
+
+    clips: ClipTable
+    index: WindowIndex | RandomClipIndex
+    transform: Callable[[Iterable[Tensor], np.random.Generator], dict[str, Tensor]]
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """The batches of one rank: lists of (epoch, position, window), one list for each forward pass.
+    """The batches of one rank: lists of (epoch, source, position, window), one list for each forward pass.
+
+    Every batch holds batch_sizes[k] windows of source k, source after source. A source that is too small for an epoch
+    is gone through again, in another order.
 
     Args:
-        num_windows: windows to draw from. batch_size: per rank and forward pass. accumulate: forward passes per step.
-        samples_per_epoch: windows drawn each epoch, without replacement; 0 or more than num_windows: all of them.
-            What does not fill a last step is left out.
+        num_windows: windows to draw from, for each source. batch_sizes: of each source, per rank and forward pass.
+        accumulate: forward passes per step.
+        samples_per_epoch: windows of all sources together; 0, or more than the longest source can give: once through
+            that one. What does not fill a last step is left out.
 
     Raises DataError where an epoch has less than one step.
     """
 
     def __init__(
         self,
-        num_windows: int,
+        num_windows: Sequence[int],
         *,
-        batch_size: int,
+        batch_sizes: Sequence[int],
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
         samples_per_epoch: int = 0,
         seed: int = 0,
     ):
-        self.num_windows, self.batch_size, self.accumulate = num_windows, batch_size, accumulate
+        self.num_windows, self.batch_sizes, self.accumulate = list(num_windows), list(batch_sizes), accumulate
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.samples = min(samples_per_epoch or num_windows, num_windows)
-        self.step_size = batch_size * world_size * accumulate
-        self.steps_per_epoch = self.samples // self.step_size
+        self.step_sizes = [b * world_size * accumulate for b in batch_sizes]
+        steps = max(n // step for n, step in zip(self.num_windows, self.step_sizes, strict=True))
+        self.steps_per_epoch = min(samples_per_epoch // sum(self.step_sizes), steps) if samples_per_epoch else steps
         self.epoch, self.start_step = 0, 0
         if not self.steps_per_epoch:
+            samples = min(samples_per_epoch or sum(self.num_windows), sum(self.num_windows))
             raise DataError(
-                f"an epoch of {self.samples} windows is less than one step of {self.step_size}: use a smaller batch"
+                f"an epoch of {samples} windows is less than one step of {sum(self.step_sizes)}: use a smaller batch"
             )
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """The epoch the next iteration yields, from step start_step on."""
         self.epoch, self.start_step = epoch, start_step
 
-    def order(self, epoch: int) -> np.ndarray:
-        """(samples,) windows of an epoch, over all ranks. O(samples) memory, however many windows there are."""
-        rng = np.random.default_rng([self.seed, epoch])
-        return rng.choice(self.num_windows, size=self.samples, replace=False)
+    def order(self, epoch: int, source: int = 0) -> np.ndarray:
+        """(samples,) windows of a source in an epoch, over all ranks. O(samples) memory, however many windows."""
+        rng = np.random.default_rng([self.seed, epoch, source])
+        number, missing = self.num_windows[source], self.steps_per_epoch * self.step_sizes[source]
+        passes = []
+        while missing:
+            passes.append(rng.choice(number, size=min(missing, number), replace=False))
+            missing -= len(passes[-1])
+        return np.concatenate(passes)
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = self.epoch, self.order(self.epoch)
+        epoch, orders = self.epoch, [self.order(self.epoch, source) for source in range(len(self.num_windows))]
         for step in range(self.start_step, self.steps_per_epoch):
             for micro in range(self.accumulate):
-                first = step * self.step_size + (micro * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, i, int(order[i])) for i in range(first, first + self.batch_size)]
+                batch = []
+                for source, size in enumerate(self.batch_sizes):
+                    first = step * self.step_sizes[source] + (micro * self.world_size + self.rank) * size
+                    batch += [(epoch, source, i, int(orders[source][i])) for i in range(first, first + size)]
+                yield batch
 
 
 class WindowDataset(Dataset):
-    """Training windows: (epoch, position, window) -> a dictionary of tensors with a leading axis of V views.
+    """Training windows: (epoch, source, position, window) -> a dictionary of tensors with a leading axis of V views.
 
-    What `transform(frames, rng)` returns, with window int64 (V,) and, of the last frame of a labelled clip, label
+    What the source's transform returns, with source and window int64 (V,) and, with targets, of the last frame label
     int64, ttc and soft_label float32 (V,). A DataError is returned, not raised, so that the main process reports it
     instead of a worker's traceback.
+
+    Raises DataError where targets are asked of unlabelled clips.
     """
 
-    def __init__(
-        self,
-        clips: ClipTable,
-        index: WindowIndex,
-        transform: Callable[[Iterable[Tensor], np.random.Generator], dict[str, Tensor]],
-        *,
-        seed: int,
-    ):
-        self.clips, self.index, self.transform, self.seed = clips, index, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.index)
+    def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool):
+        self.sources, self.seed, self.targets = list(sources), seed, targets
+        for source in self.sources if targets else ():
+            if unlabelled := next((c.name for c in source.clips if c.labels is None), None):
+                raise DataError(f"{source.clips.name}: clip {unlabelled} has no labels to train on")
 
     def __getitem__(self, key: Key) -> dict[str, Tensor] | DataError:
-        epoch, position, window = key
-        number, frames = self.index[window]
-        clip = self.clips[number]
+        epoch, number, position, window = key
+        source, rng = self.sources[number], np.random.default_rng([self.seed, *key[:3]])
+        clip_number, frames = source.index.sample(window, rng)
+        clip = source.clips[clip_number]
         try:
             with open_clip(clip) as reader:
-                sample = self.transform(reader.frames(frames), np.random.default_rng([self.seed, epoch, position]))
+                sample = source.transform(reader.frames(frames), rng)
         except DataError as e:
             return DataError(f"{clip.name}: {e}")
         views = len(sample["video"])
-        sample["window"] = torch.full((views,), window)
-        if clip.labels is not None:
+        sample["source"], sample["window"] = torch.full((views,), number), torch.full((views,), window)
+        if self.targets:
             last, ttc = frames[-1], clip.ttc
             sample["label"] = torch.full((views,), int(clip.labels[last]))
             sample["ttc"] = torch.full((views,), float(ttc[last]))
@@ -119,10 +142,18 @@ class WindowDataset(Dataset):
         return sample
 
 
-def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Tensor] | DataError:
-    """Samples -> one batch, their views side by side; the first DataError if there is one."""
-    error = next((item for item in items if isinstance(item, DataError)), None)
-    return error or {name: torch.cat([item[name] for item in items]) for name in items[0]}
+def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Any] | DataError:
+    """Samples -> one batch, their views side by side; "skipped" lists the errors of those that could not be read.
+
+    A DataError where none could be read.
+    """
+    errors = [item for item in items if isinstance(item, DataError)]
+    samples = [item for item in items if not isinstance(item, DataError)]
+    if not samples:
+        return errors[0]
+    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]} | {
+        "skipped": [str(e) for e in errors]
+    }
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -143,6 +174,28 @@ def checked(batches: Iterable) -> Iterator:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+class SkipBad:
+    """The batches of a loader, epoch after epoch; samples that could not be read are logged, once for each message.
+
+    Raises DataError for a batch without a readable sample, and after more than `limit` skipped samples.
+    """
+
+    def __init__(self, loader: DataLoader, *, limit: int):
+        self.loader, self.limit = loader, limit
+        self.skipped, self._seen = 0, set()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in checked(self.loader):
+            for message in batch["skipped"]:
+                self.skipped += 1
+                if message not in self._seen:
+                    self._seen.add(message)
+                    logger.error(f"skipped a sample, {self.skipped} so far: {message}")
+                if self.skipped > self.limit:
+                    raise DataError(f"more than --max_bad_samples {self.limit} samples skipped, the last: {message}")
+            yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class _PictureReader(Reader):
 
 
 def _decode(data: bytes) -> Tensor:
+    if not data:
+        raise ValueError("the picture is empty, 0 bytes")
     image = Image.open(io.BytesIO(data))
     if image.mode != "RGB":  # convert() would copy even so
         image = image.convert("RGB")
@@ -97,7 +99,13 @@ class ZipReader(_PictureReader):
             raise DataError(f"{path}: not a readable zip ({_reason(e)}); copy or download it again") from e
 
     def _bytes(self, name: str) -> bytes:
-        return self._zip.read(name)  # checks the CRC
+        try:
+            return self._zip.read(name)  # checks the CRC
+        except KeyError as e:
+            held = self._zip.namelist()
+            raise KeyError(
+                f"not in the zip, whose {len(held)} files begin with {held[0]}" if held else "the zip is empty"
+            ) from e
 
     def close(self) -> None:
         self._zip.close()
@@ -139,7 +147,7 @@ class VideoReader(Reader):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return "not in the zip"
+        return error.args[0]
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"

@@ -1,11 +1,11 @@
 """A small data set in DoTA's layout, rendered: a road from behind a windscreen, traffic, one visible accident per clip.
 
-    python -m datasets.synthetic ROOT --train 48 --val 16
+    python -m datasets.synthetic ROOT --train 48 --val 16 --videos 24
 
 Three kinds of accident, under DoTA's names: a car swerves into the one beside it (lateral), an oncoming car crosses
 into the camera's lane (oncoming, ego involved), a car skids off the road (leave_to_right). The anomaly begins with the
 swerve, before the impact, and lasts while wreck, debris and smoke are ahead. For the demo and the tests: everything
-that reads DoTA reads it.
+that reads DoTA reads it. --videos adds unlabelled ones, ROOT/videos/*.mp4, of the same roads at 30 frames per second.
 """
 
 import argparse
@@ -26,6 +26,7 @@ CAMERA_HEIGHT = 1.4
 FOCAL = 1.1  # in frame widths
 SWERVE = 5  # frames from the first swerve to the impact
 FPS = 10
+VIDEO_FPS = 30
 
 
 @dataclass
@@ -266,22 +267,53 @@ def render_dota(
             (root / "dataset" / "half_train_split.txt").write_text("".join(f"{name}\n" for name in names[::2]))
 
 
+def render_videos(folder: str | Path, *, count: int, seed: int = 0, size: tuple[int, int] = (160, 90)) -> None:
+    """Write count unlabelled H.264 videos, folder/000000.mp4, ..., at 30 fps: each frame of a scene three times.
+
+    size: (width, height) in pixels, even. Raises ImportError without PyAV, FileExistsError where the folder exists.
+    """
+    import av
+
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        scene = Scene(np.random.default_rng([seed, 2, i]), size)
+        with av.open(str(folder / f"{i:06d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "18", "threads": "1"})
+            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+            for t in range(scene.num_frames):
+                pixels = np.asarray(scene.frame(t))
+                for _ in range(VIDEO_FPS // FPS):
+                    for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                        container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder to create; must not hold a data set yet")
     parser.add_argument("--train", type=int, default=48, help="training clips (default: 48)")
     parser.add_argument("--val", type=int, default=16, help="validation clips (default: 16)")
+    parser.add_argument("--videos", type=int, default=0, help="unlabelled videos, in ROOT/videos (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
     parser.add_argument("--width", type=int, default=160, help="frame width; the height follows, 16:9 (default: 160)")
     parser.add_argument("--folders", action="store_true", help="frames as files in folders instead of zips")
     args = parser.parse_args()
-    size = (args.width, args.width * 9 // 16)
+    size = (args.width, args.width * 9 // 32 * 2)  # even, for H.264
     try:
         render_dota(args.root, train=args.train, val=args.val, seed=args.seed, size=size, packed=not args.folders)
+        if args.videos:
+            render_videos(Path(args.root, "videos"), count=args.videos, seed=args.seed, size=size)
     except FileExistsError as e:
         parser.error(f"{e.filename} exists already; remove it or choose another folder")
-    print(f"{args.train} training and {args.val} validation clips of {size[0]} x {size[1]} pixels in {args.root}")
+    except ImportError as e:
+        parser.error(f"--videos needs PyAV ({e}): pip install av")
+    print(
+        f"{args.train} training and {args.val} validation clips and {args.videos} videos of {size[0]} x {size[1]} "
+        f"pixels in {args.root}"
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets.clips import DataError
+from datasets.masking import tube_mask
 
 DRIVING_OPS = [  # no solarise, posterise or translate: a street scene stays one
     "AutoContrast",
@@ -31,6 +32,9 @@ DRIVING_OPS = [  # no solarise, posterise or translate: a street scene stays one
     "ShearY",
 ]
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
+SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop
+ALIGNED_SCALES = (1, 1, 0.975, 0.95, 0.9, 0.875, 0.85)
+CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
 INTERPOLATIONS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -44,7 +48,7 @@ def resize_exact(frame: Tensor, size: int) -> Tensor:
     return planes[0].round_().clamp_(0, 255).byte().permute(1, 2, 0)
 
 
-def resize(frames: Tensor, height: int, width: int) -> Tensor:
+def resize(frames: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """uint8 (T, H, W, 3) -> uint8 (T, height, width, 3): `resize_exact`, except at hard edges, in a fifth of the time.
 
     PyTorch's uint8 kernel rounds and clamps between its two passes: within one level on most pixels, ten on some.
@@ -52,9 +56,16 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
     if frames.shape[1:3] == (height, width):
         return frames
     planes = F.interpolate(
-        frames.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=False, align_corners=False
+        frames.permute(0, 3, 1, 2), size=(height, width), mode=mode, antialias=False, align_corners=False
     )
     return planes.permute(0, 2, 3, 1)
+
+
+def stack(frames: Sequence[Tensor]) -> Tensor:
+    """T frames (H, W, 3) -> (T, H, W, 3). Raises DataError where they differ in size."""
+    if len(sizes := {tuple(frame.shape[:2]) for frame in frames}) > 1:
+        raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")
+    return torch.stack(list(frames))
 
 
 class EvalTransform:
@@ -96,7 +107,7 @@ class FinetuneTransform:
     ):
         self.size, self.views, self.short_side = size, views, short_side
         self.erase_prob, self.erase_count, self.erase_max_area = erase_prob, erase_count, erase_max_area
-        self.rand_augment = None if aa == "none" else rand_augment(aa, interpolation)
+        self.rand_augment = None if aa == "none" else RandAugment(aa, interpolation)
 
     def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
         """Frames uint8 (H, W, 3), one at a time -> tensors with a leading axis of V views.
@@ -124,35 +135,96 @@ class FinetuneTransform:
                 height, width = round(height * scale), round(width * scale)
                 frame = resize(frame, height, width)
             shrunk.append(resize(frame, height, self.size))
-        if len({frame.shape for frame in shrunk}) > 1:
-            raise DataError(f"frames of different heights in one clip: {sorted({f.shape[1] for f in shrunk})}")
-        return torch.cat(shrunk), width
+        return stack([frame[0] for frame in shrunk]), width
 
     def augment(self, frames: Tensor, width: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The output of `shrink` -> (uint8 (3, T, size, size), int64 (erase_count, 4) boxes of `draw_erasing`)."""
         frames = resize(pad_wide(frames, width, rng), self.size, self.size)
         if self.rand_augment is not None:
-            frames = self._rand_augment(frames, int(rng.integers(2**32)))
+            frames = self.rand_augment(frames, rng)
         boxes = draw_erasing(self.size, rng, prob=self.erase_prob, count=self.erase_count, max_area=self.erase_max_area)
         return frames.permute(3, 0, 1, 2).contiguous(), boxes
 
-    def _rand_augment(self, frames: Tensor, seed: int) -> Tensor:
-        augmented = []
-        with _global_rng_restored():
-            for frame in frames.numpy():
-                random.seed(seed)  # timm draws from the global generators: replay them for each frame
-                np.random.seed(seed)
-                augmented.append(np.asarray(self.rand_augment(Image.fromarray(frame))))
-        return torch.from_numpy(np.stack(augmented))
+
+class PretrainTransform:
+    """DAPT's augmentation, the same for all frames of a clip, and its mask.
+
+    aligned (as fine-tuning sees clips): short side to `short_side`, pad wide frames or not and squash to a square of
+    it, RandAugment in 7 of 10 clips, multi-scale crop. Else VideoMAE's: short side, multi-scale crop of the wide frame.
+
+    Args:
+        size: output height and width in pixels.
+        grid: (t, h, w) tokens of a clip. mask_ratio: share of them that is masked (see `tube_mask`).
+        short_side: pixels; smaller frames are enlarged, or stay where enlarge is False.
+        aa: RandAugment policy, or "none". Sources: simple-tad (arXiv:2507.09338), VideoMAE (arXiv:2203.12602).
+
+    Raises ValueError for a policy that does not parse or a mask that hides nothing or everything.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        grid: tuple[int, int, int],
+        mask_ratio: float,
+        short_side: int,
+        enlarge: bool = True,
+        aligned: bool = True,
+        aa: str = "rand-m3-n3-mstd0.5-inc1",
+    ):
+        tube_mask(grid, mask_ratio, np.random.default_rng(0))  # refuses a bad ratio now, not in a worker
+        self.size, self.grid, self.mask_ratio = size, grid, mask_ratio
+        self.short_side, self.enlarge, self.aligned = short_side, enlarge, aligned
+        self.rand_augment = RandAugment(aa, "bicubic") if aligned and aa != "none" else None
+
+    def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Frames uint8 (H, W, 3) -> video uint8 (1, 3, T, size, size), mask bool (1, N), True = masked.
+
+        Raises DataError where frames differ in size.
+        """
+        clip = stack([self._shrink(frame) for frame in frames])
+        if self.aligned:
+            side = min(clip.shape[1:3])
+            clip = resize(pad_wide(clip, clip.shape[2], rng), side, side)
+            if self.rand_augment is not None and rng.random() < 0.7:
+                clip = self.rand_augment(clip, rng)
+        clip = multi_scale_crop(clip, self.size, ALIGNED_SCALES if self.aligned else SCALES, rng)
+        mask = torch.from_numpy(tube_mask(self.grid, self.mask_ratio, rng))
+        return {"video": clip.permute(3, 0, 1, 2).contiguous()[None], "mask": mask[None]}
+
+    def _shrink(self, frame: Tensor) -> Tensor:
+        height, width = frame.shape[:2]
+        short = min(height, width)
+        if short == self.short_side or (short < self.short_side and not self.enlarge):
+            return frame
+        scale = self.short_side / short
+        return resize(frame[None], round(height * scale), int(width * scale), mode="bilinear")[0]
 
 
-def rand_augment(policy: str, interpolation: str):
-    """timm's RandAugment over DRIVING_OPS for "rand-m6-n3-mstd0.5-inc1": PIL image -> PIL image.
+class RandAugment:
+    """timm's RandAugment over DRIVING_OPS by a policy such as "rand-m6-n3-mstd0.5-inc1", alike on all frames of a clip.
 
     `inc` is accepted because published commands carry it; as in the reference it changes nothing, since the list of
     operations is given. Raises ValueError where the policy does not parse.
     """
-    from timm.data.auto_augment import RandAugment, rand_augment_ops
+
+    def __init__(self, policy: str, interpolation: str):
+        self.augment = rand_augment(policy, interpolation)
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """uint8 (T, H, W, 3) -> uint8 (T, H, W, 3)."""
+        seed, augmented = int(rng.integers(2**32)), []
+        with _global_rng_restored():
+            for frame in clip.numpy():
+                random.seed(seed)  # timm draws from the global generators: replay them for each frame
+                np.random.seed(seed)
+                augmented.append(np.asarray(self.augment(Image.fromarray(frame))))
+        return torch.from_numpy(np.stack(augmented))
+
+
+def rand_augment(policy: str, interpolation: str):
+    """The PIL image -> PIL image of `RandAugment`, which draws from Python's and NumPy's global generators."""
+    from timm.data import auto_augment
 
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
@@ -169,7 +241,8 @@ def rand_augment(policy: str, interpolation: str):
         "interpolation": INTERPOLATIONS[interpolation],
         "magnitude_std": values.get("mstd", 0.0),
     }
-    return RandAugment(rand_augment_ops(magnitude=magnitude, hparams=hparams, transforms=DRIVING_OPS), layers)
+    ops = auto_augment.rand_augment_ops(magnitude=magnitude, hparams=hparams, transforms=DRIVING_OPS)
+    return auto_augment.RandAugment(ops, layers)
 
 
 @contextmanager
@@ -208,6 +281,36 @@ def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
         for border in (padded[:, :top], padded[:, top + height :]):
             border.copy_((border * brightness).round())
     return padded
+
+
+def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
+    """(width, height) candidates of VideoMAE's multi-scale crop of frames whose short side is `side` pixels.
+
+    Every scale of the side with itself and its neighbours in `scales`; what is within 2 pixels of the output size is
+    that size, so that it need not be resized.
+    """
+    sides = [size if abs(int(side * s) - size) < 3 else int(side * s) for s in scales]
+    return [(w, h) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+
+
+def crop_offsets(spare_width: int, spare_height: int) -> list[tuple[int, int]]:
+    """(left, top) of the 13 places of a crop: on a grid of quarters of what is spare, corners, edges and centres."""
+    dx, dy = spare_width // 4, spare_height // 4
+    return [(x * dx, y * dy) for x, y in CROP_PLACES]
+
+
+def multi_scale_crop(clip: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator) -> Tensor:
+    """uint8 (T, H, W, 3) -> uint8 (T, size, size, 3): one of `crop_sizes` at one of `crop_offsets`, drawn uniformly."""
+    height, width = clip.shape[1:3]
+    sizes = crop_sizes(min(height, width), size, scales)
+    w, h = sizes[rng.integers(len(sizes))]
+    offsets = crop_offsets(width - w, height - h)
+    left, top = offsets[rng.integers(len(offsets))]
+    crop = clip[:, top : top + h, left : left + w]
+    if (h, w) == (size, size):
+        return crop
+    planes = F.interpolate(crop.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)  # as Pillow
+    return planes.permute(0, 2, 3, 1)
 
 
 def draw_erasing(

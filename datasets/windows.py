@@ -40,7 +40,7 @@ class WindowIndex:
         self.frame_counts = np.asarray(frame_counts, dtype=np.int64)
         self.src_fps = np.broadcast_to(np.asarray(src_fps, dtype=np.float64), self.frame_counts.shape)
         for name, value in (("num_frames", num_frames), ("view_fps", view_fps), ("stride", stride)):
-            if not value > 0:
+            if not 0 < value < np.inf:
                 raise ValueError(f"{name} must be positive, not {value}")
         if not (self.src_fps > 0).all():
             raise ValueError(f"src_fps must be positive, not {self.src_fps.min()}")
@@ -64,6 +64,10 @@ class WindowIndex:
         clip = int(np.searchsorted(self._ends, i, side="right"))
         within = int(i - (self._ends[clip] - self.counts[clip]))
         return clip, self.frames(clip, self.first_last(clip) + within * self.stride)
+
+    def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """self[i]: a window leaves nothing to chance."""
+        return self[i]
 
     def first_last(self, clip: int) -> int:
         """Last frame of the clip's first window."""
@@ -93,11 +97,47 @@ class WindowIndex:
         return np.flatnonzero(self.counts == 0)
 
 
-def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: int) -> WindowIndex:
-    """The WindowIndex of a table; logs how many windows there are and which clips are too short for one.
+class RandomClipIndex:
+    """One random clip of each video: num_frames frames, `step` source frames apart, whatever the frame rate.
 
+    In a video of T frames the clip starts at 0 to T - num_frames * step, or at 0 where that is negative; a video that
+    ends early repeats the last frame reached. Source: VideoMAE's Kinetics loader (arXiv:2203.12602).
+
+    Args:
+        frame_counts: (videos,) frames per video. num_frames, step: the clip.
+
+    Raises ValueError for a number that is not positive.
+    """
+
+    def __init__(self, frame_counts: Sequence[int] | np.ndarray, *, num_frames: int, step: int):
+        if num_frames <= 0 or step <= 0:
+            raise ValueError(f"num_frames and step must be positive, not {num_frames} and {step}")
+        self.frame_counts = np.asarray(frame_counts, dtype=np.int64)
+        self.num_frames, self.step = int(num_frames), int(step)
+
+    def __len__(self) -> int:
+        return len(self.frame_counts)
+
+    def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """(video, frames): i and (num_frames,) int64 source frames."""
+        spare = int(self.frame_counts[i]) - self.num_frames * self.step
+        return i, self.frames(i, int(rng.integers(max(spare, 0) + 1)))
+
+    def frames(self, i: int, start: int) -> np.ndarray:
+        """(num_frames,) int64 source frames of the clip that starts at `start`."""
+        reachable = (int(self.frame_counts[i]) - 2 - start) // self.step  # steps that stay inside, as published
+        return start + np.minimum(np.arange(self.num_frames), max(reachable, 0)) * self.step
+
+
+def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: int) -> WindowIndex | RandomClipIndex:
+    """The index of a table; logs how many windows there are and which clips are too short for one.
+
+    stride: step between windows, or, where the table is one_clip_per_video, between the frames of a clip.
     Raises DataError where none is long enough, ValueError for a number that is not positive.
     """
+    if clips.one_clip_per_video:
+        logger.info(f"{clips.name} {clips.split}: {len(clips)} videos, a random clip of each per epoch")
+        return RandomClipIndex(clips.frame_counts, num_frames=num_frames, step=stride)
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
     split = f"{clips.name} {clips.split}"
     logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")

@@ -13,7 +13,7 @@ A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, a
 rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them.
 """
 
-import json
+import math
 import os
 import random
 import shutil
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from engine.loop import Optimization, Progress
-from utils.config import ConfigError, differing
+from utils.config import ConfigError, differing, read_run_record
 from utils.distributed import gather
 from utils.files import replaced, sync
 
@@ -59,9 +59,12 @@ def find_resume(
         folder = Path(resume)
         if not (folder / _STATE).is_file():
             raise ConfigError(f"--resume {resume}: no {_STATE} in it; it takes a checkpoint-last folder")
-    state = load_last(folder) if folder else None
+        state = load_last(folder)
+        state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
+    else:
+        state = load_last(folder) if folder else None
     if state or origin.exists():
-        known = state["args"] if state else json.loads(origin.read_text())["args"]
+        known = state["args"] if state else read_run_record(origin)
         if changes := differing(known, record, free):
             raise ConfigError(
                 f"{folder or output_dir} belongs to a run with other arguments ({'; '.join(changes)}): "
@@ -112,9 +115,13 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     """The state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read."""
     path = Path(folder, _STATE)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        raise ConfigError(f"{path} is damaged ({str(e).splitlines()[0][:120]}); remove its folder to start over") from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
+    if not isinstance(state, dict) or not {"model", "optimizer", "args", "best"} <= state.keys():
+        raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")
+    return state
 
 
 def restore(
@@ -137,6 +144,12 @@ def save_weights(path: str | Path, model: nn.Module) -> None:
     """Write the state dict of an unwrapped model, flat, on the CPU, in one rename."""
     with replaced(path) as temporary:
         torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, temporary)
+
+
+def keep_epoch(folder: str | Path, model: nn.Module, epoch: int, *, stop_epoch: int, every: int) -> None:
+    """Write checkpoint-<epoch>.pth if this is the last epoch before stop_epoch or one of `every` (0: of none)."""
+    if epoch + 1 == stop_epoch or (every and (epoch + 1) % every == 0):
+        save_weights(Path(folder, f"checkpoint-{epoch}.pth"), model)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from engine.metrics import frame_metrics
 from utils.distributed import gather
 from utils.files import replaced
 from utils.logging import jsonable
+
+logger = logging.getLogger("tad")
 
 
 class EvaluationError(RuntimeError):
@@ -44,7 +47,10 @@ class Predictions:
         """`frame_metrics` of the scores, and the mean cross-entropy as "loss"."""
         own = self.logits[np.arange(len(self.label)), self.label].astype(np.float64)
         loss = np.logaddexp(self.logits[:, 0].astype(np.float64), self.logits[:, 1]) - own
-        return {"loss": float(loss.mean()), **frame_metrics(self.score, self.label)}
+        metrics = {"loss": float(loss.mean()), **frame_metrics(self.score, self.label)}
+        if metrics["n_pos"] in (0, metrics["n"]):
+            logger.warning("all evaluated frames are of one class: AUC_ROC, AP and MCC say nothing")
+        return metrics
 
 
 @torch.inference_mode()

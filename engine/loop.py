@@ -1,4 +1,4 @@
-"""One epoch of training, for any objective.
+"""Epochs of training, for any objective.
 
 Nothing in the loop waits for the device (but GradScaler's overflow check, under fp16): statistics add up there and are
 read every `log_every` steps.
@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.optim import set_schedule
-from utils.logging import Averages, TensorBoard, progress_bar
+from engine.optim import Optimization, set_schedule
+from utils.logging import Averages, TensorBoard, append_json_line, progress_bar
 
 logger = logging.getLogger("tad")
 
@@ -43,24 +43,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Optimization:
-    """How gradients become steps.
-
-    lr, weight_decay: functions of the optimizer step since the start of training. accumulate: forward passes per step.
-    clip_grad: largest gradient norm, or None. dtype: of autocast (float32 turns it off). scaler: for float16.
-    """
-
-    optimizer: torch.optim.Optimizer
-    lr: Callable[[int], float]
-    weight_decay: Callable[[int], float]
-    accumulate: int = 1
-    clip_grad: float | None = None
-    dtype: torch.dtype = torch.float32
-    scaler: torch.amp.GradScaler | None = None
-    ema: ModelEmaV3 | None = None
-
-
-@dataclass(frozen=True)
 class Reporting:
     """Where statistics go. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal."""
 
@@ -68,6 +50,52 @@ class Reporting:
     clips_per_step: int
     log_every: int = 20
     progress_bar: bool = False
+
+
+def train_epochs(
+    model: nn.Module,
+    loader: Iterable,
+    set_epoch: Callable[[int, int], None],
+    objective: Objective,
+    optimization: Optimization,
+    progress: Progress,
+    reporting: Reporting,
+    *,
+    steps_per_epoch: int,
+    stop_epoch: int,
+    device: torch.device,
+    save: Callable[[], None],
+    after_epoch: Callable[[], dict[str, float]],
+    log_file: Path | None,
+) -> None:
+    """Train from where progress stands until stop_epoch epochs are done.
+
+    Args:
+        loader: the batches of the epoch that set_epoch(epoch, first step) announced.
+        save: writes checkpoint-last; called after the training of an epoch and after what follows it.
+        after_epoch: evaluates or draws, once the epoch is trained; what it returns goes to the log.
+        log_file: a line of JSON for each epoch, or None.
+    """
+    while progress.epoch < stop_epoch:
+        started = time.perf_counter()
+        if progress.step < steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
+            set_epoch(progress.epoch, progress.step)
+            progress.means = train_one_epoch(
+                model,
+                loader,
+                objective,
+                optimization,
+                progress,
+                reporting,
+                steps_per_epoch=steps_per_epoch,
+                device=device,
+            )
+            save()
+        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()} | after_epoch()
+        if log_file:
+            append_json_line(log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        save()
 
 
 def train_one_epoch(

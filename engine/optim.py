@@ -1,11 +1,113 @@
 """Parameter groups with layer decay, and learning-rate schedules as pure functions of the step."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import nn
+
+logger = logging.getLogger("tad")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How gradients become steps.
+
+    lr, weight_decay: functions of the optimizer step since the start of training. accumulate: forward passes per step.
+    clip_grad: largest gradient norm, or None. dtype: of autocast (float32 turns it off). scaler: for float16.
+    """
+
+    optimizer: torch.optim.Optimizer
+    lr: Callable[[int], float]
+    weight_decay: Callable[[int], float]
+    accumulate: int = 1
+    clip_grad: float | None = None
+    dtype: torch.dtype = torch.float32
+    scaler: torch.amp.GradScaler | None = None
+    ema: ModelEmaV3 | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up and cosine of a run, by optimizer step. lr, min_lr: base rates, per 256 clips of a step.
+
+    warmup_steps > 0 stands in place of warmup_epochs. Raises ValueError where the warm-up does not fit, or where
+    weight decay is to grow from 0, which no parameter group would follow.
+    """
+
+    epochs: int
+    steps_per_epoch: int
+    lr: float
+    min_lr: float
+    warmup_epochs: int
+    warmup_steps: int
+    weight_decay: float
+    weight_decay_end: float
+
+    def __post_init__(self):
+        if self.warmup >= self.total_steps:
+            raise ValueError(
+                f"the warm-up ({self.warmup} steps) must be shorter than --epochs {self.epochs} "
+                f"({self.total_steps} steps): lower --warmup_epochs"
+            )
+        if self.weight_decay == 0 < self.weight_decay_end:
+            raise ValueError("--weight_decay_end needs a --weight_decay above 0 to start from")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the cosine is laid out for."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        return self.warmup_steps if self.warmup_steps > 0 else self.warmup_epochs * self.steps_per_epoch
+
+
+def build_optimization(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    clips_per_step: int,
+    opt: str,
+    eps: float,
+    betas: Sequence[float],
+    layer_decay: float = 1.0,
+    accumulate: int = 1,
+    clip_grad: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    ema_decay: float | None = None,
+    ema_on_cpu: bool = False,
+) -> Optimization:
+    """Optimizer, schedules, precision and weight average of a model; logs the learning rate and its formula.
+
+    opt: timm's name. ema_decay: of the average of the weights; None keeps none. Raises ValueError for an unknown opt.
+    """
+    scale = clips_per_step / 256
+    lr, min_lr = schedule.lr * scale, schedule.min_lr * scale
+    steps, warmup = schedule.total_steps, schedule.warmup
+    logger.info(
+        f"learning rate {lr:.4g} = {schedule.lr:g} x {clips_per_step} / 256, down to {min_lr:.4g}; "
+        f"{schedule.steps_per_epoch} steps per epoch, {warmup} of warm-up"
+    )
+    device = next(model.parameters()).device.type
+    groups = parameter_groups(model, weight_decay=schedule.weight_decay, layer_decay=layer_decay)
+    optimizer = build_optimizer(groups, name=opt, lr=lr, eps=eps, betas=betas, fused=device == "cuda")
+    decay, decay_end = schedule.weight_decay, schedule.weight_decay_end
+    return Optimization(
+        optimizer=optimizer,
+        lr=lambda step: cosine(step, base=lr, final=min_lr, total_steps=steps, warmup_steps=warmup),
+        weight_decay=lambda step: cosine(step, base=decay, final=decay_end, total_steps=steps),
+        accumulate=accumulate,
+        clip_grad=clip_grad,
+        dtype=dtype,
+        scaler=torch.amp.GradScaler(device) if dtype == torch.float16 else None,
+        ema=None if ema_decay is None else ModelEmaV3(model, decay=ema_decay, device="cpu" if ema_on_cpu else None),
+    )
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
@@ -28,6 +130,7 @@ def build_optimizer(
     groups: list[dict], *, name: str, lr: float, eps: float, betas: Sequence[float], fused: bool
 ) -> torch.optim.Optimizer:
     """An optimizer over `parameter_groups`, by timm's name for it. fused: AdamW in one kernel (CUDA)."""
+    name = name.lower()  # as timm does
     options = {"eps": eps, "betas": tuple(betas)} if "adam" in name else {}
     if fused and name == "adamw":
         options["fused"] = True

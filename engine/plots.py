@@ -1,10 +1,13 @@
-"""Figures of an evaluation: ROC, precision-recall, MCC over the threshold, confusion matrix."""
+"""Figures of an evaluation: ROC, precision-recall, MCC over the threshold, confusion. Pictures of a reconstruction."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from engine.metrics import HALF, THRESHOLDS, precision_recall_curve, roc_curve, threshold_curve
 
@@ -45,6 +48,18 @@ def evaluation_figures(scores: np.ndarray, labels: np.ndarray, metrics: dict[str
         axes.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
     axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["safe", "anomalous"], yticklabels=["safe", "anomalous"])
     return {"roc": roc, "pr": pr, "mcc": mcc, "confusion": confusion}
+
+
+def reconstruction_picture(videos: Sequence[Tensor], columns: int = 8) -> np.ndarray:
+    """Videos (B, 3, T, H, W) in [0, 1] -> uint8 (B x len(videos) x H, columns x W, 3).
+
+    A row of frames, evenly spaced in time, for each of the videos; the rows of a clip below each other.
+    """
+    frames = videos[0].shape[2]
+    shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
+    rows = torch.stack(list(videos), dim=1)[:, :, :, torch.from_numpy(shown)]  # B V 3 T H W
+    pixels = (rows.cpu() * 255).round().byte().permute(0, 1, 4, 3, 5, 2)  # B V H T W 3
+    return pixels.flatten(3, 4).flatten(0, 2).numpy()
 
 
 def save_figures(folder: str | Path, figures: dict[str, Figure]) -> None:

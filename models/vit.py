@@ -23,11 +23,48 @@ class TubeletEmbed(nn.Module):
 
     def __init__(self, *, patch_size: int, tubelet_size: int, in_chans: int, embed_dim: int):
         super().__init__()
-        cube = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=cube, stride=cube)
+        self.cube = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=self.cube, stride=self.cube)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return self.proj(video).flatten(2).transpose(1, 2)
+
+
+def build_blocks(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    *,
+    mlp_ratio: float = 4.0,
+    drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.ModuleList:
+    """VideoMAE's transformer blocks. drop_path_rate: of the last block; it grows linearly from 0 at the first."""
+    drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+    blocks = nn.ModuleList(
+        Block(
+            embed_dim,
+            num_heads,
+            qkv_bias=True,
+            mlp_ratio=mlp_ratio,
+            proj_drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            drop_path=drop_path[i],
+            norm_layer=LayerNorm,
+        )
+        for i in range(depth)
+    )
+    for block in blocks:
+        block.mlp.drop1 = nn.Identity()  # VideoMAE drops after fc2 only
+    return blocks
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
+    """(B, n, D) through the blocks. recompute: their activations in the backward pass, to save memory."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
 
 
 class VideoViT(nn.Module):
@@ -83,22 +120,15 @@ class VideoViT(nn.Module):
         )
         num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.register_buffer("pos_embed", sinusoid_1d(num_tokens, embed_dim)[None], persistent=False)
-        drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                qkv_bias=True,
-                mlp_ratio=mlp_ratio,
-                proj_drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path[i],
-                norm_layer=LayerNorm,
-            )
-            for i in range(depth)
+        self.blocks = build_blocks(
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
         )
-        for block in self.blocks:
-            block.mlp.drop1 = nn.Identity()  # VideoMAE drops after fc2 only
         # One of the two exists, under the name its published checkpoints use.
         self.norm = nn.Identity() if final_reduction == "fc_norm" else LayerNorm(embed_dim)
         self.fc_norm = LayerNorm(embed_dim) if final_reduction == "fc_norm" else nn.Identity()
@@ -120,12 +150,7 @@ class VideoViT(nn.Module):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """(B, n, D) -> (B, n, D): any subset of the tokens through the blocks and `norm`."""
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.norm(x)
+        return self.norm(run_blocks(self.blocks, x, recompute=self.grad_checkpointing and self.training))
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""

@@ -3,28 +3,22 @@
 A published file differs from our module in four ways only: a wrapper around the state dict (`model`, `module`, ...),
 prefixes (`_orig_mod.`, `module.`, `encoder.`, `backbone.`), the name of the final norm (`encoder.norm`, `norm`,
 `fc_norm`), and tensors of the pre-training task. The keys of both sides are brought to one canonical form and matched;
-what the file has beyond the model must be named by a rule of its dialect, and all the model may lack is the head.
+what the file has beyond the model must be named by a rule of its dialect. What the file may lack is the head of a
+classifier and the whole decoder of a masked autoencoder.
 """
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from urllib.parse import urlparse
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint_file import MODEL_KEYS, Checkpoint, CheckpointError, brief, fetch, read_checkpoint
 from models.registry import create_model, list_models
 
-MODEL_KEYS = "model|module|state_dict|model_state"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong and the remedy."""
+__all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +52,8 @@ DIALECTS = (
     Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix="backbone."),
 )
 _OWN_PREFIX = "encoder."  # of our masked autoencoder; the classifier has none
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors."""
-
-    path: str
-    wrapper: str
-    state: dict[str, Tensor]
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+_DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,7 @@ class LoadReport:
     def __str__(self) -> str:
         wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
         renamed = sum(new != old for new, old in self.sources.items())
-        missing = _brief(self.missing) + " (newly initialised)" * bool(self.missing)
+        missing = brief(self.missing) + " (newly initialised)" * bool(self.missing)
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(self.reasons.values()).most_common())
         return "\n".join(
             (
@@ -100,88 +87,6 @@ class LoadReport:
                 f"  missing  {len(self.missing):4d}  {missing}".rstrip(),
             )
         )
-
-
-def _brief(keys: Iterable[str], limit: int = 4) -> str:
-    keys = list(keys)
-    return ", ".join(keys[:limit]) + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def fetch(path_or_url: str) -> str:
-    """A local path for a path or an http(s) URL; a URL is downloaded once into torch.hub's cache.
-
-    Raises CheckpointError where the download fails.
-    """
-    if urlparse(path_or_url).scheme not in ("http", "https"):
-        return path_or_url
-    target = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(path_or_url).path).name)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(path_or_url, str(target), progress=False)  # temporary file, then renamed
-        except OSError as e:
-            raise CheckpointError(f"{path_or_url}: download failed ({e}); fetch it by hand and give its path") from e
-    return str(target)
-
-
-def _safe_types() -> list:
-    """What published training scripts pickle beside tensors: their arguments, and NumPy's scalars in the optimizer."""
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.bool_)]
-    scalar = np.float64(0).__reduce__()[0]
-    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2 files
-    return [argparse.Namespace, np.dtype, *dtypes, *scalars]
-
-
-def _explain_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as f:
-        head = f.read(512).lstrip()
-    if head[:1] == b"<":
-        return "this is an HTML or XML page saved under the name of a checkpoint; download the file itself"
-    if head.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the weights; run `git lfs pull`"
-    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-        found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-        name = next(filter(None, found.groups()), "a class") if found else "a class"
-        return (
-            f"it pickles {name}, which is refused because unpickling can run code; if you trust the file, re-save its "
-            "weights alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
-        )
-    return f"truncated, or not a PyTorch checkpoint ({str(error).splitlines()[0][:120]}); download or copy it again"
-
-
-def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
-    """Read a state dict to the CPU, unpickling tensors and plain types only.
-
-    Args:
-        path: file or URL. model_key: names separated by |; the first one present is unwrapped, else the file itself
-            must be a state dict.
-
-    Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside.
-    """
-    file = Path(fetch(path))
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    if file.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
-    try:
-        with torch.serialization.safe_globals(_safe_types()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
-    wrapper = next((k for k in model_key.split("|") if isinstance(content.get(k), dict)), "")
-    state = content[wrapper] if wrapper else content
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(
-            f"{path}: no weights under {' or '.join(model_key.split('|'))}; the file's keys are "
-            f"{_brief(map(str, content))}. Name the right one with --model_key"
-        )
-    return Checkpoint(str(path), wrapper, dict(state))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,13 +109,16 @@ def _canonical(key: str, prefix: str) -> str:
 
 def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[_Entry]:
     """The file's tensors under model_prefix; the others go to reasons."""
+    prefix = _WRAPPERS.sub("", model_prefix and model_prefix.rstrip(".") + ".")
     entries = []
     for key, tensor in checkpoint.state.items():
-        bare = re.sub(r"^((module|_orig_mod)\.)+", "", key)
-        if bare.startswith(model_prefix):
-            entries.append(_Entry(key, bare.removeprefix(model_prefix), tensor))
+        bare = _WRAPPERS.sub("", key)
+        if bare.startswith(prefix):
+            entries.append(_Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), tensor))
         else:
-            reasons[key] = f"outside {model_prefix}*"
+            reasons[key] = f"outside {prefix}*"
+    if not entries:
+        raise CheckpointError(f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {brief(checkpoint.state)}")
     return entries
 
 
@@ -218,22 +126,27 @@ def _recognise(entries: list[_Entry], path: str) -> Dialect:
     for dialect in DIALECTS:
         if any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
             return dialect
-    raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {_brief(e.bare for e in entries)}")
+    raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {brief(e.bare for e in entries)}")
 
 
 def _architecture(shapes: dict[str, tuple[int, ...]]) -> tuple:
     """(shape of the patch embedding or None, number of blocks) under canonical keys: what tells the sizes apart."""
-    numbers = [int(m.group(1)) for k in shapes if (m := re.match(r"blocks\.(\d+)\.", k))]
-    return shapes.get("patch_embed.proj.weight"), 1 + max(numbers, default=-1)
+    return shapes.get("patch_embed.proj.weight"), _depth("blocks", shapes)
 
 
-def _describe(architecture: tuple) -> str:
-    """The registered models of this architecture, else its numbers."""
+def _depth(prefix: str, keys: Iterable[str]) -> int:
+    """How many blocks there are under a prefix."""
+    return 1 + max((int(m.group(1)) for k in keys if (m := re.match(rf"{prefix}\.(\d+)\.", k))), default=-1)
+
+
+def _describe(architecture: tuple, kind: type[nn.Module]) -> str:
+    """The registered models of this architecture and class, else its numbers."""
     names = []
     for name in list_models():
         with torch.device("meta"):
-            state = create_model(name).state_dict()
-        if _architecture({_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in state.items()}) == architecture:
+            model = create_model(name)
+        shapes = {_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in model.state_dict().items()}
+        if type(model) is kind and _architecture(shapes) == architecture:
             names.append(name)
     embed, depth = architecture
     return " or ".join(names) or f"a model of {depth} blocks with patch_embed.proj.weight of shape {embed}"
@@ -247,14 +160,15 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     """Fill `model` in place from a published, DAPT or fine-tuned checkpoint.
 
     Half-precision files are copied up into the model's own dtype. The head (`head.*`) is loaded where its shape
-    fits and left as initialised where the file has none or one of another class count.
+    fits and left as initialised where the file has none or one of another class count; a masked autoencoder's decoder
+    is left as initialised where the file has none.
 
     Args:
         path: file or http(s) URL. model_key: see `read_checkpoint`.
         model_prefix: take the keys under this prefix alone, e.g. "student."; the others are reported as ignored.
 
     Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
-    of another shape, a key that nothing accounts for. The model is untouched then.
+    of another shape or with NaN, a key that nothing accounts for. The model is untouched then.
     """
     checkpoint = read_checkpoint(path, model_key)
     reasons: dict[str, str] = {}  # of each key that is ignored
@@ -269,7 +183,7 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     target = {_canonical(key, _OWN_PREFIX): key for key in state}
 
     shapes = {c: tuple(state[key].shape) for c, key in target.items()}
-    _check_architecture(shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, path)
+    _check_architecture(model, shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, path)
     _set_foreign_head_aside(source, shapes, reasons)
     _check_shapes(source, shapes, path)
     for c in [c for c in source if c not in target]:
@@ -278,7 +192,10 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
             reasons[entry.key] = entry.bare if "." not in entry.bare else f"{entry.bare.split('.')[0]}.*"
     missing = [key for c, key in target.items() if c not in source]
     unknown = [entry.key for c, entry in source.items() if c not in target]
-    _check_complete([key for key in missing if not key.startswith("head.")], unknown, dialect, path)
+    has_decoder = any(map(_DECODER.fullmatch, source))
+    lacking = [key for key in missing if not key.startswith("head.") and (has_decoder or not _DECODER.fullmatch(key))]
+    _check_complete(lacking, unknown, dialect, path)
+    _check_values(source, path)
 
     with torch.no_grad():
         for c, entry in source.items():
@@ -297,20 +214,37 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     )
 
 
-def _check_architecture(wanted: dict[str, tuple], found: dict[str, tuple], path: str) -> None:
+def _check_architecture(model: nn.Module, wanted: dict[str, tuple], found: dict[str, tuple], path: str) -> None:
     """Raise CheckpointError where the file is of another model size. Shapes by canonical key."""
-    wanted, found = _architecture(wanted), _architecture(found)
-    if found[0] is not None and found != wanted:
-        raise CheckpointError(f"{path}: this is {_describe(found)}, but the model is {_describe(wanted)}")
+    (own, own_decoder), (other, decoder) = (
+        (_architecture(shapes), _depth("decoder.blocks", shapes)) for shapes in (wanted, found)
+    )
+    if other[0] is not None and other != own:
+        kind = type(model)
+        raise CheckpointError(f"{path}: this is {_describe(other, kind)}, but the model is {_describe(own, kind)}")
+    if own_decoder and decoder and own_decoder != decoder:
+        raise CheckpointError(
+            f"{path}: its decoder has {decoder} blocks, the model's {own_decoder}; use --decoder_depth {decoder}"
+        )
 
 
 def _set_foreign_head_aside(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: dict[str, str]) -> None:
-    """Move a head of another class count from source to reasons."""
-    head = [c for c in source if c.startswith("head.") and c in shapes]
-    if any(tuple(source[c].tensor.shape) != shapes[c] for c in head):
-        for c in head:
-            entry = source.pop(c)
-            reasons[entry.key] = f"head.* of {len(entry.tensor)} classes"
+    """Move a head of another class count, the same in all else, from source to reasons."""
+    head = {c: tuple(entry.tensor.shape) for c, entry in source.items() if c.startswith("head.") and c in shapes}
+    if all(len(s) == len(shapes[c]) and s[1:] == shapes[c][1:] and s[0] != shapes[c][0] for c, s in head.items()):
+        for c, (classes, *_) in head.items():
+            reasons[source.pop(c).key] = f"head.* of {classes} classes"
+
+
+def _check_values(source: dict[str, _Entry], path: str) -> None:
+    """Raise CheckpointError where a tensor to be loaded is not of floating point or not finite."""
+    for entry in source.values():
+        if not entry.tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {entry.key} holds {entry.tensor.dtype}, not weights; wrong or damaged file")
+        if not entry.tensor.isfinite().all():
+            raise CheckpointError(
+                f"{path}: {entry.key} has NaN or infinite values; the training that wrote it diverged"
+            )
 
 
 def _check_shapes(source: dict[str, _Entry], shapes: dict[str, tuple], path: str) -> None:
@@ -328,10 +262,10 @@ def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, pa
     """Raise CheckpointError where the model needs more than the file has, or the file has more than its rules name."""
     problems = []
     if lacking:
-        problems.append(f"lacks {len(lacking)} tensors the model needs: {_brief(lacking)}; the file is incomplete")
+        problems.append(f"lacks {len(lacking)} tensors the model needs: {brief(lacking)}; the file is incomplete")
     if unknown:
         problems.append(
-            f"has {len(unknown)} keys that no rule of {dialect.name!r} accounts for: {_brief(unknown)}; "
+            f"has {len(unknown)} keys that no rule of {dialect.name!r} accounts for: {brief(unknown)}; "
             "wrong file, or a family this loader does not know"
         )
     if problems:

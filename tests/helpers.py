@@ -57,3 +57,20 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def write_video(path: Path, *, frames: int, fps: int, size: tuple[int, int] = (64, 48)) -> None:
+    """Write an H.264 video of moving bars; frame i is brighter than frame i - 1. size: (width, height)."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mov" if path.suffix == ".mov" else "mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            pixels = np.full((size[1], size[0], 3), 4 * i % 200, dtype=np.uint8)
+            pixels[:, (3 * i) % size[0] :][:, :8] = 255
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)

@@ -294,7 +294,7 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
     ("options", "message"),
     [
         (["--model", "vit_tini"], "unknown model 'vit_tini'"),
-        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: DoTA"),
+        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: BDD100K, CAP-DATA, DADA2K"),
         (["--aa", "rand-q3"], "--aa 'rand-q3'"),
         (["--input_size", "60"], "input_size 60 must be a multiple of the patch size 16"),
         (["--freeze_layers", "9"], "cannot freeze 9 of 4 blocks"),
@@ -303,7 +303,12 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
         (["--opt", "adamv"], "adamv"),
         (["--finetune", "absent.pth"], "absent.pth: no such checkpoint file"),
         (["--eval_split", "test"], "DoTA has no split 'test'"),
-        (["--view_fps", "0"], "view_fps must be positive"),
+        (["--data_set", "BDD100K"], "BDD100K has no labels to fine-tune on; it is for run_dapt.py"),
+        (
+            ["--model", "pretrain_videomae_tiny_patch16_64"],
+            "is for run_dapt.py; fine-tuning takes one of the vit_ models",
+        ),
+        (["--weight_decay", "0", "--weight_decay_end", "0.1"], "--weight_decay_end needs a --weight_decay above 0"),
         (["--epochs", "5"], "the warm-up (30 steps) must be shorter than --epochs 5 (30 steps)"),
         (["--stop_epoch", "60"], "--start_epoch 0 < --stop_epoch 60 <= --epochs 50 must hold"),
     ],

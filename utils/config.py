@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.files import replaced
+
 
 class ConfigError(ValueError):
     """Arguments that do not go together; the message names them and the way out."""
@@ -60,8 +62,10 @@ class Parser(argparse.ArgumentParser):
 # Resolving
 
 
-def split_batch(total: int | None, per_process: int | None, *, world_size: int, update_freq: int) -> tuple[int, int]:
-    """(windows per process and forward pass, windows per step) from whichever is given; 56 in all by default.
+def split_batch(
+    total: int | None, per_process: int | None, *, default: int, world_size: int, update_freq: int
+) -> tuple[int, int]:
+    """(windows per process and forward pass, windows per step) from whichever is given; `default` per step otherwise.
 
     Raises ConfigError where both are given or the total does not divide, naming the nearest totals that do.
     """
@@ -70,7 +74,7 @@ def split_batch(total: int | None, per_process: int | None, *, world_size: int, 
         raise ConfigError("give --batch_size (per process) or --total_batch_size, not both")
     if per_process is not None:
         return per_process, per_process * parts
-    total = 56 if total is None else total
+    total = default if total is None else total
     if total % parts:
         below, above = total // parts * parts, -(-total // parts) * parts
         raise ConfigError(
@@ -87,7 +91,9 @@ def differing(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[st
 
 
 def write_run_record(path: Path, args: Mapping[str, Any], world_size: int) -> None:
-    """args.json: resolved arguments, command line, git revision, versions."""
+    """args.json: resolved arguments, command line, git revision, versions. Raises ConfigError where path's folder
+    cannot be written.
+    """
     record = {
         "args": dict(args),
         "command": shlex.join(sys.argv),
@@ -95,7 +101,20 @@ def write_run_record(path: Path, args: Mapping[str, Any], world_size: int) -> No
         "git": _git_revision(),
         "versions": {"python": sys.version.split()[0]} | {p: _version(p) for p in ("torch", "torchvision", "timm")},
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be written ({e.strerror}); choose another --output_dir") from e
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """The arguments in an args.json. Raises ConfigError where it is damaged."""
+    try:
+        return json.loads(path.read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); remove it or choose another folder") from e
 
 
 def _git_revision() -> str:

@@ -3,7 +3,7 @@
 import inspect
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,14 +61,13 @@ def process_group(device: str, timeout: timedelta = timedelta(minutes=30)) -> It
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
     """DistributedDataParallel over the process group, or the model itself in a single process.
 
-    Buffers are not sent around at every pass: ours are constants.
+    Buffers are not sent around at every pass: ours are constants. Nor are inputs moved: they are where they should be.
     """
     if process.world_size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
-    devices = [process.device] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, **{option: False})
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
 
 
 def seed_everything(seed: int) -> None:
@@ -100,6 +99,22 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(build: Callable[[], Any]) -> Any:
+    """What build() returns on rank 0, on every rank; where it raises there, every rank raises it."""
+    if not dist.is_initialized():
+        return build()
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (build(), None)
+        except Exception as e:
+            outcome = (None, e)
+    value, error = broadcast(outcome)
+    if error:
+        raise error
+    return value
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from utils.config import ConfigError
 from utils.distributed import all_sum
 from utils.files import replaced
 
@@ -107,14 +108,17 @@ def jsonable(value: Any) -> Any:
 
 
 class TensorBoard:
-    """Scalars and figures by optimizer step; silent where folder is None."""
+    """Scalars and figures by optimizer step; silent where folder is None. Raises ConfigError where it cannot write."""
 
     def __init__(self, folder: str | Path | None):
         self._writer = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=str(folder))
+            try:
+                self._writer = SummaryWriter(log_dir=str(folder))
+            except OSError as e:
+                raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write values under "<group>/<name>"."""
@@ -127,6 +131,11 @@ class TensorBoard:
         if self._writer:
             for name, figure in figures.items():
                 self._writer.add_figure(f"{group}/{name}", figure, step)
+
+    def picture(self, name: str, pixels: Any, step: int) -> None:
+        """Write a picture, uint8 (H, W, 3)."""
+        if self._writer:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""

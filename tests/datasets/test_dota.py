@@ -40,7 +40,7 @@ def test_variants_and_splits(dota_root):
     assert [c.name for c in build_clips("DoTA_half", str(dota_root), "val")] == names["val"]
     with pytest.raises(DataError, match="DoTA_half has no split 'all'; it has train, val"):
         load_dota("DoTA_half", str(dota_root), "all")
-    with pytest.raises(DataError, match="unknown data set 'dota'; known: DoTA, DoTA_half"):
+    with pytest.raises(DataError, match="unknown data set 'dota'; known: BDD100K, CAP-DATA, .*DoTA, DoTA_half"):
         build_clips("dota", str(dota_root), "train")
 
 
@@ -108,7 +108,7 @@ def test_generator_refuses_to_overwrite(dota_root):
 def test_real_metadata_and_splits(tmp_path):
     (tmp_path / "dataset").symlink_to(SHARED / "data" / "dota")
     metadata = read_metadata(str(tmp_path))
-    train, val = (read_split(tmp_path / "dataset" / f"{s}_split.txt") for s in ("train", "val"))
+    train, val = (read_split(tmp_path / "dataset" / f"{s}_split.txt", "it") for s in ("train", "val"))
     assert (len(train), len(val)) == (3275, 1402) and set(train) | set(val) == metadata.keys()
     assert sum(metadata[name]["num_frames"] for name in train) == 334_903
     assert {m["anomaly_class"].split(": ")[1] for m in metadata.values()} <= set(CATEGORIES.values())

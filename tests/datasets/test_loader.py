@@ -1,5 +1,6 @@
 import zipfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from datasets.clips import Clip, ClipTable, DataError
 from datasets.loader import (
     ClipStream,
     EpochSampler,
+    Source,
     WindowDataset,
     balance,
     checked,
@@ -30,8 +32,8 @@ def global_batches(world_size, batch_size, accumulate=1, epoch=0, start_step=0, 
     steps = []
     for rank in range(world_size):
         sampler = EpochSampler(
-            kwargs.get("num_windows", 50),
-            batch_size=batch_size,
+            kwargs.get("num_windows", [50]),
+            batch_sizes=batch_size if isinstance(batch_size, list) else [batch_size],
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
@@ -42,7 +44,7 @@ def global_batches(world_size, batch_size, accumulate=1, epoch=0, start_step=0, 
         passes = list(sampler)
         assert len(passes) == len(sampler)
         steps.append([sum(passes[i : i + accumulate], []) for i in range(0, len(passes), accumulate)])
-    return [sorted(sum(parts, []), key=lambda key: key[1]) for parts in zip(*steps, strict=True)]
+    return [sorted(sum(parts, []), key=lambda key: key[1:3]) for parts in zip(*steps, strict=True)]
 
 
 def test_global_batches_do_not_depend_on_how_they_are_split():
@@ -52,12 +54,12 @@ def test_global_batches_do_not_depend_on_how_they_are_split():
 
 
 def test_an_epoch_draws_without_replacement_and_differently_each_time():
-    windows = [w for step in global_batches(2, 2, samples_per_epoch=20) for _, _, w in step]
+    windows = [w for step in global_batches(2, 2, samples_per_epoch=20) for *_, w in step]
     assert len(windows) == len(set(windows)) == 20
-    other = [w for step in global_batches(2, 2, samples_per_epoch=20, epoch=1) for _, _, w in step]
+    other = [w for step in global_batches(2, 2, samples_per_epoch=20, epoch=1) for *_, w in step]
     assert set(other) != set(windows)
-    assert [w for step in global_batches(2, 2, samples_per_epoch=20, seed=1) for _, _, w in step] != windows
-    everything = [w for step in global_batches(1, 5, num_windows=50, samples_per_epoch=1000) for _, _, w in step]
+    assert [w for step in global_batches(2, 2, samples_per_epoch=20, seed=1) for *_, w in step] != windows
+    everything = [w for step in global_batches(1, 5, num_windows=[50], samples_per_epoch=1000) for *_, w in step]
     assert sorted(everything) == list(range(50))
 
 
@@ -66,13 +68,35 @@ def test_resuming_starts_the_slice_later():
 
 
 def test_drawing_few_of_very_many_windows_is_cheap():
-    sampler = EpochSampler(10**9, batch_size=8, samples_per_epoch=1000)
+    sampler = EpochSampler([10**9], batch_sizes=[8], samples_per_epoch=1000)
     assert len(set(sampler.order(0).tolist())) == 1000
 
 
 def test_an_epoch_shorter_than_a_step_is_refused():
     with pytest.raises(DataError, match="7 windows is less than one step of 8"):
-        EpochSampler(7, batch_size=4, world_size=2)
+        EpochSampler([7], batch_sizes=[4], world_size=2)
+
+
+def test_each_step_of_a_mix_holds_each_source_s_share():
+    mix = {"num_windows": [50, 9], "samples_per_epoch": 40}
+    whole = global_batches(1, [3, 2], **mix)
+    assert len(whole) == 8
+    for step, keys in enumerate(whole):
+        assert [(source, position) for _, source, position, _ in keys] == [
+            *((0, 3 * step + i) for i in range(3)),
+            *((1, 2 * step + i) for i in range(2)),
+        ]
+    doubled = global_batches(1, [6, 4], **mix)
+    assert doubled == global_batches(2, [3, 2], **mix) == global_batches(1, [3, 2], accumulate=2, **mix)
+    small = [w for step in whole for _, source, _, w in step if source == 1]
+    assert len(small) == 16 and sorted(small[:9]) == list(range(9)) and len(set(small[9:])) == 7
+    assert small[:7] != small[9:]  # gone through again, in another order
+
+
+def test_a_mix_ends_with_its_longest_source():
+    assert len(global_batches(1, [3, 2], num_windows=[50, 9])) == 16
+    assert len(global_batches(1, [3, 2], num_windows=[9, 50])) == 25
+    assert len(global_batches(1, [3, 2], num_windows=[9, 50], samples_per_epoch=10**6)) == 25
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,15 +107,18 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     clips = build_clips("DoTA", str(root), "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
     sampler = EpochSampler(
-        len(index), batch_size=batch_size, rank=rank, world_size=world_size, samples_per_epoch=24, seed=7
+        [len(index)], batch_sizes=[batch_size], rank=rank, world_size=world_size, samples_per_epoch=24, seed=7
     )
-    dataset = WindowDataset(clips, index, FinetuneTransform(32, views=views), seed=7)
+    source = Source(clips, index, FinetuneTransform(32, views=views))
+    dataset = WindowDataset([source], seed=7, targets=True)
     sampler.set_epoch(epoch)
     return list(checked(train_loader(dataset, sampler, num_workers=workers, pin_memory=False)))
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in a)
+    assert a["skipped"] == b["skipped"] == []
+    tensors = a.keys() - {"skipped"}
+    return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
 
 def test_batches_do_not_depend_on_workers(dota_root):
@@ -105,7 +132,8 @@ def test_batches_do_not_depend_on_ranks(dota_root):
     whole = training(dota_root)
     parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
     for a, (first, second) in zip(whole, parts, strict=True):
-        assert same(a, {k: torch.cat([first[k], second[k]]) for k in first})
+        joined = {k: torch.cat([first[k], second[k]]) for k in first if k != "skipped"}
+        assert same(a, joined | {"skipped": []})
 
 
 def test_the_same_window_looks_different_in_another_epoch(dota_root):
@@ -114,13 +142,14 @@ def test_the_same_window_looks_different_in_another_epoch(dota_root):
 
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
-    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items()} == {
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k != "skipped"} == {
         "video": ((4, 3, 4, 32, 32), torch.uint8),
         "boxes": ((4, 1, 4), torch.int64),
         "seed": ((4,), torch.int64),
         "label": ((4,), torch.int64),
         "ttc": ((4,), torch.float32),
         "soft_label": ((4,), torch.float32),
+        "source": ((4,), torch.int64),
         "window": ((4,), torch.int64),
     }
     clips = build_clips("DoTA", str(dota_root), "train")
@@ -128,6 +157,16 @@ def test_content_of_a_batch(dota_root):
     for window, label, ttc in zip(batch["window"], batch["label"], batch["ttc"], strict=True):
         clip, frames = index[int(window)]
         assert label == clips[clip].labels[frames[-1]] and (ttc == 0) == bool(label)
+
+
+def test_targets_need_labels(dota_root):
+    clips = build_clips("DoTA", str(dota_root), "train")
+    bare = ClipTable("bare", "train", [replace(c, labels=None) for c in clips])
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+    source = Source(bare, index, FinetuneTransform(32))
+    with pytest.raises(DataError, match="bare: clip synthetictr_000000 has no labels to train on"):
+        WindowDataset([source], seed=0, targets=True)
+    assert "label" not in WindowDataset([source], seed=0, targets=False)[0, 0, 0, 5]
 
 
 def test_views_share_the_decoding_but_not_the_augmentation(dota_root):

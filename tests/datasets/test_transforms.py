@@ -5,15 +5,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import golden
+from PIL import Image
 
 from datasets.clips import DataError
 from datasets.transforms import (
+    ALIGNED_SCALES,
     DRIVING_OPS,
     PADDINGS,
+    SCALES,
     EvalTransform,
     FinetuneTransform,
+    PretrainTransform,
     ToModelInput,
+    crop_offsets,
+    crop_sizes,
     draw_erasing,
+    multi_scale_crop,
     pad_wide,
     rand_augment,
     resize,
@@ -179,7 +186,7 @@ def test_short_side_scales_frames_before_padding():
     assert frames.shape == (4, 18, 32, 3) and width == 32
     frames, width = FinetuneTransform(32).shrink(moving())
     assert frames.shape == (4, 36, 32, 3) and width == 64
-    with pytest.raises(DataError, match="different heights"):
+    with pytest.raises(DataError, match="different sizes"):
         FinetuneTransform(32).shrink([picture(36, 64), picture(20, 64)])
 
 
@@ -230,3 +237,109 @@ def test_erased_boxes_are_filled(mode):
     else:
         assert box.std() == pytest.approx(1, abs=0.2) and not torch.equal(box[:, 0], box[:, 1])
     torch.testing.assert_close(out, to_input(video, boxes, seeds))  # the noise is the sample's own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DAPT
+
+
+@pytest.mark.parametrize(
+    "case",
+    golden("augment")["multi_scale_crop"],
+    ids=lambda c: f"{c['scales_name']}-{'x'.join(map(str, c['image_wh']))}",
+)
+def test_crops_are_the_reference_s(case):
+    width, height = case["image_wh"]
+    scales = {"default": SCALES, "light": ALIGNED_SCALES}[case["scales_name"]]
+    assert list(scales) == case["scales"]
+    sizes = crop_sizes(min(width, height), case["input"], scales)
+    assert [list(s) for s in sizes] == case["pairs_wh"] and len(sizes) == case["n_pairs"]
+    assert case["offsets_examples"]
+    for name, expected in case["offsets_examples"].items():
+        w, h = map(int, name.split("x"))
+        assert [list(o) for o in crop_offsets(width - w, height - h)] == expected
+
+
+def test_crops_reach_every_size_and_place():
+    clip = torch.arange(64 * 96, dtype=torch.float32).view(1, 64, 96, 1).expand(2, 64, 96, 3)
+    clip = (clip / clip.max() * 255).byte()
+    crops = {multi_scale_crop(clip, 48, (1, 0.75), np.random.default_rng(s)).numpy().tobytes() for s in range(800)}
+    sizes = crop_sizes(64, 48, (1, 0.75))
+    assert sizes == [(64, 64), (48, 64), (64, 48), (48, 48)]
+    places = sum(len(set(crop_offsets(96 - w, 64 - h))) for w, h in sizes)
+    assert len(crops) > 0.8 * places
+
+
+def test_a_crop_of_the_output_size_is_not_touched():
+    clip = torch.randint(256, (2, 60, 80, 3), dtype=torch.uint8)
+    crop = multi_scale_crop(clip, 60, (1,), np.random.default_rng(0))
+    lefts = [x for x, _ in crop_offsets(20, 0)]
+    assert any(torch.equal(crop, clip[:, :, x : x + 60]) for x in lefts)
+
+
+def test_resized_crops_are_pillow_s():
+    clip = torch.stack(moving(2, 50, 70))
+    crop = multi_scale_crop(clip, 32, (1,), np.random.default_rng(1))
+    best = min(
+        np.abs(np.asarray(Image.fromarray(clip[0, :, x : x + 50].numpy()).resize((32, 32), Image.BILINEAR), dtype=int)
+               - crop[0].numpy()).max()
+        for x, _ in crop_offsets(20, 0)
+    )  # fmt: skip
+    assert best <= 1
+
+
+def pretrain(**kwargs):
+    options = {"grid": (2, 4, 4), "mask_ratio": 0.75, "short_side": 40} | kwargs
+    return PretrainTransform(32, **options)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("shape", [(36, 64), (90, 50), (20, 30)])
+def test_pretraining_samples(aligned, shape):
+    frames = moving(4, *shape)
+    sample = pretrain(aligned=aligned)(frames, np.random.default_rng(0))
+    assert sample["video"].shape == (1, 3, 4, 32, 32) and sample["video"].dtype == torch.uint8
+    assert sample["mask"].shape == (1, 32) and sample["mask"].dtype == torch.bool and sample["mask"].sum() == 24
+    again = pretrain(aligned=aligned)(frames, np.random.default_rng(0))
+    other = pretrain(aligned=aligned)(frames, np.random.default_rng(1))
+    assert all(torch.equal(sample[k], again[k]) for k in sample)
+    assert not torch.equal(sample["video"], other["video"]) and not torch.equal(sample["mask"], other["mask"])
+
+
+def test_the_augmentation_is_the_same_for_all_frames_of_a_clip():
+    still = [picture(36, 64)] * 4
+    for seed in range(12):
+        video = pretrain()(still, np.random.default_rng(seed))["video"][0]
+        assert all(torch.equal(video[:, 0], video[:, t]) for t in range(4))
+
+
+def test_seven_clips_of_ten_are_rand_augmented(monkeypatch):
+    transform, calls = pretrain(), []
+    monkeypatch.setattr(transform, "rand_augment", lambda clip, rng: calls.append(tuple(clip.shape)) or clip)
+    for seed in range(300):
+        transform([picture(36, 64)] * 2, np.random.default_rng(seed))
+    assert 0.63 < len(calls) / 300 < 0.77 and set(calls) == {(2, 40, 40, 3)}  # on the square, before the crop
+    assert pretrain(aa="none").rand_augment is None and pretrain(aligned=False).rand_augment is None
+
+
+def test_small_frames_are_enlarged_or_not():
+    small = [picture(20, 30)]
+    assert pretrain()._shrink(small[0]).shape == (40, 60, 3)
+    assert pretrain(enlarge=False)._shrink(small[0]).shape == (20, 30, 3)
+    assert pretrain(enlarge=False)._shrink(picture(80, 120)).shape == (40, 60, 3)
+
+
+def test_colours_keep_their_order():
+    red = torch.zeros(36, 64, 3, dtype=torch.uint8)
+    red[..., 0] = 200
+    video = pretrain(aa="none")([red] * 2, np.random.default_rng(5))["video"][0]
+    assert video[0].float().mean() > 100 and video[1:].float().mean() < 60
+
+
+def test_pretraining_refuses():
+    with pytest.raises(ValueError, match="some must be masked"):
+        pretrain(mask_ratio=0.0)
+    with pytest.raises(ValueError, match="--aa 'rand-q1'"):
+        pretrain(aa="rand-q1")
+    with pytest.raises(DataError, match="different sizes"):
+        pretrain()([picture(36, 64), picture(36, 36)], np.random.default_rng(0))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import SHARED, golden
 
-from datasets.windows import WindowIndex
+from datasets.windows import RandomClipIndex, WindowIndex
 
 
 def windows(frame_count, **kwargs):
@@ -115,3 +115,16 @@ def test_real_dota_counts(split, windows16, windows8):
     counts = [metadata[name]["num_frames"] for name in (folder / f"{split}_split.txt").read_text().split()]
     assert len(WindowIndex(counts, src_fps=10, view_fps=10, num_frames=16)) == windows16
     assert len(WindowIndex(counts, src_fps=10, view_fps=5, num_frames=8)) == windows8
+
+
+@pytest.mark.parametrize("case", golden("kinetics_indices"), ids=lambda c: f"{c['duration']}-{c['start']}")
+def test_kinetics_clips_are_the_reference_s(case):
+    index = RandomClipIndex([case["duration"]], num_frames=case["num_frames"], step=case["step"])
+    assert index.frames(0, case["start"]).tolist() == case["frame_ids"]
+    starts = {int(index.sample(0, np.random.default_rng(s))[1][0]) for s in range(50)}
+    assert min(starts) >= 0 and max(starts) <= max(case["duration"] - 64, 0)
+
+
+def test_random_clips_refuse_what_is_not_positive():
+    with pytest.raises(ValueError, match="num_frames and step must be positive, not 16 and 0"):
+        RandomClipIndex([50], num_frames=16, step=0)

@@ -10,8 +10,8 @@ from timm.utils import ModelEmaV3
 
 from engine import checkpoint
 from engine.checkpoint import find_last, load_last, restore, save_last, save_weights
-from engine.loop import Optimization, Progress
-from engine.optim import build_optimizer, parameter_groups
+from engine.loop import Progress
+from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
 from models.weights import load_pretrained
 

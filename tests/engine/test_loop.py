@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from engine.finetune import FinetuneObjective
-from engine.loop import Optimization, Progress, Reporting, TrainingError, train_one_epoch
+from engine.loop import Progress, Reporting, TrainingError, train_one_epoch
 from engine.losses import LOSSES
-from engine.optim import build_optimizer, cosine, parameter_groups
+from engine.optim import Optimization, build_optimizer, cosine, parameter_groups
 from models import create_model
 from utils.logging import TensorBoard
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from utils.config import ConfigError, differing, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, finetune_parser
+from utils.flags import FREE_ON_RESUME, dapt_parser, finetune_parser
 
 
 @pytest.mark.parametrize(
@@ -16,16 +16,16 @@ from utils.flags import FREE_ON_RESUME, finetune_parser
     ],
 )
 def test_split_batch(given, world_size, update_freq, result):
-    assert split_batch(*given, world_size=world_size, update_freq=update_freq) == result
+    assert split_batch(*given, default=56, world_size=world_size, update_freq=update_freq) == result
 
 
 def test_batches_that_do_not_divide_name_the_nearest_that_do():
     with pytest.raises(ConfigError, match="56 does not divide over 3 processes x 1 passes: .* 54 or 57"):
-        split_batch(None, None, world_size=3, update_freq=1)
+        split_batch(None, None, default=56, world_size=3, update_freq=1)
     with pytest.raises(ConfigError, match="use --total_batch_size 16$"):
-        split_batch(8, None, world_size=16, update_freq=1)
+        split_batch(8, None, default=56, world_size=16, update_freq=1)
     with pytest.raises(ConfigError, match="not both"):
-        split_batch(56, 56, world_size=1, update_freq=1)
+        split_batch(56, 56, default=56, world_size=1, update_freq=1)
 
 
 def test_what_may_differ_on_resume():
@@ -35,7 +35,8 @@ def test_what_may_differ_on_resume():
     other = base | {"lr": 1.0, "model": "m"}
     assert differing(base, other, FREE_ON_RESUME) == ["lr: None -> 1.0", "model: vit_base_patch16_224 -> m"]
     assert differing(base, base | {"flag_of_a_newer_version": 1}, FREE_ON_RESUME) == []
-    assert base.keys() > FREE_ON_RESUME
+    dapt = vars(dapt_parser("x").parse_args(["--data_path", "a", "--output_dir", "b"]))
+    assert base.keys() | dapt.keys() > FREE_ON_RESUME
 
 
 def test_defaults_are_the_published_recipe():

@@ -1,0 +1,19 @@
+"""Which tokens a masked autoencoder does not see."""
+
+import numpy as np
+
+
+def tube_mask(grid: tuple[int, int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """(t h w,) bool, True = masked: int(ratio h w) random places, the same in every temporal slice.
+
+    A tube leaves nothing to copy from the frame before. Source: VideoMAE (arXiv:2203.12602). Raises ValueError where
+    no token would be masked or none visible.
+    """
+    slots, height, width = grid
+    places = height * width
+    masked = int(ratio * places)
+    if not 0 < masked < places:
+        raise ValueError(f"mask ratio {ratio} masks {masked} of {places} places: some must be masked and some not")
+    mask = np.zeros(places, dtype=bool)
+    mask[rng.permutation(places)[:masked]] = True
+    return np.tile(mask, slots)

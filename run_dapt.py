@@ -1,0 +1,277 @@
+"""Domain-adaptive pre-training (DAPT): masked video modelling on unlabelled driving video, from published weights.
+
+One GPU, or the CPU where there is none; 800 clips per step as published, in forward passes of 100:
+    python run_dapt.py --model pretrain_videomae_small_patch16_224 --from_ckpt videomae_s_k400_1600e.pth \\
+        --data_set BDD100K --data_path /data/bdd100k/videos --batch_size 100 --update_freq 8 --output_dir runs/dapt_s
+
+One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the second per GPU and step:
+    torchrun --standalone --nproc_per_node=N run_dapt.py --data_set BDD100K CAP-DATA \\
+        --data_path /data/bdd100k/videos /data/CAP-DATA --batch_size 240 160 ...
+
+Several machines, on each of them:
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
+
+Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
+
+The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
+"""
+
+import sys
+
+from utils.config import ConfigError, config_errors, split_batch, write_run_record
+from utils.flags import FREE_ON_RESUME, dapt_parser, resolve_runtime, resolve_schedule
+
+if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
+    ARGS = dapt_parser(__doc__).parse_args()
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
+from datasets.loader import EpochSampler, SkipBad, Source, WindowDataset, checked, collate, train_loader
+from datasets.transforms import PretrainTransform, ToModelInput
+from datasets.windows import index_clips
+from engine.checkpoint import find_resume, keep_epoch, restore, save_last
+from engine.dapt import DaptObjective
+from engine.loop import Progress, Reporting, TrainingError, train_epochs
+from engine.optim import Optimization, Schedule, build_optimization
+from engine.plots import reconstruction_picture
+from models import create_model, model_defaults
+from models.mae import MaskedAutoencoder
+from models.weights import CheckpointError, fetch, load_pretrained
+from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
+from utils.logging import TensorBoard, drop_epochs_from, setup_logging
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PICTURES = 4  # clips drawn after each epoch
+logger = logging.getLogger("tad")
+
+
+def main(args: Namespace) -> None:
+    """Pre-train."""
+    resolve_runtime(args, cuda=torch.cuda.is_available())
+    with process_group(args.device) as process:
+        setup_logging(process.rank)
+        resolve(args, process.world_size)
+        seed_everything(args.seed + process.rank)
+        set_fused_attn(not args.no_flash_attn)
+        pretrain(args, process)
+
+
+def resolve(args: Namespace, world_size: int) -> None:
+    """Replace what was left open by the value it stands for, so that args.json holds what was used."""
+    with config_errors():
+        defaults = model_defaults(args.model)
+    if not args.model.startswith("pretrain_"):
+        raise ConfigError(f"--model {args.model} is a classifier; DAPT takes one of the pretrain_ models")
+    for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+    if args.stop_epoch is None:
+        args.stop_epoch = min(12, args.epochs)
+    resolve_schedule(args)
+    args.short_side = args.short_side or round(args.input_size * 320 / 224)
+    args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
+    sets = [find_data_set(name) for name in args.data_set]
+    args.sampling_rate = args.sampling_rate or [s.dapt_stride for s in sets]
+    args.data_split = args.data_split or [s.dapt_split for s in sets]
+    per_set = ("data_path", "sampling_rate", "data_split", "batch_size", "total_batch_size")
+    for name in (name for name in per_set if getattr(args, name)):
+        if len(getattr(args, name)) != len(sets):
+            raise ConfigError(f"--{name} has {len(getattr(args, name))} values for {len(sets)} data sets")
+    if len(sets) > 1 and not args.batch_size and not args.total_batch_size:
+        raise ConfigError("a mix needs the share of each data set: --batch_size or --total_batch_size")
+    parts = {"default": 800, "world_size": world_size, "update_freq": args.update_freq}
+    nothing = [None] * len(sets)
+    batches = [
+        split_batch(total, own, **parts)
+        for total, own in zip(args.total_batch_size or nothing, args.batch_size or nothing, strict=True)
+    ]
+    args.batch_size, args.total_batch_size = ([batch[i] for batch in batches] for i in (0, 1))
+
+
+def pretrain(args: Namespace, process: Process) -> None:
+    """The DAPT recipe, top to bottom."""
+    output_dir = Path(args.output_dir)
+    resumed = find_resume(
+        output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
+    )
+    model = build_model(args, process, pretrained=resumed is None)
+    dataset = build_dataset(args, model)
+    sampler = EpochSampler(
+        [len(source.index) for source in dataset.sources],
+        batch_sizes=args.batch_size,
+        accumulate=args.update_freq,
+        rank=process.rank,
+        world_size=process.world_size,
+        samples_per_epoch=args.nb_samples_per_epoch,
+        seed=args.seed,
+    )
+    loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
+    ddp_model = data_parallel(model, process)
+    defaults = model_defaults(args.model)
+    to_input = ToModelInput(defaults.mean, defaults.std)
+
+    total_batch = sum(args.total_batch_size)
+    logger.info(f"{total_batch} clips per step: {args.total_batch_size} of {', '.join(args.data_set)}")
+    optimization = run_optimization(args, model, total_batch, sampler.steps_per_epoch)
+    progress = Progress(epoch=args.start_epoch)
+    if resumed:
+        restore(resumed, model, optimization, progress, process.rank)
+        logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
+    if process.is_main:
+        write_run_record(output_dir / "args.json", vars(args), process.world_size)
+        drop_epochs_from(output_dir / "log.txt", progress.epoch)
+    tensorboard = TensorBoard(args.log_dir if process.is_main else None)
+    pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
+
+    def save() -> None:
+        if args.save_ckpt:
+            save_last(output_dir, model, optimization, progress, record=vars(args))
+
+    def after_epoch() -> dict[str, float]:
+        if pictures:
+            step = (progress.epoch + 1) * sampler.steps_per_epoch
+            pictures.draw(model, process.device, progress.epoch, step=step)
+        if args.save_ckpt and process.is_main:
+            keep_epoch(output_dir, model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
+        return {}
+
+    train_epochs(
+        ddp_model,
+        SkipBad(loader, limit=args.max_bad_samples),
+        sampler.set_epoch,
+        DaptObjective(model, to_input, process.device),
+        optimization,
+        progress,
+        Reporting(tensorboard, total_batch, args.print_freq, process.is_main),
+        steps_per_epoch=sampler.steps_per_epoch,
+        stop_epoch=args.stop_epoch,
+        device=process.device,
+        save=save,
+        after_epoch=after_epoch,
+        log_file=output_dir / "log.txt" if process.is_main else None,
+    )
+    tensorboard.close()
+    logger.info(
+        f"{progress.epoch} of {args.epochs} epochs done; fine-tune from a checkpoint-<epoch>.pth in {output_dir}"
+    )
+
+
+def build_model(args: Namespace, process: Process, *, pretrained: bool) -> MaskedAutoencoder:
+    """The masked autoencoder on its device, with --from_ckpt loaded if pretrained."""
+    depth = {} if args.decoder_depth is None else {"decoder_depth": args.decoder_depth}
+    with config_errors():
+        model = create_model(
+            args.model,
+            num_frames=args.num_frames,
+            input_size=args.input_size,
+            tubelet_size=args.tubelet_size,
+            drop_path_rate=args.drop_path,
+            normalize_target=args.normalize_target,
+            **depth,
+        )
+    if pretrained and args.from_ckpt:
+        with local_main_first(process):  # one download per node
+            path = fetch(args.from_ckpt)
+        report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix or "")
+        logger.info(report)
+        if report.missing:
+            logger.warning(f"{args.from_ckpt} has no decoder: it starts from random weights")
+    elif pretrained:
+        logger.warning(f"no --from_ckpt: {args.model} starts from random weights")
+    model.set_grad_checkpointing(args.use_checkpoint)
+    model.to(process.device)
+    if args.compile:
+        model.compile()
+    return model
+
+
+def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
+    """The windows of every data set of the mix, each with its augmentation."""
+    scan = VideoScan(args.scan_cache, workers=args.num_workers)
+    sources = []
+    for name, path, split, stride in zip(
+        args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
+    ):
+        clips: ClipTable = from_main(lambda name=name, path=path, split=split: build_clips(name, path, split, scan))
+        defaults = find_data_set(name)
+        aligned = args.transforms_finetune_align
+        with config_errors():
+            index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=stride)
+            transform = PretrainTransform(
+                args.input_size,
+                grid=model.grid,
+                mask_ratio=args.mask_ratio,
+                short_side=args.short_side,
+                enlarge=defaults.dapt_enlarge,
+                aligned=defaults.dapt_aligned if aligned is None else aligned,
+                aa=args.aa,
+            )
+        sources.append(Source(clips, index, transform))
+    return WindowDataset(sources, seed=args.seed, targets=False)
+
+
+def run_optimization(args: Namespace, model: nn.Module, total_batch: int, steps_per_epoch: int) -> Optimization:
+    """The Optimization of the command line."""
+    with config_errors():
+        schedule = Schedule(
+            epochs=args.epochs,
+            steps_per_epoch=steps_per_epoch,
+            lr=args.lr,
+            min_lr=args.min_lr,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
+            weight_decay_end=args.weight_decay_end,
+        )
+        return build_optimization(
+            model,
+            schedule,
+            clips_per_step=total_batch,
+            opt=args.opt,
+            eps=args.opt_eps,
+            betas=args.opt_betas,
+            accumulate=args.update_freq,
+            clip_grad=args.clip_grad,
+            dtype=DTYPES[args.precision],
+        )
+
+
+class Pictures:
+    """The same few clips, input, masked and reconstructed, after each epoch: a PNG and a TensorBoard image."""
+
+    def __init__(self, args: Namespace, dataset: WindowDataset, to_input: ToModelInput, tensorboard: TensorBoard):
+        self.to_input, self.tensorboard = to_input, tensorboard
+        self.folder = Path(args.output_dir, "pictures")
+        keys, sources = [], dataset.sources
+        for k in range(PICTURES):
+            number = k % len(sources)
+            keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
+        # In a worker where training uses workers: decord must not live through their forks.
+        loader = DataLoader(dataset, batch_sampler=[keys], collate_fn=collate, num_workers=min(args.num_workers, 1))
+        (self.batch,) = checked(loader)
+
+    def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
+        """Write pictures/epoch-<epoch>.png."""
+        model.eval()
+        video = self.to_input(self.batch["video"].to(device))
+        picture = reconstruction_picture(model.reconstruct(video, self.batch["mask"]))
+        model.train()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / f"epoch-{epoch:03d}.png")
+        self.tensorboard.picture("reconstruction", picture, step)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except (CheckpointError, ConfigError, DataError, TrainingError) as e:
+        sys.exit(f"error: {e}")
