@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlparse
 from urllib.request import urlopen
 
 import numpy as np
@@ -46,7 +45,7 @@ def fetch(path_or_url: str) -> str:
     if not path_or_url.startswith(("http://", "https://")):
         return path_or_url
     digest = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # files of the same name are told apart
-    target = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{Path(urlparse(path_or_url).path).name}")
+    target = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{path_or_url.partition('?')[0].split('/')[-1]}")
     if target.exists():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -178,9 +178,58 @@ def test_a_used_folder_is_refused_to_other_runs(finished, dota_root, tmp_path):
     with pytest.raises(ConfigError, match="holds a run: choose another --output_dir"):
         in_process(*flags(dota_root, finished, *SHORT, "--no_auto_resume"))
     assert (finished / "args.json").read_text() == record
+    with pytest.raises(ConfigError, match=r"cannot be written"):
+        in_process(*flags(dota_root, finished / "log.txt" / "below", *SHORT))
     shutil.copy(finished / "args.json", tmp_path)  # a run that died before its first checkpoint
     with pytest.raises(ConfigError, match=r"seed: 42 -> 1"):
         in_process(*flags(dota_root, tmp_path, *SHORT, "--seed", "1"))
+
+
+def test_a_command_that_fails_before_it_trains_leaves_the_folder_free(dota_root, tmp_path):
+    for wrong in (["--opt", "adamv"], ["--freeze_layers", "9"], ["--data_set", "DOTA"], ["--num_frames", "400"]):
+        with pytest.raises((ConfigError, run_finetune.DataError)):
+            in_process(*flags(dota_root, tmp_path / "run", *SHORT, *wrong))
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_learning_rate_order_and_average_of_a_run(dota_root, tmp_path):
+    """The logged rate is lr x batch / 256; epochs differ in their order; what is kept is the average."""
+    ema = ["--model_ema", "--model_ema_decay", "0.9", "--warmup_epochs", "0", "--lr", "6.4", "--min_lr", "6.4"]
+    in_process(*flags(dota_root, tmp_path, *SHORT, *ema, "--print_freq", "1", "--opt", "sgd"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rates = [e.value for e in EventAccumulator(str(tmp_path)).Reload().Scalars("train/lr")]
+    assert rates == pytest.approx([0.1] * 8)
+    state = torch.load(tmp_path / "checkpoint-last" / "state.pth", weights_only=True)
+    kept = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    assert all(torch.equal(kept[k], state["model_ema"][k]) for k in kept)
+    assert any(not torch.equal(kept[k], state["model"][k]) for k in kept)
+
+
+def test_epochs_draw_other_windows(dota_root, tmp_path, monkeypatch):
+    seen = []
+    original = run_finetune.FinetuneObjective.__call__
+
+    def recording(self, model, batch):
+        seen.append(batch["window"].tolist())
+        return original(self, model, batch)
+
+    monkeypatch.setattr(run_finetune.FinetuneObjective, "__call__", recording)
+    in_process(*flags(dota_root, tmp_path, *SHORT))
+    assert len(seen) == 8 and set(sum(seen[:4], [])) != set(sum(seen[4:], []))
+
+
+def test_unreadable_samples_are_skipped_up_to_a_limit(dota_root, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(dota_root, root)
+    broken = root / "frames" / "synthetictr_000003" / "images.zip"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    in_process(*flags(root, tmp_path / "run", *SHORT, "--nb_samples_per_epoch", "64"))
+    out = capsys.readouterr().out
+    assert out.count(f"so far: synthetictr_000003: {broken}: not a readable zip") == 1
+    assert [r["epoch"] for r in log(tmp_path / "run")] == [0, 1]
+    with pytest.raises(run_finetune.DataError, match="more than --max_bad_samples 2 samples skipped, the last: synth"):
+        in_process(*flags(root, tmp_path / "b", *SHORT, "--nb_samples_per_epoch", "64", "--max_bad_samples", "2"))
 
 
 def test_resume_from_another_folder(finished, dota_root, tmp_path):

@@ -112,3 +112,31 @@ def test_real_metadata_and_splits(tmp_path):
     assert (len(train), len(val)) == (3275, 1402) and set(train) | set(val) == metadata.keys()
     assert sum(metadata[name]["num_frames"] for name in train) == 334_903
     assert {m["anomaly_class"].split(": ")[1] for m in metadata.values()} <= set(CATEGORIES.values())
+
+
+def test_a_clip_in_both_splits_is_refused(dota_root, tmp_path):
+    shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
+    with (tmp_path / "dataset" / "val_split.txt").open("a") as f:
+        f.write("synthetictr_000002\n")
+    with pytest.raises(DataError, match="clip synthetictr_000002 is in train_split.txt and in val_split.txt"):
+        build_clips("DoTA", str(tmp_path), "all")
+
+
+def test_encodings_of_a_split_file(dota_root, tmp_path):
+    shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
+    split = tmp_path / "dataset" / "val_split.txt"
+    names = split.read_text()
+    split.write_text(names.replace("\n", "\r\n\r\n"), encoding="utf-8-sig")
+    assert [c.name for c in build_clips("DoTA", str(tmp_path), "val")] == names.split()
+    split.write_text(names, encoding="utf-16")
+    with pytest.raises(DataError, match="val_split.txt: not a text file in UTF-8"):
+        build_clips("DoTA", str(tmp_path), "val")
+
+
+@pytest.mark.parametrize("entry", [None, {"anomaly_class": None}, {}])
+def test_metadata_without_a_category_is_refused(dota_root, tmp_path, entry):
+    shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
+    path = tmp_path / "dataset" / "metadata_val.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"synthetictr_000000": entry}))
+    with pytest.raises(DataError, match="metadata_val.json: clip synthetictr_000000 has no anomaly_class"):
+        build_clips("DoTA", str(tmp_path), "val")

@@ -161,3 +161,12 @@ def test_real_driving_video(tmp_path):
     assert len(truth) == 221
     for ours, theirs in zip(frames, (truth[0], truth[100], truth[220]), strict=True):
         assert np.abs(ours.numpy().astype(int) - theirs).mean() < 1
+
+
+def test_what_a_zip_holds_instead_is_said(tmp_path):
+    write_zip(tmp_path / "images.zip", {"images/000000.jpg": encoded(0), "000001.jpg": b""})
+    with open_clip(clip(tmp_path / "images")) as reader:
+        with pytest.raises(DataError, match="000000.jpg: not in the zip, whose 2 files begin with images/000000.jpg"):
+            reader.read([0])
+        with pytest.raises(DataError, match="000001.jpg: ValueError: the picture is empty, 0 bytes"):
+            reader.read([1])

@@ -209,6 +209,8 @@ def test_erasing_boxes_follow_the_published_distribution():
     assert min(aspects) < 0.1 and max(aspects) > 10
     counts = [int((draw_erasing(224, rng, prob=1, count=3, max_area=0.3)[:, 2] > 0).sum()) for _ in range(200)]
     assert set(counts) == {1, 2, 3}
+    shared = [draw_erasing(224, rng, prob=1, count=3, max_area=0.3) for _ in range(200)]
+    assert max(int((boxes[:, 2] * boxes[:, 3]).sum()) for boxes in shared) < 0.32 * 224**2
 
 
 def test_normalisation_is_that_of_the_published_weights():

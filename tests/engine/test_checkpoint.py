@@ -14,6 +14,7 @@ from engine.loop import Progress
 from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
 from models.weights import load_pretrained
+from utils.config import ConfigError
 
 
 def optimization(model, **kwargs):
@@ -134,3 +135,55 @@ def test_weights_files_are_flat_and_load_anywhere(tmp_path):
     assert state.keys() == model.state_dict().keys()
     report = load_pretrained(create_model("vit_tiny_patch16_64"), str(tmp_path / "weights.pth"))
     assert not report.missing and not report.ignored
+
+
+def test_each_rank_gets_its_own_random_state_and_the_scaler_its_scale(tmp_path, monkeypatch):
+    model, state = trained()
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    state = optimization(model, scaler=scaler)
+    scaler.scale(torch.ones(1))  # it reads its scale from now on
+
+    def two_ranks(own):
+        torch.manual_seed(5)
+        return [own, checkpoint._rng_state()]
+
+    monkeypatch.setattr(checkpoint, "gather", two_ranks)
+    save_last(tmp_path, model, state, Progress(), record={})
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    other = optimization(model, scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
+    restore(load_last(find_last(tmp_path)), model, other, Progress(), rank=1)
+    assert torch.equal(torch.rand(3), expected) and other.scaler.get_scale() == 512.0
+
+
+def record(**changes):
+    return {"lr": 1.0, "seed": 0} | changes
+
+
+def find(folder, **kwargs):
+    options = {"auto_resume": True, "resume": None, "record": record(), "free": frozenset()} | kwargs
+    return checkpoint.find_resume(folder, **options)
+
+
+def test_best_values_stay_with_their_files(tmp_path):
+    model, state = trained()
+    save_last(tmp_path / "a", model, state, Progress(2, 0, {"auroc": 0.9}), record=record())
+    assert find(tmp_path / "a")["best"] == {"auroc": 0.9}
+    assert find(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-last"))["best"] == {"auroc": -math.inf}
+
+
+def test_damaged_or_foreign_states_are_named(tmp_path):
+    folder = tmp_path / "checkpoint-last"
+    folder.mkdir()
+    for content, match in ((b"", "state.pth is damaged"), (b"PK", "state.pth is damaged")):
+        (folder / "state.pth").write_bytes(content)
+        with pytest.raises(ConfigError, match=match):
+            find(tmp_path)
+    for content in (create_model("vit_tiny_patch16_64").state_dict(), [1]):
+        torch.save(content, folder / "state.pth")
+        with pytest.raises(ConfigError, match="is not the state of a run; weights alone are for --finetune"):
+            find(tmp_path)
+    shutil.rmtree(folder)
+    (tmp_path / "args.json").write_text("")
+    with pytest.raises(ConfigError, match="args.json is damaged .*; remove it"):
+        find(tmp_path)

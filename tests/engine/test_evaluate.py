@@ -3,10 +3,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from datasets.clips import Clip, ClipTable
-from engine.evaluate import EvaluationError, gather_predictions, write_metrics, write_predictions
+from datasets.loader import WindowBatch
+from engine.evaluate import (
+    EvaluationError,
+    Predictions,
+    gather_predictions,
+    score_windows,
+    write_metrics,
+    write_predictions,
+)
 from engine.plots import evaluation_figures, save_figures
 
 LABELS = {0: np.array([0, 1, 1]), 2: np.array([0, 0, 0, 0])}
@@ -57,6 +67,23 @@ def test_extreme_logits_do_not_overflow():
     predictions = gathered(logits=((1e30, -1e30), (-1e30, 1e30), (0, 0), (-50, 50)))
     assert predictions.score.tolist() == [1.0, 1.0, 0.5, 0.0]
     assert predictions.metrics()["loss"] == pytest.approx(np.log(2) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scoring_is_deterministic_and_in_the_precision_asked_for(dtype):
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 2)).train(), []
+    model.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    video = torch.randint(256, (2, 3, 1, 2, 2), dtype=torch.uint8)
+    batches = [WindowBatch(0, np.array([3, 4]), video)]
+    first, second = (score_windows(model, batches, lambda v: v / 255, dtype=dtype)[2] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert seen == [dtype] * 2 and first.dtype == np.float32
+
+
+def test_one_class_is_said_to_say_nothing(caplog):
+    Predictions(np.zeros(2), np.arange(2), np.zeros(2, int), np.zeros((2, 2), np.float32)).metrics()
+    assert "all evaluated frames are of one class" in caplog.text
 
 
 def test_predictions_csv(tmp_path):

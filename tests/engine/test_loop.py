@@ -1,11 +1,13 @@
+import json
 import math
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.finetune import FinetuneObjective
-from engine.loop import Progress, Reporting, TrainingError, train_one_epoch
+from engine.loop import Progress, Reporting, TrainingError, train_epochs, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import Optimization, build_optimizer, cosine, parameter_groups
 from models import create_model
@@ -109,3 +111,72 @@ def test_every_loss_trains_the_model(loss):
     train_one_epoch(model, [batch] * 40, objective, optimization, Progress(), reporting, steps_per_epoch=40, device=CPU)
     risk = model.eval()(to_input(batch["video"], None, None)).softmax(1)[:, 1]
     assert risk[label == 1].min() > risk[label == 0].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_trains_in_the_precision_asked_for(dtype):
+    seen = []
+
+    def objective(model, batch):
+        output = model(batch)
+        seen.append((model.training, output.dtype))
+        return squared(model, batch)
+
+    model, optimizer = linear().eval(), torch.optim.SGD(linear().parameters(), lr=0.0)
+    optimizer.param_groups[0]["lr_scale"] = 1.0
+    optimization = Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0, dtype=dtype)
+    reporting = Reporting(TensorBoard(None), clips_per_step=1)
+    train_one_epoch(
+        model, [torch.ones(2, 3)], objective, optimization, Progress(), reporting, steps_per_epoch=1, device=CPU
+    )
+    assert seen == [(True, dtype)]
+
+
+def test_the_average_follows_the_weights():
+    data, twice, thrice = list(torch.ones(3, 8, 3)), linear(), linear()
+    ema = ModelEmaV3(thrice, decay=0.5)  # copies the weights in its first two steps
+    train(twice, data[:2])
+    train(thrice, data, ema=ema)
+    assert not torch.equal(twice.weight, thrice.weight)
+    torch.testing.assert_close(ema.module.weight, (twice.weight + thrice.weight) / 2)
+
+
+def test_scaled_losses_are_clipped_at_their_own_size():
+    plain, scaled = linear(), linear()
+    train(plain, list(torch.ones(1, 8, 3)), clip_grad=0.1)
+    train(scaled, list(torch.ones(1, 8, 3)), clip_grad=0.1, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    torch.testing.assert_close(plain.weight, scaled.weight)
+
+
+def test_epochs_continue_where_a_kill_left_them(tmp_path):
+    """A run that was killed at epoch 1, step 2, and one that was killed between the training of epoch 1 and its end."""
+    for step, trained in ((2, [(1, 2), (2, 0)]), (4, [(2, 0)])):
+        announced, saved, log_file = [], [], tmp_path / f"{step}.txt"
+        progress = Progress(epoch=1, step=step, means={"loss": 7.0})
+        batches = [torch.ones(2, 3)] * 4
+
+        def after_epoch(progress=progress):
+            return {"epoch_seen": progress.epoch}
+
+        model = linear()
+        optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0, "weight_decay": 0.0}], lr=0.0)
+        train_epochs(
+            model,
+            batches,
+            lambda epoch, first, announced=announced: announced.append((epoch, first)),
+            squared,
+            Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0),
+            progress,
+            Reporting(TensorBoard(None), clips_per_step=1),
+            steps_per_epoch=4,
+            stop_epoch=3,
+            device=CPU,
+            save=lambda progress=progress, saved=saved: saved.append((progress.epoch, progress.step)),
+            after_epoch=after_epoch,
+            log_file=log_file,
+        )
+        assert announced == trained and (progress.epoch, progress.step) == (3, 0)
+        assert saved == ([(1, 4)] if step == 2 else []) + [(2, 0), (2, 4), (3, 0)]
+        records = [json.loads(line) for line in log_file.read_text().splitlines()]
+        assert [(r["epoch"], r["epoch_seen"]) for r in records] == [(1, 1), (2, 2)]
+        assert (records[0]["train_loss"] == 7.0) == (step == 4)

@@ -102,3 +102,16 @@ def test_optimizers_by_name(name):
     model(torch.randn(1, 3, 4, 64, 64)).sum().backward()
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
+
+
+def test_adam_s_options_do_not_depend_on_how_its_name_is_written():
+    for name in ("adamw", "AdamW"):
+        optimizer = build_optimizer(
+            [{"params": [torch.nn.Parameter(torch.zeros(2))]}],
+            name=name,
+            lr=1.0,
+            eps=1e-3,
+            betas=(0.5, 0.6),
+            fused=False,
+        )
+        assert optimizer.defaults["betas"] == (0.5, 0.6) and optimizer.defaults["eps"] == 1e-3

@@ -91,10 +91,21 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     for enable in (False, True):
         model = tiny(init_scale=1.0).train()
         model.set_grad_checkpointing(enable)
+        runs = []
+        model.blocks[1].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         model(video()).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
+        assert len(runs) == 1 + enable  # once more in the backward pass
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_half_precision_reaches_the_blocks_but_not_the_head():
+    model, seen = tiny(), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(video()).dtype == torch.float32
+    assert seen == [torch.bfloat16]
 
 
 def test_freeze_blocks():

@@ -2,6 +2,7 @@ import argparse
 import functools
 import http.server
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,3 +260,87 @@ def test_url_is_downloaded_once(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     assert read_checkpoint(f"{url}/published.pth").state  # from the cache
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What readers tried in order to break it
+
+
+def untouched(model, path, match, **kwargs):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=match):
+        load_pretrained(model, path, **kwargs)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_cut_short_anywhere_is_a_checkpoint_error(tmp_path, legacy):
+    torch.save(tiny().state_dict(), tmp_path / "whole.pth", _use_new_zipfile_serialization=not legacy)
+    assert load_pretrained(tiny(1), str(tmp_path / "whole.pth")).loaded
+    whole, model = (tmp_path / "whole.pth").read_bytes(), tiny(1)
+    lengths = np.random.default_rng(0).integers(1, len(whole), 20).tolist()
+    for length in [2, 10, 100, 511, 512, 513, *lengths]:
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        untouched(model, str(tmp_path / "cut.pth"), "cut.pth: truncated, or not a PyTorch checkpoint")
+
+
+def test_odd_tensors_and_keys_are_refused(tmp_path):
+    state, key = tiny().state_dict(), "blocks.3.mlp.fc2.weight"
+    for odd in ({key: state[key].to_sparse()}, {7: torch.zeros(1)}, {"x": None}, {b"y": torch.zeros(1)}):
+        untouched(tiny(1), save(tmp_path, state | odd), "no weights under model or module")
+    for odd, match in (
+        (state[key].long(), f"{key} holds torch.int64, not weights"),
+        (torch.full_like(state[key], torch.nan), f"{key} has NaN or infinite values"),
+    ):
+        untouched(tiny(1), save(tmp_path, state | {key: odd}), match)
+
+
+def test_only_a_head_of_other_classes_is_set_aside(tmp_path):
+    state = tiny().state_dict()
+    for odd in (torch.tensor(1.0), torch.zeros(2, 64), torch.zeros(5, 64)):
+        untouched(tiny(1), save(tmp_path, state | {"head.weight": odd}), "head.weight is .*, not .2, 128.")
+    untouched(tiny(1), save(tmp_path, state | {"head.bias": torch.zeros(5)}), "head.bias is .5,., not .2,.")
+    report = load_pretrained(tiny(1), save(tmp_path, {k: v for k, v in state.items() if k != "head.bias"}))
+    assert report.missing == ["head.bias"]
+
+
+def test_empty_wrappers_are_passed_over(tmp_path):
+    path = save(tmp_path, {"model": {}, "module": tiny().state_dict()})
+    assert load_pretrained(tiny(1), path).wrapper == "module"
+
+
+@pytest.mark.parametrize("prefix", ["student", "student.", "module.student."])
+def test_prefixes_are_taken_as_meant(tmp_path, prefix):
+    state = {f"module.student.{k}": v for k, v in tiny().state_dict().items()} | {"module.teacher.x": torch.zeros(1)}
+    report = load_pretrained(tiny(1), save(tmp_path, state), model_prefix=prefix)
+    assert not report.missing and report.ignored == ["module.teacher.x"]
+    inner = {f"student.module.{k}": v for k, v in tiny().state_dict().items()}
+    assert not load_pretrained(tiny(1), save(tmp_path, inner), model_prefix="student.").missing
+    untouched(
+        tiny(1), save(tmp_path, state), "no key begins 'pupil.'; the keys begin module.student", model_prefix="pupil"
+    )
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        content = b"B" if "b/" in self.path else b"A"
+        self.send_response(200)
+        self.send_header("Content-Length", "100" if "short" in self.path else "1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_): ...
+
+
+def test_downloads_are_whole_and_not_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    files = [fetch(f"{url}/{path}") for path in ("a/checkpoint.pth", "b/checkpoint.pth")]
+    assert [Path(f).read_text() for f in files] == ["A", "B"]
+    for bad in (f"{url}/short.pth", f"{url}/has space.pth", "https://[bad"):
+        with pytest.raises(CheckpointError, match="download failed .*; fetch it by hand"):
+            fetch(bad)
+    server.shutdown()
+    assert not list(tmp_path.glob("**/*.partial"))
