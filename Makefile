@@ -2,22 +2,26 @@ VENV   := .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin
 DEMO   := build/demo
-COMMON := --model vit_tiny_patch16_64 --data_set DoTA --data_path $(DEMO)/data --num_workers 1
+TINY   := --num_workers 1 --clip_grad 1 --aa none
+DOTA   := --model vit_tiny_patch16_64 --data_set DoTA --data_path $(DEMO)/data --num_workers 1
+LAUNCH := OMP_NUM_THREADS=1 $(RUN)/torchrun --standalone --nproc_per_node=2
 
 .PHONY: demo test lint clean
 
-# Render driving clips with accidents, train a tiny Video ViT on them from scratch (hence the high learning rate and
-# mild layer decay) with torchrun, evaluate its last epoch and an untrained twin on the held-out clips.
+# The whole story on rendered roads: unlabelled videos -> DAPT of a tiny masked autoencoder -> fine-tuning of its encoder
+# -> evaluation on held-out clips, beside an untrained twin. Learning rates are high because the model is tiny and new.
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
-	$(RUN)/python -m datasets.synthetic $(DEMO)/data --train 200 --val 32
-	OMP_NUM_THREADS=1 $(RUN)/torchrun --standalone --nproc_per_node=2 run_finetune.py $(COMMON) \
-	    --output_dir $(DEMO)/finetune --epochs 10 --warmup_epochs 1 --nb_samples_per_epoch 4096 \
-	    --total_batch_size 32 --lr 1.6e-2 --layer_decay 0.9 --drop_path 0 --clip_grad 1 --aa none --reprob 0 \
-	    --print_freq 64
-	$(RUN)/python run_finetune.py --eval $(COMMON) --output_dir $(DEMO)/untrained
-	$(RUN)/python run_finetune.py --eval $(COMMON) --output_dir $(DEMO)/fine-tuned \
-	    --finetune $(DEMO)/finetune/checkpoint-9.pth
+	$(RUN)/python -m datasets.synthetic $(DEMO)/data --train 200 --val 32 --videos 60
+	$(LAUNCH) run_dapt.py $(TINY) --model pretrain_videomae_tiny_patch16_64 --data_set videos \
+	    --data_path $(DEMO)/data/videos --output_dir $(DEMO)/dapt --epochs 4 --nb_samples_per_epoch 2048 \
+	    --sampling_rate 3 --total_batch_size 64 --lr 4e-3 --min_lr 1e-4
+	$(LAUNCH) run_finetune.py $(TINY) $(DOTA) --output_dir $(DEMO)/finetune --finetune $(DEMO)/dapt/checkpoint-3.pth \
+	    --epochs 7 --warmup_epochs 1 --nb_samples_per_epoch 4096 --total_batch_size 32 --lr 8e-3 --layer_decay 0.8 \
+	    --drop_path 0 --reprob 0 --print_freq 64
+	$(RUN)/python run_finetune.py --eval $(DOTA) --output_dir $(DEMO)/untrained
+	$(RUN)/python run_finetune.py --eval $(DOTA) --output_dir $(DEMO)/fine-tuned \
+	    --finetune $(DEMO)/finetune/checkpoint-6.pth
 	@$(RUN)/python tests/check_demo.py $(DEMO)
 
 test: $(VENV)/installed

@@ -177,7 +177,7 @@ def checked(batches: Iterable) -> Iterator:
 
 
 class SkipBad:
-    """The batches of a loader, epoch after epoch; samples that could not be read are logged, once for each message.
+    """The batches of a loader, epoch after epoch; of samples that could not be read, the first of each clip is logged.
 
     Raises DataError for a batch without a readable sample, and after more than `limit` skipped samples.
     """
@@ -190,8 +190,9 @@ class SkipBad:
         for batch in checked(self.loader):
             for message in batch["skipped"]:
                 self.skipped += 1
-                if message not in self._seen:
-                    self._seen.add(message)
+                clip = message.partition(": ")[0]
+                if clip not in self._seen:
+                    self._seen.add(clip)
                     logger.error(f"skipped a sample, {self.skipped} so far: {message}")
                 if self.skipped > self.limit:
                     raise DataError(f"more than --max_bad_samples {self.limit} samples skipped, the last: {message}")

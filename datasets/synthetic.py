@@ -184,22 +184,22 @@ class Scene:
             draw.rectangle([cx - r, cy - r, cx + r, cy + r], fill=(255, 170, 40) if k % 3 else (250, 250, 250))
 
 
-def render_clip(frames_dir: Path, scene: Scene, *, packed: bool) -> None:
-    """Write the frames of a scene as frames_dir/images.zip, or as files in frames_dir/images/."""
+def render_clip(frames_dir: Path, scene: Scene, *, packed: bool, name: str = "{:06d}.jpg", first: int = 0) -> None:
+    """Write the frames of a scene as frames_dir/images.zip, or as files in frames_dir/images/, numbered from first."""
     frames_dir.mkdir(parents=True)
     encoded = {}
     for t in range(scene.num_frames):
         buffer = io.BytesIO()
         scene.frame(t).save(buffer, "JPEG", quality=90)
-        encoded[f"{t:06d}.jpg"] = buffer.getvalue()
+        encoded[name.format(first + t)] = buffer.getvalue()
     if packed:
         with zipfile.ZipFile(frames_dir / "images.zip", "w") as z:
-            for name, data in encoded.items():
-                z.writestr(name, data)
+            for file, data in encoded.items():
+                z.writestr(file, data)
     else:
         (frames_dir / "images").mkdir()
-        for name, data in encoded.items():
-            (frames_dir / "images" / name).write_bytes(data)
+        for file, data in encoded.items():
+            (frames_dir / "images" / file).write_bytes(data)
 
 
 def annotation(name: str, scene: Scene) -> dict:

@@ -6,20 +6,22 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-from utils.flags import finetune_parser
+from utils.flags import dapt_parser, finetune_parser
 
-JOBS = sorted((ROOT / "jobs" / "finetune").glob("*.sh"))
-PATHS = {"DATA_PATH": "/data/Do TA", "MODEL_PATH": "w.pth"}
+FINETUNE = sorted((ROOT / "jobs" / "finetune").glob("*.sh"))
+DAPT = sorted((ROOT / "jobs" / "dapt").glob("*.sh"))
+PATHS = {"DATA_PATH": "/data/Do TA", "BDD_PATH": "/data/b dd", "CAP_PATH": "/data/cap", "MODEL_PATH": "w.pth"}
 PUBLISHED = {"VideoMAE-S_DoTA": "AUC_ROC 83.7, AUC_MCC 46.9", "VideoMAE-B_DoTA": "AUC_ROC 86.3, AUC_MCC 54.8"}
-every_job = pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+every_job = pytest.mark.parametrize("job", FINETUNE + DAPT, ids=lambda job: job.stem)
+every_finetune_job = pytest.mark.parametrize("job", FINETUNE, ids=lambda job: job.stem)
 
 
 @pytest.fixture
 def launch(tmp_path):
     """Run a job file outside Slurm, with a torchrun that prints its words, one on a line."""
-    fake = tmp_path / "torchrun"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
+    for name, content in (("torchrun", 'printf "%s\\n" "$@"'), ("srun", 'exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
 
     def launch(job, *words, **environment):
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
@@ -30,10 +32,46 @@ def launch(tmp_path):
 
 def run_flags(done):
     words = done.stdout.splitlines()
-    return finetune_parser("").parse_args(words[words.index("run_finetune.py") + 1 :])
+    script, parser = ("run_dapt.py", dapt_parser) if "run_dapt.py" in words else ("run_finetune.py", finetune_parser)
+    return parser("").parse_args(words[words.index(script) + 1 :])
 
 
-@every_job
+def test_there_are_jobs():
+    assert len(FINETUNE) >= 3 and len(DAPT) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "batch", "gpus", "nodes", "depth"),
+    [
+        ("pretrain_bdd", "small", [200], 4, 1, 4),
+        ("pretrain_capdata", "small", [240, 160], 2, 1, 4),
+        ("pretrain_capdata_base", "base", [120, 80], 4, 1, 4),
+        ("pretrain_capdata_large", "large", [60, 40], 4, 2, 12),
+        ("pretrain_k700", "small", [200], 4, 1, 4),
+    ],
+)
+def test_dapt_settings_are_the_published_ones(name, model, batch, gpus, nodes, depth, launch):
+    job = ROOT / "jobs" / "dapt" / f"{name}.sh"
+    args, text = run_flags(launch(job, **PATHS)), job.read_text()
+    assert args.model == f"pretrain_videomae_{model}_patch16_224" and args.decoder_depth == depth
+    assert f"#SBATCH --gpus-per-node={gpus}\n" in text and f"#SBATCH --nodes={nodes}\n" in text
+    assert [total / (gpus * nodes) for total in args.total_batch_size] == batch and sum(args.total_batch_size) == 800
+    assert (args.lr, args.min_lr, args.warmup_epochs, args.opt_betas) == (3e-4, 3e-5, 1, [0.9, 0.95])
+    kinetics = name == "pretrain_k700"
+    assert (args.epochs, args.stop_epoch, args.mask_ratio) == ((38, 22, 0.9) if kinetics else (20, 12, 0.75))
+    assert args.transforms_finetune_align == (not kinetics) and args.seed == 0
+    assert args.nb_samples_per_epoch == (0 if kinetics else 1_000_000)
+    if len(batch) == 2:
+        assert args.data_set == ["BDD100K", "CAP-DATA"] and args.data_path == ["/data/b dd", "/data/cap"]
+        assert args.sampling_rate == [16, 1]
+
+
+def test_several_nodes_meet_at_the_first(launch):
+    done = launch(ROOT / "jobs" / "dapt" / "pretrain_capdata_large.sh", **PATHS, SLURM_NNODES="3", SLURM_JOB_ID="7")
+    assert {"--nnodes=3", "--nproc_per_node=4", "--rdzv_id=7", "--rdzv_backend=c10d"} <= set(done.stdout.splitlines())
+
+
+@every_finetune_job
 def test_settings_are_the_published_ones(job, launch):
     args = run_flags(launch(job, **PATHS))
     assert (args.data_path, args.finetune, args.output_dir) == ("/data/Do TA", "w.pth", f"runs/{job.stem}")
@@ -47,7 +85,8 @@ def test_settings_are_the_published_ones(job, launch):
 def test_file_says_what_it_is(job):
     text = job.read_text()
     assert f"#SBATCH --job-name={job.stem}\n" in text and "MODEL_ZOO.md" in text and os.access(job, os.X_OK)
-    assert PUBLISHED.get(job.stem, "no published row") in text
+    published = "Published, fine-tuned from it" if job in DAPT else PUBLISHED.get(job.stem, "no published row")
+    assert published in text
 
 
 @every_job
@@ -59,10 +98,10 @@ def test_more_flags_and_other_paths_reach_the_run(job, launch):
 @every_job
 def test_missing_path_is_named(job, launch):
     done = launch(job, MODEL_PATH="w.pth")
-    assert done.returncode != 0 and "DATA_PATH: the root folder of DoTA" in done.stderr
+    assert done.returncode != 0 and ("_PATH: the root folder of" in done.stderr or "_PATH: the videos" in done.stderr)
 
 
-@every_job
+@every_finetune_job
 @pytest.mark.parametrize(("allocated", "processes", "workers"), [({}, "1", 15), ({"SLURM_GPUS_ON_NODE": "4"}, "4", 3)])
 def test_processes_and_workers_follow_the_allocation(job, launch, allocated, processes, workers):
     done = launch(job, **PATHS, **allocated)
