@@ -19,7 +19,7 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, dapt_parser, resolve_runtime, resolve_schedule
+from utils.flags import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, dapt_parser, picked, resolve_runtime, resolve_schedule
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
@@ -119,9 +119,9 @@ def pretrain(args: Namespace, process: Process) -> None:
     defaults = model_defaults(args.model)
     to_input = ToModelInput(defaults.mean, defaults.std)
 
-    total_batch = sum(args.total_batch_size)
-    logger.info(f"{total_batch} clips per step: {args.total_batch_size} of {', '.join(args.data_set)}")
-    optimization = run_optimization(args, model, total_batch, sampler.steps_per_epoch)
+    shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
+    logger.info(f"clips per step: {shares}")
+    optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(epoch=args.start_epoch)
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
@@ -151,7 +151,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         DaptObjective(model, to_input, process.device),
         optimization,
         progress,
-        Reporting(tensorboard, total_batch, args.print_freq, process.is_main),
+        Reporting(tensorboard, sum(args.total_batch_size), args.print_freq, process.is_main),
         steps_per_epoch=sampler.steps_per_epoch,
         stop_epoch=args.stop_epoch,
         device=process.device,
@@ -219,29 +219,16 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     return WindowDataset(sources, seed=args.seed, targets=False)
 
 
-def run_optimization(args: Namespace, model: nn.Module, total_batch: int, steps_per_epoch: int) -> Optimization:
+def run_optimization(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
     """The Optimization of the command line."""
     with config_errors():
-        schedule = Schedule(
-            epochs=args.epochs,
-            steps_per_epoch=steps_per_epoch,
-            lr=args.lr,
-            min_lr=args.min_lr,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            weight_decay=args.weight_decay,
-            weight_decay_end=args.weight_decay_end,
-        )
         return build_optimization(
             model,
-            schedule,
-            clips_per_step=total_batch,
-            opt=args.opt,
-            eps=args.opt_eps,
-            betas=args.opt_betas,
+            Schedule(steps_per_epoch=steps_per_epoch, **picked(args, SCHEDULE)),
+            clips_per_step=sum(args.total_batch_size),
             accumulate=args.update_freq,
-            clip_grad=args.clip_grad,
             dtype=DTYPES[args.precision],
+            **picked(args, OPTIMIZER),
         )
 
 

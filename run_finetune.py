@@ -20,7 +20,7 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, finetune_parser, resolve_runtime, resolve_schedule
+from utils.flags import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, finetune_parser, picked, resolve_runtime, resolve_schedule
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -307,29 +307,16 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool, trained_
 def run_optimization(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
     """The Optimization of the command line."""
     with config_errors():
-        schedule = Schedule(
-            epochs=args.epochs,
-            steps_per_epoch=steps_per_epoch,
-            lr=args.lr,
-            min_lr=args.min_lr,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            weight_decay=args.weight_decay,
-            weight_decay_end=args.weight_decay_end,
-        )
         return build_optimization(
             model,
-            schedule,
+            Schedule(steps_per_epoch=steps_per_epoch, **picked(args, SCHEDULE)),
             clips_per_step=args.total_batch_size,
-            opt=args.opt,
-            eps=args.opt_eps,
-            betas=args.opt_betas,
             layer_decay=args.layer_decay,
             accumulate=args.update_freq,
-            clip_grad=args.clip_grad,
             dtype=DTYPES[args.precision],
             ema_decay=args.model_ema_decay if args.model_ema else None,
             ema_on_cpu=args.model_ema_force_cpu,
+            **picked(args, OPTIMIZER),
         )
 
 

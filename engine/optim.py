@@ -74,8 +74,8 @@ def build_optimization(
     *,
     clips_per_step: int,
     opt: str,
-    eps: float,
-    betas: Sequence[float],
+    opt_eps: float,
+    opt_betas: Sequence[float],
     layer_decay: float = 1.0,
     accumulate: int = 1,
     clip_grad: float | None = None,
@@ -96,7 +96,7 @@ def build_optimization(
     )
     device = next(model.parameters()).device.type
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, layer_decay=layer_decay)
-    optimizer = build_optimizer(groups, name=opt, lr=lr, eps=eps, betas=betas, fused=device == "cuda")
+    optimizer = build_optimizer(groups, name=opt, lr=lr, eps=opt_eps, betas=opt_betas, fused=device == "cuda")
     decay, decay_end = schedule.weight_decay, schedule.weight_decay_end
     return Optimization(
         optimizer=optimizer,

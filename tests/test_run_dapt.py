@@ -15,7 +15,6 @@ import run_dapt
 import run_finetune
 from datasets.clips import DataError
 from datasets.synthetic import Scene, render_clip
-from engine.optim import Schedule, build_optimization
 from models import create_model
 from models.weights import CheckpointError, load_pretrained
 from utils.config import ConfigError
@@ -123,7 +122,7 @@ def test_unreadable_and_short_videos_are_counted_and_the_run_goes_on(roots, tmp_
     out = capsys.readouterr().out
     assert out.count("videos all: 2 of 6 videos cannot be read: corrupt.mov (") == 1 and "empty.mov (" in out
     assert "videos all: 1 clips are shorter than a window and go unused: short.mp4" in out
-    assert "6 clips per step: [4, 2] of videos, CAP-DATA" in out
+    assert "clips per step: 4 of videos + 2 of CAP-DATA" in out
     assert len(json.loads((tmp_path / "run" / "videos.json").read_text())) == 6
 
 
@@ -198,23 +197,7 @@ def test_twelve_epochs_of_the_twenty_of_the_cosine():
     case = golden("schedules")["schedules"]["dapt_bdd_cap_800"]
     steps = case["args"]["niter_per_ep"]
     assert args.nb_samples_per_epoch // 800 == steps
-    optimization = build_optimization(
-        create_model(TINY[1]),
-        Schedule(
-            epochs=args.epochs,
-            steps_per_epoch=steps,
-            lr=args.lr,
-            min_lr=args.min_lr,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            weight_decay=args.weight_decay,
-            weight_decay_end=args.weight_decay_end,
-        ),
-        clips_per_step=800,
-        opt=args.opt,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-    )
+    optimization = run_dapt.run_optimization(args, create_model(TINY[1]), steps)
     starts = next(v for k, v in case.items() if k.startswith("epoch_starts"))
     for epoch, lr in starts.items():
         assert optimization.lr(int(epoch) * steps) == pytest.approx(lr, abs=1e-9)

@@ -4,7 +4,7 @@ the script finds the value by the model or the data set.
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -310,6 +310,15 @@ def _dapt_augmentation_flags(parser: Parser) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What follows from other flags
+
+
+SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end")
+OPTIMIZER = ("opt", "opt_eps", "opt_betas", "clip_grad")
+
+
+def picked(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of some of the arguments."""
+    return {name: getattr(args, name) for name in names}
 
 
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
