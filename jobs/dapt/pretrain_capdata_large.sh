@@ -28,9 +28,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 gpus=${SLURM_GPUS_ON_NODE:-4}
 workers=$(( ${SLURM_CPUS_PER_TASK:-64} / gpus - 1 )) # per GPU, beside the training process
 
-head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1 || true)
+# This script runs on the first node; there the processes of all nodes meet.
 srun torchrun --nnodes="${SLURM_NNODES:-2}" --nproc_per_node="$gpus" \
-    --rdzv_backend=c10d --rdzv_endpoint="${head:-localhost}:${RDZV_PORT:-29500}" --rdzv_id="${SLURM_JOB_ID:-0}" \
+    --rdzv_backend=c10d --rdzv_endpoint="$(hostname):${RDZV_PORT:-29500}" --rdzv_id="${SLURM_JOB_ID:-0}" \
     run_dapt.py \
     --model pretrain_videomae_large_patch16_224 --from_ckpt "$MODEL_PATH" --decoder_depth 12 \
     --data_set BDD100K CAP-DATA --data_path "$BDD_PATH" "$CAP_PATH" --output_dir "$OUTPUT_DIR" \
