@@ -180,7 +180,7 @@ def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torc
 
 def _take(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """tokens[b, positions[b]] for each clip b."""
-    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], positions]
+    return tokens.take_along_dim(positions[:, :, None], dim=1)  # its backward is cheaper than that of indexing
 
 
 def _over(encoder: str, *, decoder_dim: int, decoder_heads: int, decoder_depth: int, **kwargs) -> MaskedAutoencoder:
