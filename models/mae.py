@@ -165,6 +165,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder.grad_checkpointing = enable
 
 
+@torch.compiler.disable  # counts on the host
 def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, N) bool -> positions (B, n) of the visible and (B, m) of the masked tokens, ascending, on device.
 

@@ -189,7 +189,15 @@ def test_global_batches_and_masks_do_not_depend_on_processes(roots, tmp_path):
         assert len({tuple(m.tolist()) for m in batch["mask"]}) > 1
 
 
-def test_twelve_epochs_of_the_twenty_of_the_cosine():
+def test_stop_epoch_ends_a_run_on_a_longer_schedule(roots, tmp_path):
+    in_process(*mix(roots, tmp_path, *SHARES, "--nb_samples_per_epoch", 6, "--epochs", 20, "--print_freq", 1))
+    assert [r["epoch"] for r in log(tmp_path)] == list(range(12))
+    rates = [e.value for e in EventAccumulator(str(tmp_path)).Reload().Scalars("train/lr")]
+    half_way = 1 + np.cos(np.pi * 9 / 19)  # the cosine of 20 epochs, not of 12
+    assert rates[10] == pytest.approx((3e-5 + (3e-4 - 3e-5) / 2 * half_way) * 6 / 256, rel=1e-6)
+
+
+def test_the_published_cosine():
     args = dapt_parser("").parse_args(["--data_path", "x", "--output_dir", "y", "--batch_size", "800"])
     run_dapt.resolve_runtime(args, cuda=False)
     run_dapt.resolve(args, 1)
