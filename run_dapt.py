@@ -1,7 +1,7 @@
 """Domain-adaptive pre-training (DAPT): masked video modelling on unlabelled driving video, from published weights.
 
 One GPU, or the CPU where there is none; 800 clips per step as published, in forward passes of 100:
-    python run_dapt.py --model pretrain_videomae_small_patch16_224 --from_ckpt videomae_s_k400_1600e.pth \\
+    python run_dapt.py --model pretrain_videomae_small_patch16_224 --from_ckpt videomae_vit_s_k400_1600e_pretrain.pth \\
         --data_set BDD100K --data_path /data/bdd100k/videos --batch_size 100 --update_freq 8 --output_dir runs/dapt_s
 
 One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the second per GPU and step:
@@ -19,7 +19,16 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, dapt_parser, picked, resolve_runtime, resolve_schedule
+from utils.flags import (
+    FREE_ON_RESUME,
+    OPTIMIZER,
+    SCHEDULE,
+    dapt_parser,
+    fill,
+    picked,
+    resolve_runtime,
+    resolve_schedule,
+)
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
@@ -38,10 +47,10 @@ from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
 from datasets.loader import EpochSampler, SkipBad, Source, WindowDataset, checked, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import find_resume, keep_epoch, restore, save_last
+from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last
 from engine.dapt import DaptObjective
 from engine.loop import Progress, Reporting, TrainingError, train_epochs
-from engine.optim import Optimization, Schedule, build_optimization
+from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
 from models import create_model, model_defaults
 from models.mae import MaskedAutoencoder
@@ -49,7 +58,6 @@ from models.weights import CheckpointError, fetch, load_pretrained
 from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
 from utils.logging import TensorBoard, drop_epochs_from, setup_logging
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PICTURES = 4  # clips drawn after each epoch
 logger = logging.getLogger("tad")
 
@@ -60,7 +68,7 @@ def main(args: Namespace) -> None:
     with process_group(args.device) as process:
         setup_logging(process.rank)
         resolve(args, process.world_size)
-        seed_everything(args.seed + process.rank)
+        seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         pretrain(args, process)
 
@@ -71,9 +79,7 @@ def resolve(args: Namespace, world_size: int) -> None:
         defaults = model_defaults(args.model)
     if not args.model.startswith("pretrain_"):
         raise ConfigError(f"--model {args.model} is a classifier; DAPT takes one of the pretrain_ models")
-    for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
+    fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
     if args.stop_epoch is None:
         args.stop_epoch = min(12, args.epochs)
     resolve_schedule(args)
@@ -104,16 +110,9 @@ def pretrain(args: Namespace, process: Process) -> None:
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
     model = build_model(args, process, pretrained=resumed is None)
+    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
-    sampler = EpochSampler(
-        [len(source.index) for source in dataset.sources],
-        batch_sizes=args.batch_size,
-        accumulate=args.update_freq,
-        rank=process.rank,
-        world_size=process.world_size,
-        samples_per_epoch=args.nb_samples_per_epoch,
-        seed=args.seed,
-    )
+    sampler = build_sampler(args, dataset, process.rank, process.world_size)
     loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
     ddp_model = data_parallel(model, process)
     defaults = model_defaults(args.model)
@@ -122,9 +121,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
     logger.info(f"clips per step: {shares}")
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
-    progress = Progress(epoch=args.start_epoch)
+    progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
     if process.is_main:
         write_run_record(output_dir / "args.json", vars(args), process.world_size)
@@ -160,9 +160,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
     tensorboard.close()
-    logger.info(
-        f"{progress.epoch} of {args.epochs} epochs done; fine-tune from a checkpoint-<epoch>.pth in {output_dir}"
-    )
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 
 
 def build_model(args: Namespace, process: Process, *, pretrained: bool) -> MaskedAutoencoder:
@@ -219,6 +217,19 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     return WindowDataset(sources, seed=args.seed, targets=False)
 
 
+def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size: int) -> EpochSampler:
+    """The order of the clips, with each data set's share of every batch."""
+    return EpochSampler(
+        [len(source.index) for source in dataset.sources],
+        batch_sizes=args.batch_size,
+        accumulate=args.update_freq,
+        rank=rank,
+        world_size=world_size,
+        samples_per_epoch=args.nb_samples_per_epoch,
+        seed=args.seed,
+    )
+
+
 def run_optimization(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
     """The Optimization of the command line."""
     with config_errors():
@@ -243,7 +254,13 @@ class Pictures:
             number = k % len(sources)
             keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
         # In a worker where training uses workers: decord must not live through their forks.
-        loader = DataLoader(dataset, batch_sampler=[keys], collate_fn=collate, num_workers=min(args.num_workers, 1))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[keys],
+            collate_fn=collate,
+            num_workers=min(args.num_workers, 1),
+            generator=torch.Generator(),
+        )
         (self.batch,) = checked(loader)
 
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
@@ -260,5 +277,5 @@ class Pictures:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (CheckpointError, ConfigError, DataError, TrainingError) as e:
+    except (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError) as e:
         sys.exit(f"error: {e}")

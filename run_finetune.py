@@ -1,7 +1,7 @@
 """Fine-tune and evaluate a Video ViT as a per-frame risk scorer of driving video.
 
 One GPU, or the CPU where there is none (defaults are the published recipe for the model):
-    python run_finetune.py --model vit_small_patch16_224 --finetune videomae_s_k400.pth \\
+    python run_finetune.py --model vit_small_patch16_224 --finetune videomae_vit_s_k400_1600e_pretrain.pth \\
         --data_set DoTA --data_path /data/DoTA --output_dir runs/videomae_s_dota
 
 One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see jobs/finetune/):
@@ -20,7 +20,16 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, finetune_parser, picked, resolve_runtime, resolve_schedule
+from utils.flags import (
+    FREE_ON_RESUME,
+    OPTIMIZER,
+    SCHEDULE,
+    fill,
+    finetune_parser,
+    picked,
+    resolve_runtime,
+    resolve_schedule,
+)
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -49,7 +58,7 @@ from datasets.loader import (
 )
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import find_resume, keep_epoch, restore, save_last, save_weights
+from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last, save_weights
 from engine.evaluate import (
     EvaluationError,
     Predictions,
@@ -62,7 +71,7 @@ from engine.evaluate import (
 from engine.finetune import FinetuneObjective
 from engine.loop import Progress, Reporting, TrainingError, train_epochs
 from engine.losses import LOSSES
-from engine.optim import Optimization, Schedule, build_optimization
+from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
@@ -76,7 +85,6 @@ from utils.distributed import (
 )
 from utils.logging import TensorBoard, drop_epochs_from, progress_bar, setup_logging
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
 logger = logging.getLogger("tad")
 
@@ -87,7 +95,7 @@ def main(args: Namespace) -> None:
     with process_group(args.device) as process:
         setup_logging(process.rank)
         resolve(args, process.world_size)
-        seed_everything(args.seed + process.rank)
+        seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         if args.eval:
             evaluate_checkpoint(args, process)
@@ -101,9 +109,7 @@ def resolve(args: Namespace, world_size: int) -> None:
         defaults = model_defaults(args.model)
     if args.model.startswith("pretrain_"):
         raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes one of the vit_ models")
-    for name in ("num_frames", "view_fps", "input_size", "tubelet_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
+    fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
     if args.eval:
         return
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
@@ -123,6 +129,7 @@ def train(args: Namespace, process: Process) -> None:
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
     model = build_model(args, process, pretrained=resumed is None)
+    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     if args.freeze_layers is not None:
         with config_errors():
             model.freeze_blocks(args.freeze_layers)
@@ -131,9 +138,12 @@ def train(args: Namespace, process: Process) -> None:
     to_input = ToModelInput(defaults.mean, defaults.std, args.remode)
 
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
-    progress = Progress(epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf))
+    progress = Progress(
+        epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf), steps_per_epoch=sampler.steps_per_epoch
+    )
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     eval_model = optimization.ema.module if optimization.ema else model
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
@@ -332,5 +342,5 @@ def save_best(args: Namespace, process: Process, model: nn.Module, metrics: dict
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (CheckpointError, ConfigError, DataError, EvaluationError, TrainingError) as e:
+    except (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError) as e:
         sys.exit(f"error: {e}")

@@ -1,7 +1,8 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -78,6 +79,40 @@ class ClipTable(Sequence):
     def fps(self) -> np.ndarray:
         """(clips,) float64, source frames per second."""
         return np.array([c.fps for c in self.clips], dtype=np.float64)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it is in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, stripped, without empty ones."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_split(path: Path, hint: str) -> list[str]:
+    """Clip names of a split file, in its order. hint: where the file comes from.
+
+    Raises DataError where it is missing, empty or repeats a clip.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: split file not found; it comes with {hint}")
+    names = read_lines(path)
+    if not names:
+        raise DataError(f"{path}: the split file is empty")
+    if repeated := first_repeated(names):
+        raise DataError(f"{path}: clip {repeated} is listed twice")
+    return names
+
+
+def first_repeated(names: Iterable[Hashable]) -> Hashable | None:
+    """The first name that comes a second time, or None."""
+    seen: set[Hashable] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def time_to_anomaly(

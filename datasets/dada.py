@@ -12,13 +12,13 @@ counted from 1; a clip where either is negative has none.
 """
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError
-from datasets.dota import read_split
+from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_split, read_text
 
 EGO_TYPES = frozenset((*range(1, 19), 61, 62))  # accident types the recording car is part of
 CCD_FRAMES, CCD_FPS = 50, 10.0  # CAP-DATA's clips of exactly 50 frames come from CCD, which has 10 fps
@@ -62,6 +62,8 @@ def load_dada(name: str, root: str, split: str) -> ClipTable:
         if unknown := [line for line, key in listed.items() if key not in rows]:
             raise DataError(f"{path}: clip {unknown[0]} is not in {sheet}")
         names = list(listed.values())
+        if repeated := first_repeated(names):
+            raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
     return ClipTable(name, split, [_clip(name, Path(root), key, rows[key], sheet) for key in names])
 
 
@@ -79,7 +81,7 @@ def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
     if not path.is_file():
         raise DataError(f"{path}: annotation sheet not found; save the data set's .xlsx or .xls sheet as csv there")
     columns = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
-    with path.open(newline="", encoding="utf-8-sig") as f:
+    with io.StringIO(read_text(path), newline="") as f:
         reader = csv.reader(f)
         header = [cell.strip().lower() for cell in next(reader, [])]
         where = {}
@@ -92,10 +94,12 @@ def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
-            try:
-                row = {column: int(float(cells[i])) for column, i in where.items()}
-            except (ValueError, IndexError) as e:
-                raise DataError(f"{path}: line {reader.line_num}: {e}") from e
+            row = {}
+            for column, i in where.items():
+                try:
+                    row[column] = int(cells[i])
+                except (ValueError, IndexError) as e:
+                    raise DataError(f"{path}: line {reader.line_num}: {column!r} is not a whole number: {e}") from e
             key = row["type"], row["video"]
             if key in rows:
                 raise DataError(f"{path}: line {reader.line_num}: type {key[0]}, video {key[1]} is listed twice")
@@ -110,10 +114,12 @@ def _clip(name: str, root: Path, key: tuple[int, int], row: dict[str, int], shee
     kind, video = key
     own = f"{kind}/{video:0{layout.digits}d}"
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
+    if not 0 < total < 10**7:
+        raise DataError(f"{sheet}: {own} has {total} frames; correct the row")
     labels = np.zeros(total, dtype=np.uint8)
     if start > -1 and end > -1:
         if not start <= end <= total:
-            raise DataError(f"{sheet}: {own}: frames {start} to {end} are anomalous, of {total}")
+            raise DataError(f"{sheet}: {own}: frames {start} to {end} are anomalous, of {total}; correct the row")
         labels[max(start - 1, 0) : end] = 1
     return Clip(
         name=own,

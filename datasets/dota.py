@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError
+from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_split
 
 FPS = 10.0
 CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
@@ -51,30 +51,6 @@ def load_dota(name: str, root: str, split: str) -> ClipTable:
     return ClipTable(name, split, [_clip(Path(root), clip, metadata.get(clip)) for clip in names])
 
 
-def read_split(path: Path, hint: str) -> list[str]:
-    """Clip names of a split file, in its order. hint: where the file comes from.
-
-    Raises DataError where it is missing, empty or repeats a clip.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: split file not found; it comes with {hint}")
-    try:
-        names = path.read_text(encoding="utf-8-sig").split()
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
-    if not names:
-        raise DataError(f"{path}: the split file is empty")
-    if repeated := first_repeated(names):
-        raise DataError(f"{path}: clip {repeated} is listed twice")
-    return names
-
-
-def first_repeated(names: list[str]) -> str | None:
-    """The first name that comes a second time, or None."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
-
-
 def read_metadata(root: str) -> dict[str, dict]:
     """{clip: {"anomaly_class": "ego: lateral", "anomaly_start", "anomaly_end", "num_frames", ...}} of both subsets.
 
@@ -96,7 +72,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except OSError as e:
         raise DataError(
-            f"{path}: cannot be read ({e.strerror}); unpack DoTA_annotations.zip into dataset/annotations/"
+            f"{path}: cannot be read ({e.strerror}); DoTA_annotations.zip goes into dataset/annotations/"
         ) from e
     except ValueError as e:
         raise DataError(f"{path}: not valid JSON ({e})") from e

@@ -28,6 +28,7 @@ from datasets.windows import RandomClipIndex, WindowIndex
 
 logger = logging.getLogger("tad")
 
+_ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
 Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)
 
 
@@ -84,7 +85,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     def order(self, epoch: int, source: int = 0) -> np.ndarray:
         """(samples,) windows of a source in an epoch, over all ranks. O(samples) memory, however many windows."""
-        rng = np.random.default_rng([self.seed, epoch, source])
+        rng = np.random.default_rng([epoch, source, self.seed, _ORDER])
         number, missing = self.num_windows[source], self.steps_per_epoch * self.step_sizes[source]
         passes = []
         while missing:
@@ -124,7 +125,7 @@ class WindowDataset(Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Tensor] | DataError:
         epoch, number, position, window = key
-        source, rng = self.sources[number], np.random.default_rng([self.seed, *key[:3]])
+        source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
         clip_number, frames = source.index.sample(window, rng)
         clip = source.clips[clip_number]
         try:
@@ -145,19 +146,23 @@ class WindowDataset(Dataset):
 def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Any] | DataError:
     """Samples -> one batch, their views side by side; "skipped" lists the errors of those that could not be read.
 
-    A DataError where none could be read.
+    A DataError where none could be read: there is nothing to compute a gradient from.
     """
     errors = [item for item in items if isinstance(item, DataError)]
     samples = [item for item in items if not isinstance(item, DataError)]
     if not samples:
-        return errors[0]
+        return DataError(f"none of the {len(items)} samples of a batch can be read, the first: {errors[0]}")
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]} | {
         "skipped": [str(e) for e in errors]
     }
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of the sampler's epoch; workers live on from epoch to epoch."""
+    """Batches of the sampler's epoch; workers live on from epoch to epoch.
+
+    A loader draws a seed for its workers, which ours do not use; drawn from a generator of its own, it leaves alone the
+    random state that a resumed run must find again. So in all loaders.
+    """
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -165,6 +170,7 @@ def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: 
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),
     )
 
 
@@ -284,7 +290,7 @@ class ClipStream(IterableDataset):
 def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
     """The FrameChunks of a ClipStream, read by workers."""
     workers = min(num_workers, max(len(stream.share), 1))
-    return DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator())
 
 
 def window_batches(
@@ -305,7 +311,7 @@ def window_batches(
         first, end = done.get(chunk.clip, 0), int(np.searchsorted(lasts, ids[-1], side="right"))
         for start in range(first, end, batch_size):
             last = lasts[start : min(start + batch_size, end)]
-            where = torch.from_numpy(np.searchsorted(ids, index.frames(chunk.clip, last))).to(device)
+            where = torch.from_numpy(np.searchsorted(ids, index.frames(chunk.clip, last))).to(device, non_blocking=True)
             yield WindowBatch(chunk.clip, last, frames[where].transpose(1, 2))
         done[chunk.clip] = end
         if end < len(lasts):

@@ -11,9 +11,9 @@ def tube_mask(grid: tuple[int, int, int], ratio: float, rng: np.random.Generator
     """
     slots, height, width = grid
     places = height * width
-    masked = int(ratio * places)
-    if not 0 < masked < places:
-        raise ValueError(f"mask ratio {ratio} masks {masked} of {places} places: some must be masked and some not")
+    masked = int(ratio * places) if 0 < ratio < 1 else 0
+    if not masked:
+        raise ValueError(f"mask ratio {ratio} of {places} places: some must be masked and some not")
     mask = np.zeros(places, dtype=bool)
     mask[rng.permutation(places)[:masked]] = True
     return np.tile(mask, slots)

@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from datasets.clips import Clip, ClipTable, DataError
+from datasets.clips import DataError
 from utils.files import replaced
 from utils.logging import progress_bar
 
@@ -40,6 +41,8 @@ def probe(path: str) -> VideoInfo:
     try:
         video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         frames, fps = len(video), float(video.get_avg_fps())
+        if frames:
+            video[0]  # some open and cannot be decoded
     except (RuntimeError, decord.DECORDError) as e:
         return VideoInfo(0, 0.0, " ".join(str(e).split())[:160] or type(e).__name__)
     if frames == 0 or not 0 < fps < 1000:
@@ -63,65 +66,60 @@ class VideoScan:
         stale = {path: stamp for path, stamp in stamps.items() if stamp and known.get(path, [None])[0] != stamp}
         if stale:
             self._probe_all(stale, known)
-        missing = VideoInfo(0, 0.0, "no such file")
+        missing = VideoInfo(0, 0.0, "no such file, or no permission to read it")
         return [VideoInfo(*known[path][1:]) if stamps[path] else missing for path in paths]
 
     def _load(self) -> dict[str, list]:
         if not self.cache.exists():
             return {}
         try:
-            return json.loads(self.cache.read_text())
-        except ValueError as e:
+            known = json.loads(self.cache.read_text())
+            if not all(len(entry) == 4 for entry in known.values()):
+                raise ValueError("entries of another shape")
+        except (OSError, ValueError, AttributeError, TypeError) as e:
             raise DataError(f"{self.cache}: not a scan of videos ({e}); remove it to scan again") from e
+        return known
 
     def _save(self, known: dict[str, list]) -> None:
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(self.cache) as temporary:
-            temporary.write_text(json.dumps(known))
+        try:
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(self.cache) as temporary:  # another run may have written meanwhile
+                temporary.write_text(json.dumps(self._load() | known))
+        except OSError as e:
+            raise DataError(f"{self.cache}: cannot be written ({e.strerror}); choose another --scan_cache") from e
 
     def _probe_all(self, stamps: dict[str, list[int]], known: dict[str, list]) -> None:
         workers = min(self.workers, len(stamps))
         logger.info(f"counting the frames of {len(stamps)} videos with {workers} processes; kept in {self.cache}")
-        saved = time.monotonic()
+        saved, chunk = time.monotonic(), max(1, min(64, len(stamps) // (4 * workers)))
         # In processes of their own: decord must not live through the forks of the data loader.
         with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-            results = pool.map(probe, stamps, chunksize=max(1, min(64, len(stamps) // (4 * workers))))
+            results = pool.map(probe, stamps, chunksize=chunk)
             bar = progress_bar(results, description="videos", total=len(stamps))
-            for (path, stamp), info in zip(stamps.items(), bar, strict=True):
-                known[path] = [stamp, info.frames, info.fps, info.problem]
-                if time.monotonic() - saved > SAVE_EVERY:
-                    self._save(known)
-                    saved = time.monotonic()
+            done = 0
+            try:
+                for (path, stamp), info in zip(stamps.items(), bar, strict=True):
+                    known[path] = [stamp, info.frames, info.fps, info.problem]
+                    done += 1
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        self._save(known)
+                        saved = time.monotonic()
+            except BrokenProcessPool as e:
+                self._save(known)
+                suspects = list(stamps)[done : done + workers * chunk]
+                raise DataError(
+                    f"a video crashed its decoder, one of {suspects[0]} to {suspects[-1]}; "
+                    "try them one at a time with decord and remove the one"
+                ) from e
         self._save(known)
 
 
 def _stamp(path: str) -> list[int] | None:
-    """[size in bytes, modification time in ns], or None where there is no file."""
+    """[size in bytes, modification time in ns], or None where there is no file that may be read."""
     try:
         status = os.stat(path)
     except OSError:
         return None
+    if not os.access(path, os.R_OK):
+        return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def video_table(name: str, split: str, root: Path, videos: Iterable[str], scan: VideoScan, **options) -> ClipTable:
-    """The readable ones among videos, which are paths relative to root, as unlabelled clips named by those paths.
-
-    The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
-    """
-    videos = list(videos)
-    clips, problems = [], []
-    folder = os.path.abspath(root)
-    sources = [os.path.join(folder, video) for video in videos]
-    for video, source, info in zip(videos, sources, scan(sources), strict=True):
-        if info.problem:
-            problems.append(f"{video} ({info.problem})")
-        else:
-            clips.append(Clip(name=video, source=source, num_frames=info.frames, fps=info.fps))
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; ... all of them in {scan.cache}" if len(problems) > 5 else "")
-        message = f"{name} {split}: {len(problems)} of {len(videos)} videos cannot be read: {shown}"
-        if not clips:
-            raise DataError(f"{root}: {message}")
-        logger.warning(f"{message}; the run goes on without them")
-    return ClipTable(name, split, clips, **options)

@@ -7,7 +7,7 @@ generator of the sample, so a clip looks the same whichever worker or rank prepa
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -209,7 +209,7 @@ class RandAugment:
     """
 
     def __init__(self, policy: str, interpolation: str):
-        self.augment = rand_augment(policy, interpolation)
+        self.augment = timm_policy(policy, interpolation)
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """uint8 (T, H, W, 3) -> uint8 (T, H, W, 3)."""
@@ -222,7 +222,7 @@ class RandAugment:
         return torch.from_numpy(np.stack(augmented))
 
 
-def rand_augment(policy: str, interpolation: str):
+def timm_policy(policy: str, interpolation: str) -> Callable[[Image.Image], Image.Image]:
     """The PIL image -> PIL image of `RandAugment`, which draws from Python's and NumPy's global generators."""
     from timm.data import auto_augment
 
@@ -304,6 +304,7 @@ def multi_scale_crop(clip: Tensor, size: int, scales: Sequence[float], rng: np.r
     height, width = clip.shape[1:3]
     sizes = crop_sizes(min(height, width), size, scales)
     w, h = sizes[rng.integers(len(sizes))]
+    w, h = min(w, width), min(h, height)  # a side that was taken for the output size may be 2 pixels short of it
     offsets = crop_offsets(width - w, height - h)
     left, top = offsets[rng.integers(len(offsets))]
     crop = clip[:, top : top + h, left : left + w]

@@ -5,17 +5,24 @@ Kinetics   ROOT/annotations/<split>.csv             label,youtube_id,time_start,
            ROOT/<split>/<label>/<youtube_id>_<start>_<end>.mp4, both in six digits
 videos     ROOT/**/*                                 every file with a video's suffix
 
-For BDD100K and videos, a text file may stand in place of ROOT: one path per line, relative to the file's folder.
+For BDD100K and videos, a text file may stand in place of ROOT: one path per line, absolute or relative to the file's
+folder.
 """
 
 import csv
+import io
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from datasets.clips import ClipTable, DataError
-from datasets.scan import VideoScan, video_table
+from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_lines, read_text
+from datasets.scan import VideoScan
 
-SUFFIXES = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"))
+logger = logging.getLogger("tad")
+
+# Containers in which decord finds the frame it is asked for; in .mpg and .ts it lands tens of frames beside it.
+SUFFIXES = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"))
 BDD100K_FOLDERS = {"train": ("train",), "val": ("val",), "test": ("test",), "all": ("train", "val", "test")}
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -24,8 +31,8 @@ def load_videos(root: str, split: str, scan: VideoScan) -> ClipTable:
     """Every video below a folder or in a list file, sorted; there are no splits but "all"."""
     if split != "all":
         raise DataError(f"a folder of videos has no split {split!r}; it has all")
-    folder, videos = _listed(root, [""])
-    return video_table("videos", split, folder, videos, scan)
+    folder, videos = _listed(root, search=[""], keep=[])
+    return _table("videos", split, folder, videos, scan)
 
 
 def load_bdd100k(root: str, split: str, scan: VideoScan) -> ClipTable:
@@ -35,33 +42,45 @@ def load_bdd100k(root: str, split: str, scan: VideoScan) -> ClipTable:
     """
     if split not in BDD100K_FOLDERS:
         raise DataError(f"BDD100K has no split {split!r}; it has {', '.join(BDD100K_FOLDERS)}")
-    folder, videos = _listed(root, BDD100K_FOLDERS[split])
-    return video_table("BDD100K", split, folder, videos, scan)
+    folders = BDD100K_FOLDERS[split]
+    folder, videos = _listed(root, search=folders, keep=[] if split == "all" else folders)
+    return _table("BDD100K", split, folder, videos, scan)
 
 
-def _listed(root: str, folders: list[str] | tuple[str, ...]) -> tuple[Path, list[str]]:
-    """(folder, paths relative to it) of the videos below root's `folders`, or of those a list file names."""
+def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[Path, list[str]]:
+    """(folder, paths relative to it) of the videos below root's folders `search`, or of those a list file names, of
+    which only what begins with one of `keep` is kept, if any is given.
+    """
     path = Path(root)
     if path.is_file():
-        lines = [line.strip() for line in path.read_text().splitlines()]
-        videos = [line for line in lines if line and (folders[0] == "" or line.split("/")[0] in folders)]
+        lines = [os.path.normpath(line) for line in read_lines(path)]
+        videos = [line for line in lines if not keep or line.split("/")[0] in keep]
         if not videos:
-            raise DataError(f"{path}: no line names a video of {', '.join(folders) or 'any folder'}")
+            raise DataError(f"{path}: no line names a video below {' or '.join(keep) or 'any folder'}")
+        if repeated := first_repeated(videos):
+            raise DataError(f"{path}: video {repeated} is listed twice")
+        if len(videos) < len(lines):
+            logger.warning(f"{path}: {len(lines) - len(videos)} of {len(lines)} lines are not of this split")
         return path.parent, videos
     if not path.is_dir():
         raise DataError(f"{path}: no such folder or list file; a folder of videos is expected")
-    videos = [video for folder in folders for video in _find(path, folder)]
+    videos = [video for folder in search for video in _find(path, folder)]
     if not videos:
         raise DataError(
-            f"{path}: no video below {', '.join(folders) or 'it'}; known suffixes: {' '.join(sorted(SUFFIXES))}"
+            f"{path}: no video below {' or '.join(search) or 'it'}; known suffixes: {' '.join(sorted(SUFFIXES))}"
         )
     return path, videos
 
 
 def _find(root: Path, folder: str) -> list[str]:
     """Paths relative to root of the videos below root/folder, sorted."""
-    found = []
-    for where, _, names in os.walk(root / folder, followlinks=True):
+    found, visited = [], set()
+    for where, folders, names in os.walk(root / folder, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in visited:  # a link back up
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         below = os.path.relpath(where, root)
         videos = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
         found += videos if below == "." else [f"{below}/{name}" for name in videos]
@@ -76,7 +95,7 @@ def load_kinetics(root: str, split: str, scan: VideoScan) -> ClipTable:
     path = Path(root, "annotations", f"{split}.csv")
     if not path.is_file():
         raise DataError(f"{path}: Kinetics annotation not found; it comes with the data set")
-    with path.open(newline="") as f:
+    with io.StringIO(read_text(path), newline="") as f:
         rows = csv.DictReader(f)
         if absent := [c for c in KINETICS_COLUMNS if c not in (rows.fieldnames or ())]:
             raise DataError(f"{path}: no column {', '.join(absent)}; expected {', '.join(KINETICS_COLUMNS)}")
@@ -85,6 +104,29 @@ def load_kinetics(root: str, split: str, scan: VideoScan) -> ClipTable:
                 f"{split}/{row['label']}/{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
                 for row in rows
             ]
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             raise DataError(f"{path}: line {rows.line_num}: {e}") from e
-    return video_table("Kinetics", split, Path(root), videos, scan, one_clip_per_video=True)
+    return _table("Kinetics", split, Path(root), videos, scan, one_clip_per_video=True)
+
+
+def _table(name: str, split: str, root: Path, videos: Iterable[str], scan: VideoScan, **options) -> ClipTable:
+    """The readable ones among videos, which are paths relative to root, as unlabelled clips named by those paths.
+
+    The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
+    """
+    videos = list(videos)
+    clips, problems = [], []
+    folder = os.path.abspath(root)
+    sources = [os.path.join(folder, video) for video in videos]
+    for video, source, info in zip(videos, sources, scan(sources), strict=True):
+        if info.problem:
+            problems.append(f"{video} ({info.problem})")
+        else:
+            clips.append(Clip(name=video, source=source, num_frames=info.frames, fps=info.fps))
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        message = f"{name} {split}: {len(problems)} of {len(videos)} videos cannot be read: {shown}"
+        if not clips:
+            raise DataError(f"{root}: {message}")
+        logger.warning(f"{message}; the run goes on without them; {scan.cache} has the reasons")
+    return ClipTable(name, split, clips, **options)

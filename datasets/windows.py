@@ -136,13 +136,15 @@ def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: i
     Raises DataError where none is long enough, ValueError for a number that is not positive.
     """
     if clips.one_clip_per_video:
+        if not len(clips):
+            raise DataError(f"{clips.name} {clips.split}: no videos")
         logger.info(f"{clips.name} {clips.split}: {len(clips)} videos, a random clip of each per epoch")
         return RandomClipIndex(clips.frame_counts, num_frames=num_frames, step=stride)
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
     split = f"{clips.name} {clips.split}"
     logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
     if len(short := index.short_clips):
-        names = ", ".join(clips[i].name for i in short[:5])
+        names = ", ".join(clips[i].name for i in short[:5]) + ", ..." * (len(short) > 5)
         logger.warning(f"{split}: {len(short)} clips are shorter than a window and go unused: {names}")
     if not len(index):
         raise DataError(f"{split}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")

@@ -17,7 +17,8 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.loop import Optimization, Progress
+from engine.loop import Progress
+from engine.optim import Optimization
 from utils.config import ConfigError, differing, read_run_record
 from utils.distributed import gather
 from utils.files import replaced, sync
 
 LAST = "checkpoint-last"
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint that could not be written; the message names it and why."""
+
+
 _STATE = "state.pth"
 
 
@@ -99,16 +107,27 @@ def save_last(
     }
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    torch.save(state, new / _STATE)
-    sync(new / _STATE)
-    sync(new)
+    with _explained(last):
+        new.mkdir(parents=True)
+        torch.save(state, new / _STATE)
+        sync(new / _STATE)
+        sync(new)
     if last.exists():
         shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
         os.rename(last, old)
     os.rename(new, last)
     sync(Path(output_dir))
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """Turn what a full disk raises into a CheckpointWriteError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save raises either
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise CheckpointWriteError(f"{path}: cannot be written ({reason}); what was there before is intact") from e
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
@@ -127,7 +146,15 @@ def load_last(folder: str | Path) -> dict[str, Any]:
 def restore(
     state: Mapping[str, Any], model: nn.Module, optimization: Optimization, progress: Progress, rank: int
 ) -> None:
-    """Set model, optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place."""
+    """Set model, optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place.
+
+    Raises ConfigError where an epoch had another number of steps than progress says it has now.
+    """
+    if progress.steps_per_epoch and progress.steps_per_epoch != state["steps_per_epoch"]:
+        raise ConfigError(
+            f"the run to continue had {state['steps_per_epoch']} steps in an epoch, now there are "
+            f"{progress.steps_per_epoch}: the data has changed; restore it or start in another --output_dir"
+        )
     model.load_state_dict(state["model"])
     optimization.optimizer.load_state_dict(state["optimizer"])
     if optimization.scaler:
@@ -142,7 +169,7 @@ def restore(
 
 def save_weights(path: str | Path, model: nn.Module) -> None:
     """Write the state dict of an unwrapped model, flat, on the CPU, in one rename."""
-    with replaced(path) as temporary:
+    with _explained(path), replaced(path) as temporary:
         torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, temporary)
 
 

@@ -1,7 +1,7 @@
 """Epochs of training, for any objective.
 
-Nothing in the loop waits for the device (but GradScaler's overflow check, under fp16): statistics add up there and are
-read every `log_every` steps.
+Nothing in the loop waits for the device, but for GradScaler's overflow check under fp16 and for an average of the
+weights kept on the CPU: statistics add up there and are read every `log_every` steps.
 """
 
 import logging
@@ -33,13 +33,15 @@ class TrainingError(RuntimeError):
 class Progress:
     """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
 
-    means: of the last epoch trained, for a run that is killed between training and evaluation.
+    means: of the last epoch trained, for a run that is killed between training and evaluation. steps_per_epoch: what
+    the data and the batch make of an epoch; a resumed run must find the same.
     """
 
     epoch: int = 0
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
+    steps_per_epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _optimizer_step(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     means["grad_norm"] = nn.utils.clip_grad_norm_(trained, optimization.clip_grad or math.inf)
     if scaler:
+        means["grad_norm"] = means["grad_norm"].nan_to_num(0, 0, 0)  # the scaler leaves such a step out
         scaler.step(optimizer)
         scaler.update()
     else:

@@ -31,7 +31,8 @@ def cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
 def focal(logits: Tensor, targets: Targets, *, gamma: float, weights: tuple[float, float]) -> Tensor:
     """Mean of weights[label] (1 - p)^gamma CE, after arXiv:1708.02002; p comes from the unweighted CE."""
     ce = F.cross_entropy(logits, targets.label, reduction="none")
-    weight = logits.new_tensor(weights)[targets.label]
+    safe, anomalous = weights
+    weight = torch.where(targets.label == 1, anomalous, safe)
     return (weight * (1 - torch.exp(-ce)) ** gamma * ce).mean()
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 logger = logging.getLogger("tad")
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # --precision
+
 
 @dataclass(frozen=True)
 class Optimization:

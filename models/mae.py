@@ -175,7 +175,7 @@ def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torc
     masked = int(counts[0])
     if not (counts == masked).all() or masked == 0:
         raise ValueError(f"each clip must have the same number of masked tokens, at least 1; got {counts.tolist()}")
-    order = mask.byte().argsort(dim=1, stable=True).to(device, non_blocking=True)
+    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)
     return order[:, :-masked], order[:, -masked:]
 
 

@@ -1,18 +1,25 @@
 """What several tests need: the recipe of the golden checkpoints, commands run as a user would run them."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+
+from datasets.clips import Clip
+from datasets.readers import VideoReader
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real data beside the checkout; tests that need it skip where it is absent
+DRIVING = SHARED / "data" / "driving" / "solidWhiteRight.mp4"
 NORM_WEIGHT = re.compile(r"(^|\.)[A-Za-z_]*norm\d*\.weight$")
 
 
@@ -74,3 +81,26 @@ def write_video(path: Path, *, frames: int, fps: int, size: tuple[int, int] = (6
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def cut_dota(root, *, clips, frames, size=(1280, 720), quality=92):
+    """Cut DRIVING (25 fps) into clips at 10 fps: zips of JPEG, every second clip "anomalous" in its second half."""
+    (root / "dataset" / "annotations").mkdir(parents=True)
+    names = [f"solidWhiteRi_{i * frames:06d}" for i in range(clips)]
+    for i, name in enumerate(names):
+        source = [round((i * frames + t) * 25 / 10) for t in range(frames)]
+        (root / "frames" / name).mkdir(parents=True)
+        reader = VideoReader(Clip("video", str(DRIVING), 221, 25.0), str(DRIVING))
+        with zipfile.ZipFile(root / "frames" / name / "images.zip", "w") as z:
+            for t, frame in enumerate(reader.read(source)):
+                data = io.BytesIO()
+                Image.fromarray(frame.numpy()).resize(size).save(data, "JPEG", quality=quality)
+                z.writestr(f"{t:06d}.jpg", data.getvalue())
+        rows = [
+            {"image_path": f"frames/{name}/images/{t:06d}.jpg", "accident_id": 3 * (i % 2 and t >= frames - 3)}
+            for t in range(frames)
+        ]
+        annotation = {"labels": rows, "ego_involve": False, "night": False, "accident_id": 3}
+        (root / "dataset" / "annotations" / f"{name}.json").write_text(json.dumps(annotation))
+    for split, own in (("train", names[:-2]), ("val", names[-2:])):
+        (root / "dataset" / f"{split}_split.txt").write_text("\n".join(own) + "\n")

@@ -1,46 +1,14 @@
 """A real driving video, cut into DoTA's layout at full size, through the published recipe with ViT-S."""
 
-import io
 import json
-import zipfile
 
 import pytest
 import torch
-from helpers import SHARED, golden, published_file, run
-from PIL import Image
-
-from datasets.clips import Clip
-from datasets.readers import VideoReader
-from datasets.synthetic import FPS
-
-VIDEO = SHARED / "data" / "driving" / "solidWhiteRight.mp4"
-
-
-def cut_dota(root, *, clips, frames, size=(1280, 720), quality=92):
-    """Cut VIDEO (25 fps) into clips at 10 fps: zips of JPEG, every second clip "anomalous" in its second half."""
-    (root / "dataset" / "annotations").mkdir(parents=True)
-    names = [f"solidWhiteRi_{i * frames:06d}" for i in range(clips)]
-    for i, name in enumerate(names):
-        source = [round((i * frames + t) * 25 / FPS) for t in range(frames)]
-        (root / "frames" / name).mkdir(parents=True)
-        reader = VideoReader(Clip("video", str(VIDEO), 221, 25.0), str(VIDEO))
-        with zipfile.ZipFile(root / "frames" / name / "images.zip", "w") as z:
-            for t, frame in enumerate(reader.read(source)):
-                data = io.BytesIO()
-                Image.fromarray(frame.numpy()).resize(size).save(data, "JPEG", quality=quality)
-                z.writestr(f"{t:06d}.jpg", data.getvalue())
-        rows = [
-            {"image_path": f"frames/{name}/images/{t:06d}.jpg", "accident_id": 3 * (i % 2 and t >= frames - 3)}
-            for t in range(frames)
-        ]
-        annotation = {"labels": rows, "ego_involve": False, "night": False, "accident_id": 3}
-        (root / "dataset" / "annotations" / f"{name}.json").write_text(json.dumps(annotation))
-    for split, own in (("train", names[:-2]), ("val", names[-2:])):
-        (root / "dataset" / f"{split}_split.txt").write_text("\n".join(own) + "\n")
+from helpers import DRIVING, cut_dota, golden, published_file, run
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not VIDEO.exists(), reason="needs ../shared/data/driving")
+@pytest.mark.skipif(not DRIVING.exists(), reason="needs ../shared/data/driving")
 def test_published_weights_on_real_video(tmp_path):
     cut_dota(tmp_path / "data", clips=4, frames=20)
     fixture = next(f for f in golden("models_videomae")["fixtures"] if f["name"] == "videomae_vit_s")

@@ -72,6 +72,17 @@ def test_evaluation_is_the_same_on_any_number_of_processes(dota_root, weights, t
             assert all(abs(float(a[k]) - float(b[k])) <= 1e-6 for k in ("logits_safe", "logits_risk", "score"))
 
 
+@pytest.mark.slow
+def test_random_weights_are_the_same_on_any_number_of_processes(dota_root, tmp_path):
+    metrics = []
+    for processes in (0, 2):
+        folder = tmp_path / str(processes)
+        done = run("run_finetune.py", "--eval", *flags(dota_root, folder), processes=processes)
+        assert done.returncode == 0, done.stderr
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    assert metrics[0] == metrics[1]
+
+
 def test_evaluation_never_overwrites(dota_root, weights, tmp_path):
     (tmp_path / "predictions.csv").write_text("old")
     with pytest.raises(ConfigError, match=r"predictions.csv exists: choose another --output_dir"):

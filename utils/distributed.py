@@ -51,11 +51,9 @@ def process_group(device: str, timeout: timedelta = timedelta(minutes=30)) -> It
     if launched:
         backend, bound = ("nccl", own) if device == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timeout, device_id=bound)
-    try:
-        yield Process(rank, local_rank, world_size, own)
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    yield Process(rank, local_rank, world_size, own)
+    if launched:  # not after an exception: leaving could wait for ranks that wait for this one
+        dist.destroy_process_group()
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
@@ -92,26 +90,30 @@ def gather(value: Any) -> list | None:
     return values
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank. Values are pickled."""
+def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's value, on every rank. Values are pickled. group: of all ranks, if not the usual one."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def from_main(build: Callable[[], Any]) -> Any:
-    """What build() returns on rank 0, on every rank; where it raises there, every rank raises it."""
+def from_main(build: Callable[[], Any], timeout: timedelta = timedelta(days=1)) -> Any:
+    """What build() returns on rank 0, on every rank; where it raises there, every rank raises it.
+
+    The others wait for up to `timeout`, longer than collectives do elsewhere.
+    """
     if not dist.is_initialized():
         return build()
+    group = dist.new_group(backend="gloo", timeout=timeout)
     outcome: tuple[Any, Exception | None] = (None, None)
     if dist.get_rank() == 0:
         try:
             outcome = (build(), None)
         except Exception as e:
             outcome = (None, e)
-    value, error = broadcast(outcome)
+    value, error = broadcast(outcome, group)
     if error:
         raise error
     return value

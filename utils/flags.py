@@ -44,7 +44,7 @@ DAPT_RETIRED = _COMMON_RETIRED | {
     **{f"--{n}{k}": f"--{n} takes a list" for n in _LISTS for k in (1, 2, 3)},
 }
 
-# Arguments that may differ when a run is resumed: they change where or how fast it runs, not what it computes.
+# Arguments that may differ when a run is resumed: where, how fast, how far it runs, and what it started from.
 FREE_ON_RESUME = frozenset(
     (
         *("auto_resume", "resume", "start_epoch", "stop_epoch", "output_dir", "log_dir", "print_freq", "save_ckpt"),
@@ -149,7 +149,12 @@ def _list_of(kind: Callable[[str], Any]) -> dict[str, Any]:
 def _epoch_flags(parser: Parser, *, epochs: int, nb_samples: int, clips: str) -> Callable:
     add = partial(_flag, parser.add_argument_group("epochs and batches"))
     add("--epochs", epochs, "epochs the schedule is laid out for", type=positive)
-    add("--nb_samples_per_epoch", nb_samples, f"random {clips} per epoch; 0: all there are", type=natural)
+    add(
+        "--nb_samples_per_epoch",
+        nb_samples,
+        f"random {clips} per epoch; 0, or more than there are: all of them",
+        type=natural,
+    )
     add("--update_freq", 1, "forward passes per optimizer step", type=positive)
     return add
 
@@ -269,14 +274,20 @@ def _evaluation_flags(parser: Parser) -> None:
 
 def _dapt_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data, a value for each data set of the mix"))
-    sets = "BDD100K, CAP-DATA, Kinetics, DoTA, DADA2K, or videos: any folder of them"
+    sets = "BDD100K, CAP-DATA, Kinetics, DoTA(_half), DADA2K(_half), or videos: any folder of them"
     add("--data_set", ["BDD100K"], f"data sets to mix: {sets}", type=str, nargs="+", metavar="NAME")
     add("--data_path", None, "root folder, or list file, of each data set", nargs="+", required=True, metavar="PATH")
     help = (
         "step between windows, in frames of the source; for Kinetics between frames of a clip (default: as published)"
     )
     add("--sampling_rate", None, help, **_list_of(positive))
-    add("--data_split", None, "split of each data set (default: all of BDD100K, train)", nargs="+", metavar="SPLIT")
+    add(
+        "--data_split",
+        None,
+        "split of each data set (default: all of BDD100K and videos, else train)",
+        nargs="+",
+        metavar="SPLIT",
+    )
     add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
     _shape_flags(add)
 
@@ -319,6 +330,13 @@ OPTIMIZER = ("opt", "opt_eps", "opt_betas", "clip_grad")
 def picked(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """{name: value} of some of the arguments."""
     return {name: getattr(args, name) for name in names}
+
+
+def fill(args: argparse.Namespace, defaults: Any, names: Sequence[str]) -> None:
+    """Give the arguments that are None the value of the attribute of `defaults` of that name, in place."""
+    for name in names:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
 
 
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:

@@ -29,7 +29,8 @@ gpus=${SLURM_GPUS_ON_NODE:-4}
 workers=$(( ${SLURM_CPUS_PER_TASK:-64} / gpus - 1 )) # per GPU, beside the training process
 
 # This script runs on the first node; there the processes of all nodes meet.
-srun torchrun --nnodes="${SLURM_NNODES:-2}" --nproc_per_node="$gpus" \
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64} # srun does not take it from sbatch
+srun --kill-on-bad-exit=1 torchrun --nnodes="${SLURM_NNODES:-2}" --nproc_per_node="$gpus" \
     --rdzv_backend=c10d --rdzv_endpoint="$(hostname):${RDZV_PORT:-29500}" --rdzv_id="${SLURM_JOB_ID:-0}" \
     run_dapt.py \
     --model pretrain_videomae_large_patch16_224 --from_ckpt "$MODEL_PATH" --decoder_depth 12 \

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # VideoMAE ViT-S fine-tuned on half of DoTA's training clips.
 #
-#   DATA_PATH=/data/DoTA MODEL_PATH=/weights/videomae_vit_s_k400_1600e.pth \
+#   DATA_PATH=/data/DoTA MODEL_PATH=/weights/videomae_vit_s_k400_1600e_pretrain.pth \
 #       sbatch jobs/finetune/VideoMAE-S_DoTA-half.sh [more flags of run_finetune.py]
 #
 # Submit from the repository's root with the environment of requirements.txt active. Partition and account: on sbatch's
 # command line or in SBATCH_PARTITION, SBATCH_ACCOUNT. Submitting again continues from OUTPUT_DIR/checkpoint-last.
-# Weights: VideoMAE ViT-S, pre-trained on Kinetics-400 for 1600 epochs,
+# Weights: VideoMAE ViT-S, pre-trained on Kinetics-400 for 1600 epochs (the pre-training file),
 #   https://github.com/MCG-NJU/VideoMAE/blob/main/MODEL_ZOO.md (CC BY-NC 4.0)
 # Settings of simple-tad's job file, no published row. Two views of each window: a batch of 28 is 56 clips.
 #SBATCH --job-name=VideoMAE-S_DoTA-half

@@ -106,14 +106,17 @@ def test_what_is_wrong_is_named(dada):
     refused("training.txt: clip 5/777 is not in .*full_anno.csv")
     split.write_text("001\n")
     refused("training.txt: '001' is not <type>/<video>, e.g. 1/001")
+    split.write_text("1/001\n1/1\n")
+    refused("training.txt: type 1, video 1 is listed twice")
     split.write_text("1/001\n")
     good = row(DADA_HEADER, video="001", type=1, abnormal_start_frame=3, abnormal_end_frame=5, total_frames=8)
     beyond = row(DADA_HEADER, video="001", type=1, abnormal_start_frame=3, abnormal_end_frame=9, total_frames=8)
     for rows, match in (
         ([good, good], "line 3: type 1, video 1 is listed twice"),
         ([beyond], "1/001: frames 3 to 9 are anomalous, of 8"),
-        ([good, good[:5]], "line 3: list index out of range"),
-        ([["x"] * len(good)], "line 2: could not convert"),
+        ([good, good[:5]], "line 3: 'type' is not a whole number: list index"),
+        ([["x"] * len(good)], "line 2: 'video' is not a whole number"),
+        ([[*good[:10], "-3", *good[11:]]], "1/001 has -3 frames; correct the row"),
         ([], "no rows"),
     ):
         write(sheet, DADA_HEADER, rows)

@@ -140,6 +140,18 @@ def test_the_same_window_looks_different_in_another_epoch(dota_root):
     assert not same(training(dota_root)[0], training(dota_root, epoch=1)[0])
 
 
+def test_augmentation_depends_on_epoch_source_and_position(dota_root):
+    clips = build_clips("DoTA", str(dota_root), "train")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+    source = Source(clips, index, FinetuneTransform(32))
+    dataset = WindowDataset([source, source], seed=7, targets=True)
+    first, *others = [dataset[key] for key in ((0, 0, 5, 9), (0, 0, 5, 9), (1, 0, 5, 9), (0, 1, 5, 9), (0, 0, 6, 9))]
+    assert torch.equal(first["video"], others[0]["video"])
+    assert len({int(s["seed"]) for s in (first, *others[1:])}) == 4
+    sampler = EpochSampler([50, 50], batch_sizes=[2, 2], seed=7)
+    assert not np.array_equal(sampler.order(0, 0), sampler.order(0, 1))
+
+
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k != "skipped"} == {
@@ -181,7 +193,8 @@ def test_views_share_the_decoding_but_not_the_augmentation(dota_root):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_clip_is_an_error_that_names_it(dota_root, tmp_path, workers):
     (tmp_path / "dataset").symlink_to(dota_root / "dataset")
-    with pytest.raises(DataError, match=r"synthetictr_00000\d: clip synthetictr_00000\d: no frames"):
+    message = r"none of the 4 samples of a batch can be read, the first: synthetictr_00000\d: clip \w+: no frames"
+    with pytest.raises(DataError, match=message):
         training(tmp_path, workers=workers)
 
 

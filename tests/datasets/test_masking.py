@@ -22,7 +22,7 @@ def test_masks_come_from_the_generator_and_reach_every_place():
     assert share.min() > 0.4 and share.max() < 1.0 and share.mean() == 0.75
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.0, 1.5, -0.5])
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.0, 1.5, -0.5, float("nan")])
 def test_a_mask_hides_something_and_shows_something(ratio):
     with pytest.raises(ValueError, match="some must be masked and some not"):
         tube_mask((2, 4, 4), ratio, np.random.default_rng(0))

@@ -22,9 +22,9 @@ from datasets.transforms import (
     draw_erasing,
     multi_scale_crop,
     pad_wide,
-    rand_augment,
     resize,
     resize_exact,
+    timm_policy,
 )
 
 # cv2.resize(picture(h, w), (size, size), interpolation=cv2.INTER_CUBIC), OpenCV 4.13, in base 85.
@@ -134,7 +134,7 @@ def test_frames_that_are_not_wide_are_never_padded():
 
 def test_policy_is_parsed_as_in_the_reference():
     reference = golden("augment")["rand_augment"]
-    policy = rand_augment("rand-m6-n3-mstd0.5-inc1", "bicubic")
+    policy = timm_policy("rand-m6-n3-mstd0.5-inc1", "bicubic")
     assert policy.num_layers == reference["num_layers"] == 3 and policy.choice_weights is reference["weights"] is None
     assert [op.name for op in policy.ops] == reference["drive_ops"] == DRIVING_OPS
     for op, expected in zip(policy.ops, reference["parsed"], strict=True):
@@ -296,7 +296,7 @@ def pretrain(**kwargs):
 
 
 @pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("shape", [(36, 64), (90, 50), (20, 30)])
+@pytest.mark.parametrize("shape", [(36, 64), (90, 50), (20, 30), (30, 60), (31, 31)])
 def test_pretraining_samples(aligned, shape):
     frames = moving(4, *shape)
     sample = pretrain(aligned=aligned)(frames, np.random.default_rng(0))

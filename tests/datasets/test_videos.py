@@ -83,6 +83,10 @@ def test_a_second_scan_opens_nothing_and_a_changed_video_is_opened_alone(videos,
     again = load_videos(str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert [(c.name, c.num_frames) for c in again] == [(c.name, c.num_frames) for c in first] and not opened
 
+    os.utime(root / "c.MP4", ns=(0, 0))
+    load_videos(str(root), "all", scan)
+    assert opened == ["c.MP4"]  # the same size, written at another time
+    opened.clear()
     write_video(root / "a.mp4", frames=17, fps=30)
     write_video(root / "new.mp4", frames=9, fps=30)
     changed = load_videos(str(root), "all", scan)
@@ -115,18 +119,35 @@ def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "a.mov").touch()
     with pytest.raises(DataError, match=r"videos all: 1 of 1 videos cannot be read: a.mov \(.*Error reading"):
         load_videos(str(tmp_path), "all", scan)
-    (tmp_path / "scan.json").write_text("{")
-    with pytest.raises(DataError, match="scan.json: not a scan of videos .* remove it to scan again"):
-        load_videos(str(tmp_path), "all", scan)
 
 
 def test_a_list_file_stands_for_a_folder(videos, tmp_path):
+    (videos / "list.txt").write_text("a.mp4\n./a.mp4\n")
+    with pytest.raises(DataError, match="video a.mp4 is listed twice"):
+        load_videos(str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
     (videos / "list.txt").write_text("deep/er/b.mov\n\na.mp4\ngone.mp4\n")
     table = load_videos(str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert [c.name for c in table] == ["deep/er/b.mov", "a.mp4"]
+    with pytest.raises(DataError, match="a.mp4: not a text file in UTF-8"):
+        load_videos(str(videos / "a.mp4"), "all", VideoScan(tmp_path / "scan.json", workers=1))
 
 
-def test_bdd100k(tmp_path):
+def test_links_back_up_are_not_followed_twice(videos, tmp_path):
+    root = tmp_path / "own"
+    shutil.copytree(videos, root)
+    (root / "deep" / "up").symlink_to(root)
+    assert len(load_videos(str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 3
+
+
+def test_two_runs_may_share_a_cache(videos, tmp_path):
+    first, second = (VideoScan(tmp_path / "scan.json", workers=1) for _ in range(2))
+    known = first._load()
+    second([str(videos / "c.MP4")])
+    first._probe_all({str(videos / "a.mp4"): [1, 2]}, known)
+    assert len(json.loads((tmp_path / "scan.json").read_text())) == 2
+
+
+def test_bdd100k(tmp_path, caplog):
     for name in ("train/x.mov", "val/y.mov", "test/z.mov", "other/w.mov"):
         write_video(tmp_path / name, frames=5, fps=30)
     scan = VideoScan(tmp_path / "scan.json", workers=1)
@@ -134,7 +155,10 @@ def test_bdd100k(tmp_path):
     assert names == {"train": ["train/x.mov"], "val": ["val/y.mov"], "all": ["train/x.mov", "val/y.mov", "test/z.mov"]}
     (tmp_path / "all.txt").write_text("val/y.mov\ntrain/x.mov\n")
     listed = build_clips("BDD100K", str(tmp_path / "all.txt"), "train", scan)
-    assert [c.name for c in listed] == ["train/x.mov"]
+    assert [c.name for c in listed] == ["train/x.mov"] and "1 of 2 lines are not of this split" in caplog.text
+    (tmp_path / "all.txt").write_text(f"./val/y.mov\r\n{tmp_path}/other/w.mov\n", encoding="utf-8-sig")
+    listed = build_clips("BDD100K", str(tmp_path / "all.txt"), "all", scan)
+    assert [c.name for c in listed] == ["val/y.mov", f"{tmp_path}/other/w.mov"]
     with pytest.raises(DataError, match="BDD100K has no split 'nights'; it has train, val, test, all"):
         build_clips("BDD100K", str(tmp_path), "nights", scan)
 
@@ -158,7 +182,8 @@ def test_kinetics(tmp_path, caplog):
     scan = VideoScan(tmp_path / "scan.json", workers=1)
     with caplog.at_level(logging.WARNING, "tad"):
         table = build_clips("Kinetics", str(tmp_path), "train", scan)
-    assert "1 of 2 videos cannot be read: train/driving car/gonegonegon_000000_000010.mp4 (no such file)" in caplog.text
+    missing = "train/driving car/gonegonegon_000000_000010.mp4 (no such file, or no permission to read it)"
+    assert f"1 of 2 videos cannot be read: {missing}" in caplog.text
     index = index_clips(table, num_frames=16, view_fps=10, stride=4)
     assert isinstance(index, RandomClipIndex) and len(index) == 1
     starts = {int(index.sample(0, np.random.default_rng(s))[1][0]) for s in range(200)}
@@ -166,6 +191,12 @@ def test_kinetics(tmp_path, caplog):
     sheet.write_text("label,youtube_id,time_start\n")
     with pytest.raises(DataError, match="train.csv: no column time_end"):
         build_clips("Kinetics", str(tmp_path), "train", scan)
+    sheet.write_text("label,youtube_id,time_start,time_end\na,b,1\n")
+    with pytest.raises(DataError, match="train.csv: line 2: int"):
+        build_clips("Kinetics", str(tmp_path), "train", scan)
+    sheet.write_text("label,youtube_id,time_start,time_end\n")
+    with pytest.raises(DataError, match="Kinetics train: no videos"):
+        index_clips(build_clips("Kinetics", str(tmp_path), "train", scan), num_frames=16, view_fps=10, stride=4)
     sheet.write_text("label,youtube_id,time_start,time_end\na,b,soon,1\n")
     with pytest.raises(DataError, match="train.csv: line 2: invalid literal"):
         build_clips("Kinetics", str(tmp_path), "train", scan)
@@ -190,14 +221,37 @@ def test_a_hundred_thousand_videos_are_indexed_in_two_seconds_and_200_mb(tmp_pat
     assert len(index) == 100_000 * ((1200 - 46) // 16 + 1)
     assert min(seconds) < 2, seconds
     tracemalloc.start()
-    build_clips("BDD100K", str(tmp_path), "all", scan)
+    index_clips(build_clips("BDD100K", str(tmp_path), "all", scan), num_frames=16, view_fps=10, stride=16)
     assert tracemalloc.get_traced_memory()[1] < 200e6
     tracemalloc.stop()
 
 
-def test_probing_says_why():
-    assert probe("/nowhere.mov").problem
-    assert VideoInfo(3, 1.0).problem == ""
+def test_probing_says_why(videos):
+    assert "Error reading" in probe("/nowhere.mov").problem
+    assert probe(str(videos / "a.mp4")) == VideoInfo(30, 30.0)
+
+
+def dies(path):
+    os._exit(1)
+
+
+def test_a_video_that_crashes_the_decoder_is_narrowed_down(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.scan.probe", dies)
+    with pytest.raises(DataError, match=r"a video crashed its decoder, one of .*a.mp4 to .*; try them one at a time"):
+        load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=2))
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"a": 3}', '{"a": [1]}'])
+def test_a_damaged_cache_is_named(videos, tmp_path, content):
+    (tmp_path / "scan.json").write_text(content)
+    with pytest.raises(DataError, match="scan.json: not a scan of videos .* remove it to scan again"):
+        load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
+
+
+def test_a_cache_that_cannot_be_written_is_named(videos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="scan.json: cannot be written .*; choose another --scan_cache"):
+        load_videos(str(videos), "all", VideoScan(tmp_path / "file" / "scan.json", workers=1))
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "driving").exists(), reason="needs ../shared/data/driving")

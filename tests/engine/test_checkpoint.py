@@ -2,6 +2,7 @@ import math
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_weights_files_are_whole_or_untouched(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(checkpoint.CheckpointWriteError, match="No space"):
         save_weights(path, model)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
@@ -187,3 +188,21 @@ def test_damaged_or_foreign_states_are_named(tmp_path):
     (tmp_path / "args.json").write_text("")
     with pytest.raises(ConfigError, match="args.json is damaged .*; remove it"):
         find(tmp_path)
+
+
+def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
+    model, state = trained()
+    save_last(tmp_path, model, state, Progress(1), record={})
+    save_weights(tmp_path / "w.pth", model)
+    before = (tmp_path / "w.pth").read_bytes()
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(checkpoint.CheckpointWriteError, match="checkpoint-last: cannot be written .*No space .*intact"):
+        save_last(tmp_path, model, state, Progress(2), record={})
+    with pytest.raises(checkpoint.CheckpointWriteError, match="w.pth: cannot be written"):
+        save_weights(tmp_path / "w.pth", model)
+    assert load_last(find_last(tmp_path))["epoch"] == 1 and (tmp_path / "w.pth").read_bytes() == before

@@ -180,3 +180,11 @@ def test_epochs_continue_where_a_kill_left_them(tmp_path):
         records = [json.loads(line) for line in log_file.read_text().splitlines()]
         assert [(r["epoch"], r["epoch_seen"]) for r in records] == [(1, 1), (2, 2)]
         assert (records[0]["train_loss"] == 7.0) == (step == 4)
+
+
+def test_a_step_that_overflows_is_left_out_of_the_weights_and_of_the_mean():
+    model = linear()
+    before = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    means = train(model, [torch.full((2, 3), 1e3)], scaler=scaler)
+    assert torch.equal(model.weight, before) and means["grad_norm"] == 0 and scaler.get_scale() < 1e38

@@ -115,3 +115,13 @@ def test_adam_s_options_do_not_depend_on_how_its_name_is_written():
             fused=False,
         )
         assert optimizer.defaults["betas"] == (0.5, 0.6) and optimizer.defaults["eps"] == 1e-3
+
+
+def test_dapt_groups_are_the_reference_s():
+    known = SCHEDULES["dapt_groups_vit_small_dec4"]
+    with torch.device("meta"):
+        model = create_model("pretrain_videomae_small_patch16_224")
+    groups = parameter_groups(model, weight_decay=0.05)
+    found = {g["weight_decay"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups}
+    assert found == {g["weight_decay"]: (g["n_tensors"], g["n_elems"]) for g in known["groups"]}
+    assert any(model.mask_token is p for g in groups if g["weight_decay"] == 0 for p in g["params"])

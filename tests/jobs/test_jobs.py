@@ -1,6 +1,7 @@
 """Each job file, run with a torchrun that prints what it was given."""
 
 import os
+import socket
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ FINETUNE = sorted((ROOT / "jobs" / "finetune").glob("*.sh"))
 DAPT = sorted((ROOT / "jobs" / "dapt").glob("*.sh"))
 PATHS = {"DATA_PATH": "/data/Do TA", "BDD_PATH": "/data/b dd", "CAP_PATH": "/data/cap", "MODEL_PATH": "w.pth"}
 PUBLISHED = {"VideoMAE-S_DoTA": "AUC_ROC 83.7, AUC_MCC 46.9", "VideoMAE-B_DoTA": "AUC_ROC 86.3, AUC_MCC 54.8"}
+SRUN = 'echo "srun: $SRUN_CPUS_PER_TASK CPUs per task, $1" >&2; shift; exec "$@"'
 every_job = pytest.mark.parametrize("job", FINETUNE + DAPT, ids=lambda job: job.stem)
 every_finetune_job = pytest.mark.parametrize("job", FINETUNE, ids=lambda job: job.stem)
 
@@ -19,7 +21,7 @@ every_finetune_job = pytest.mark.parametrize("job", FINETUNE, ids=lambda job: jo
 @pytest.fixture
 def launch(tmp_path):
     """Run a job file outside Slurm, with a torchrun that prints its words, one on a line."""
-    for name, content in (("torchrun", 'printf "%s\\n" "$@"'), ("srun", 'exec "$@"')):
+    for name, content in (("torchrun", 'printf "%s\\n" "$@"'), ("srun", SRUN)):
         (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
         (tmp_path / name).chmod(0o755)
 
@@ -67,8 +69,17 @@ def test_dapt_settings_are_the_published_ones(name, model, batch, gpus, nodes, d
 
 
 def test_several_nodes_meet_at_the_first(launch):
-    done = launch(ROOT / "jobs" / "dapt" / "pretrain_capdata_large.sh", **PATHS, SLURM_NNODES="3", SLURM_JOB_ID="7")
-    assert {"--nnodes=3", "--nproc_per_node=4", "--rdzv_id=7", "--rdzv_backend=c10d"} <= set(done.stdout.splitlines())
+    done = launch(
+        ROOT / "jobs" / "dapt" / "pretrain_capdata_large.sh",
+        **PATHS,
+        SLURM_NNODES="3",
+        SLURM_JOB_ID="7",
+        SLURM_CPUS_PER_TASK="12",
+    )
+    words = done.stdout.splitlines()
+    assert {"--nnodes=3", "--nproc_per_node=4", "--rdzv_id=7", "--rdzv_backend=c10d"} <= set(words)
+    assert f"--rdzv_endpoint={socket.gethostname()}:29500" in words
+    assert "srun: 12 CPUs per task, --kill-on-bad-exit=1" in done.stderr  # srun does not inherit them from sbatch
 
 
 @every_finetune_job
