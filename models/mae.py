@@ -59,7 +59,7 @@ class MaskedAutoencoder(nn.Module):
     ):
         super().__init__()
         self.grid, self.cube, self.normalize_target = encoder.grid, encoder.patch_embed.cube, normalize_target
-        self.encoder = encoder
+        self.encoder, self.pos_embed_kind = encoder, encoder.pos_embed_kind
         self.encoder_to_decoder = nn.Linear(encoder.embed_dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         channels = encoder.input_shape[0]
@@ -226,3 +226,51 @@ def pretrain_videomae_large_patch16_224(*, decoder_depth: int = 12, **kwargs) ->
 def pretrain_videomae_huge_patch16_224(*, decoder_depth: int = 12, **kwargs) -> MaskedAutoencoder:
     """VideoMAE-H; the decoder is VideoMAE's, VideoMAE V2 has one of width 512."""
     return _over("vit_huge_patch16_224", decoder_dim=640, decoder_heads=8, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=4, view_fps=5, input_size=64)
+def pretrain_mvd_vit_tiny_patch16_64(*, decoder_depth: int = 1, **kwargs) -> MaskedAutoencoder:
+    """DAPT of MVD's encoder with VideoMAE's decoder."""
+    return _over("mvd_vit_tiny_patch16_64", decoder_dim=64, decoder_heads=2, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model()
+def pretrain_mvd_vit_small_patch16_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of MVD's encoder with VideoMAE's decoder."""
+    return _over("mvd_vit_small_patch16_224", decoder_dim=192, decoder_heads=3, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model()
+def pretrain_mvd_vit_base_patch16_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of MVD's encoder with VideoMAE's decoder."""
+    return _over("mvd_vit_base_patch16_224", decoder_dim=384, decoder_heads=6, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model()
+def pretrain_mvd_vit_large_patch16_224(*, decoder_depth: int = 12, **kwargs) -> MaskedAutoencoder:
+    """DAPT of MVD's encoder with VideoMAE's decoder."""
+    return _over("mvd_vit_large_patch16_224", decoder_dim=512, decoder_heads=8, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=4, view_fps=5, input_size=64, tubelet_size=1)
+def pretrain_umt_vit_tiny_patch16_64(*, decoder_depth: int = 1, **kwargs) -> MaskedAutoencoder:
+    """DAPT of UMT's encoder with VideoMAE's decoder."""
+    return _over("umt_vit_tiny_patch16_64", decoder_dim=64, decoder_heads=2, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_umt_vit_small_patch16_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of UMT's encoder with VideoMAE's decoder."""
+    return _over("umt_vit_small_patch16_224", decoder_dim=192, decoder_heads=3, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_umt_vit_base_patch16_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of UMT's encoder with VideoMAE's decoder."""
+    return _over("umt_vit_base_patch16_224", decoder_dim=384, decoder_heads=6, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_umt_vit_large_patch16_224(*, decoder_depth: int = 12, **kwargs) -> MaskedAutoencoder:
+    """DAPT of UMT's encoder with VideoMAE's decoder."""
+    return _over("umt_vit_large_patch16_224", decoder_dim=512, decoder_heads=8, decoder_depth=decoder_depth, **kwargs)

@@ -12,7 +12,7 @@ from timm.models.beit import Block  # the VideoMAE block: q and v bias without k
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.pos_embed import sinusoid_1d
+from models.pos_embed import position_table
 from models.registry import register_model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -78,6 +78,7 @@ class VideoViT(nn.Module):
         init_scale: factor on the head's initial weights.
         final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token;
             "none" = norm, all tokens (B, N, D).
+        pos_embed: fixed position table, a kind of `position_table`.
 
     Raises ValueError where sizes do not divide or final_reduction is unknown.
     """
@@ -101,6 +102,7 @@ class VideoViT(nn.Module):
         fc_drop_rate: float = 0.0,
         init_scale: float = 0.001,
         final_reduction: str = "fc_norm",
+        pos_embed: str = "sinusoid",
     ):
         super().__init__()
         if input_size % patch_size or num_frames % tubelet_size:
@@ -113,13 +115,13 @@ class VideoViT(nn.Module):
         self.input_shape = (in_chans, num_frames, input_size, input_size)
         self.grid = (num_frames // tubelet_size, input_size // patch_size, input_size // patch_size)
         self.embed_dim, self.num_classes, self.final_reduction = embed_dim, num_classes, final_reduction
+        self.pos_embed_kind = pos_embed
         self.grad_checkpointing = False
 
         self.patch_embed = TubeletEmbed(
             patch_size=patch_size, tubelet_size=tubelet_size, in_chans=in_chans, embed_dim=embed_dim
         )
-        num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        self.register_buffer("pos_embed", sinusoid_1d(num_tokens, embed_dim)[None], persistent=False)
+        self.register_buffer("pos_embed", position_table(pos_embed, self.grid, embed_dim)[None], persistent=False)
         self.blocks = build_blocks(
             embed_dim,
             depth,
@@ -230,3 +232,51 @@ def vit_large_patch16_224(**kwargs) -> VideoViT:
 def vit_huge_patch16_224(**kwargs) -> VideoViT:
     """ViT-H/16: 633 M parameters."""
     return VideoViT(embed_dim=1280, depth=32, num_heads=16, **kwargs)
+
+
+@register_model(finetune_lr=1e-3)
+def mvd_vit_small_patch16_224(**kwargs) -> VideoViT:
+    """MVD's ViT: a 3-D sin-cos position table; S/16."""
+    return vit_small_patch16_224(pos_embed="sincos_3d", **kwargs)
+
+
+@register_model()
+def mvd_vit_base_patch16_224(**kwargs) -> VideoViT:
+    """MVD's ViT: a 3-D sin-cos position table; B/16."""
+    return vit_base_patch16_224(pos_embed="sincos_3d", **kwargs)
+
+
+@register_model()
+def mvd_vit_large_patch16_224(**kwargs) -> VideoViT:
+    """MVD's ViT: a 3-D sin-cos position table; L/16."""
+    return vit_large_patch16_224(pos_embed="sincos_3d", **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1, finetune_lr=1e-3)
+def umt_vit_small_patch16_224(**kwargs) -> VideoViT:
+    """UMT's ViT: a token per frame; S/16."""
+    return vit_small_patch16_224(pos_embed="umt", **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def umt_vit_base_patch16_224(**kwargs) -> VideoViT:
+    """UMT's ViT: a token per frame; B/16."""
+    return vit_base_patch16_224(pos_embed="umt", **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def umt_vit_large_patch16_224(**kwargs) -> VideoViT:
+    """UMT's ViT: a token per frame; L/16."""
+    return vit_large_patch16_224(pos_embed="umt", **kwargs)
+
+
+@register_model(num_frames=4, view_fps=5, input_size=64, finetune_lr=1e-3)
+def mvd_vit_tiny_patch16_64(**kwargs) -> VideoViT:
+    """MVD's for tests; no published weights."""
+    return vit_tiny_patch16_64(pos_embed="sincos_3d", **kwargs)
+
+
+@register_model(num_frames=4, view_fps=5, input_size=64, tubelet_size=1, finetune_lr=1e-3)
+def umt_vit_tiny_patch16_64(**kwargs) -> VideoViT:
+    """UMT's for tests; no published weights."""
+    return vit_tiny_patch16_64(pos_embed="umt", **kwargs)

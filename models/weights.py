@@ -9,7 +9,7 @@ classifier and the whole decoder of a masked autoencoder.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,35 +23,88 @@ __all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_ch
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one kind of published file is recognised and read.
+    """How one kind of published file is recognised and read. All patterns match whole keys.
 
-    marks: a pattern that at least one key matches in full. prefix: what stands before the encoder's keys.
-    ignored: patterns of whole keys that are left out on purpose where the model has no place for them.
+    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where that tells
+    families with the same keys apart. prefix: pattern of what stands before the encoder's keys. ignored: patterns of
+    keys that are left out on purpose where the model has no place for them. own_target: the decoder predicts something
+    else than pixels, so it is left out of a masked autoencoder too. models: pattern of the models it is for.
+    pos_embed: the position table the weights were trained with, where the file is of one family alone.
     """
 
     name: str
     marks: str
-    prefix: str = ""
+    prefix: str = r"encoder\."
     ignored: tuple[str, ...] = ()
+    decoder_outputs: int | None = None
+    own_target: bool = False
+    models: str = r"(pretrain_videomae|vit)_.+"
+    pos_embed: str | None = "sinusoid"
 
 
-# The first whose mark is found wins.
+_BLOCK = r"blocks\.\d+\.(norm1|norm2|attn|attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias|q_bias|v_bias)"
+_PIXEL_DECODER = (
+    r"mask_token",
+    r"encoder_to_decoder\.weight",
+    rf"decoder\.{_BLOCK}",
+    r"decoder\.(norm|head)\.(weight|bias)",
+)
+# The first that fits wins.
 DIALECTS = (
     Dialect(
-        "VideoMAE pre-training",
-        marks=r"encoder\.blocks\.\d+\..+",
-        prefix="encoder.",
+        "MVD pre-training",
+        marks=r"decoder_(img|vid)\..+|mask_token_(img|vid)",
+        prefix="",
+        ignored=(
+            r"pos_embed(_img|_vid)?",  # frozen tables, which the model computes
+            r"mask_token_(img|vid)",
+            r"down_(img|vid)\.(weight|bias)",
+            rf"decoder_(img|vid)\.{_BLOCK}",
+            r"decoder_(img|vid)\.(norm|head)\.(weight|bias)",
+        ),
+        own_target=True,
+        models=r"(pretrain_)?mvd_.+",
+        pos_embed="sincos_3d",
+    ),
+    Dialect(
+        "UMT pre-training",
+        marks=r"clip_decoder\.\d+\.head\.weight",
+        ignored=(r"clip_decoder\.\d+\.(norm|head)\.(weight|bias)",),
+        own_target=True,
+        models=r"(pretrain_)?umt_.+",
+        pos_embed="umt",
+    ),
+    Dialect(
+        "MME pre-training",
+        marks=r"decoder\.\d+\.blocks\..+|encoder(_q\.encoder)?\.model\.blocks\.\d+\..+",
+        prefix=r"(encoder_q\.)?encoder\.(model\.)?",
         ignored=(
             r"mask_token",
-            r"encoder_to_decoder\.weight",
-            r"decoder\.blocks\.\d+\.(norm1|norm2|attn|attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias|q_bias|v_bias)",
-            r"decoder\.(norm|head)\.(weight|bias)",
+            r"encoder_to_decoder\.\d+\.weight",
+            rf"decoder\.\d+\.{_BLOCK}",
+            r"decoder\.\d+\.norm\.(weight|bias)",
+            r"decoder\.\d+\.head\.\d+\.\d+\.(weight|bias)",
         ),
+        own_target=True,
     ),
-    Dialect("Video ViT", marks=r"blocks\.\d+\..+", ignored=(r"head\.(weight|bias)",)),
-    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix="backbone."),
+    Dialect(
+        "SIGMA pre-training",
+        marks=r"prototypes",
+        ignored=(*_PIXEL_DECODER, r"prototypes", r"head\.[0246]\.(weight|bias)", r"memory", r"memory_pred_head\..+"),
+        own_target=True,
+    ),
+    Dialect(
+        "SMILE pre-training",
+        marks=r"encoder\.blocks\.\d+\..+",
+        ignored=_PIXEL_DECODER,
+        decoder_outputs=768,
+        own_target=True,
+    ),
+    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, pos_embed=None),
+    Dialect("Video ViT", marks=r"blocks\.\d+\..+", prefix="", ignored=(r"head\.(weight|bias)",), pos_embed=None),
+    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix=r"backbone\.", pos_embed=None),
 )
-_OWN_PREFIX = "encoder."  # of our masked autoencoder; the classifier has none
+_OWN_PREFIX = r"encoder\."  # of our masked autoencoder; the classifier has none
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 
@@ -104,7 +157,7 @@ class _Entry:
 
 def _canonical(key: str, prefix: str) -> str:
     """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
-    return re.sub(r"^fc_norm\.", "norm.", key.removeprefix(prefix))
+    return re.sub(r"^fc_norm\.", "norm.", re.sub(f"^{prefix}", "", key))
 
 
 def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[_Entry]:
@@ -123,8 +176,10 @@ def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str])
 
 
 def _recognise(entries: list[_Entry], path: str) -> Dialect:
+    outputs = next((len(e.tensor) for e in entries if e.bare == "decoder.head.weight" and e.tensor.ndim), None)
     for dialect in DIALECTS:
-        if any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
+        fits = dialect.decoder_outputs in (None, outputs)
+        if fits and any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
             return dialect
     raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {brief(e.bare for e in entries)}")
 
@@ -139,14 +194,14 @@ def _depth(prefix: str, keys: Iterable[str]) -> int:
     return 1 + max((int(m.group(1)) for k in keys if (m := re.match(rf"{prefix}\.(\d+)\.", k))), default=-1)
 
 
-def _describe(architecture: tuple, kind: type[nn.Module]) -> str:
-    """The registered models of this architecture and class, else its numbers."""
+def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> str:
+    """The registered models of this architecture that fit, else its numbers."""
     names = []
     for name in list_models():
         with torch.device("meta"):
             model = create_model(name)
         shapes = {_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in model.state_dict().items()}
-        if type(model) is kind and _architecture(shapes) == architecture:
+        if _architecture(shapes) == architecture and fits(name, model):
             names.append(name)
     embed, depth = architecture
     return " or ".join(names) or f"a model of {depth} blocks with patch_embed.proj.weight of shape {embed}"
@@ -183,13 +238,13 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     target = {_canonical(key, _OWN_PREFIX): key for key in state}
 
     shapes = {c: tuple(state[key].shape) for c, key in target.items()}
-    _check_architecture(model, shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, path)
+    _check_architecture(model, shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, dialect, path)
     _set_foreign_head_aside(source, shapes, reasons)
-    _check_shapes(source, shapes, path)
-    for c in [c for c in source if c not in target]:
+    for c in [c for c in source if c not in target or dialect.own_target]:
         if any(re.fullmatch(rule, source[c].bare) for rule in dialect.ignored):
             entry = source.pop(c)
             reasons[entry.key] = entry.bare if "." not in entry.bare else f"{entry.bare.split('.')[0]}.*"
+    _check_shapes(source, shapes, path)
     missing = [key for c, key in target.items() if c not in source]
     unknown = [entry.key for c, entry in source.items() if c not in target]
     has_decoder = any(map(_DECODER.fullmatch, source))
@@ -214,15 +269,25 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     )
 
 
-def _check_architecture(model: nn.Module, wanted: dict[str, tuple], found: dict[str, tuple], path: str) -> None:
-    """Raise CheckpointError where the file is of another model size. Shapes by canonical key."""
-    (own, own_decoder), (other, decoder) = (
-        (_architecture(shapes), _depth("decoder.blocks", shapes)) for shapes in (wanted, found)
-    )
-    if other[0] is not None and other != own:
-        kind = type(model)
-        raise CheckpointError(f"{path}: this is {_describe(other, kind)}, but the model is {_describe(own, kind)}")
-    if own_decoder and decoder and own_decoder != decoder:
+def _check_architecture(
+    model: nn.Module, wanted: dict[str, tuple], found: dict[str, tuple], dialect: Dialect, path: str
+) -> None:
+    """Raise CheckpointError where the file is of another model size or family. Shapes by canonical key."""
+    own, other = _architecture(wanted), _architecture(found)
+    tables = (None, model.pos_embed_kind)
+    if other[0] is not None and (other != own or dialect.pos_embed not in tables):
+
+        def fits_file(name: str, candidate: nn.Module) -> bool:
+            return type(candidate) is type(model) and bool(re.fullmatch(dialect.models, name))
+
+        def fits_model(name: str, candidate: nn.Module) -> bool:
+            return type(candidate) is type(model) and candidate.pos_embed_kind == model.pos_embed_kind
+
+        raise CheckpointError(
+            f"{path}: this is {_describe(other, fits_file)}, but the model is {_describe(own, fits_model)}"
+        )
+    own_decoder, decoder = (_depth(r"decoder\.blocks", shapes) for shapes in (wanted, found))
+    if own_decoder and decoder and own_decoder != decoder and not dialect.own_target:
         raise CheckpointError(
             f"{path}: its decoder has {decoder} blocks, the model's {own_decoder}; use --decoder_depth {decoder}"
         )

@@ -96,12 +96,16 @@ def test_the_target_is_the_reference_s():
 def test_every_size_wraps_its_encoder(name):
     with torch.device("meta"):
         model = create_model(name)
-        encoder = create_model(name.replace("pretrain_videomae", "vit"), num_classes=0, final_reduction="none")
+        encoder = create_model(
+            name.removeprefix("pretrain_").replace("videomae", "vit"), num_classes=0, final_reduction="none"
+        )
     assert isinstance(model, MaskedAutoencoder) and isinstance(model.encoder, VideoViT)
     shapes = {k: v.shape for k, v in encoder.state_dict().items()}
     own = {k.removeprefix("encoder."): v.shape for k, v in model.state_dict().items() if k.startswith("encoder.")}
     assert own == shapes
-    assert len(model.decoder.blocks) == {"tiny": 1, "large": 12, "huge": 12}.get(name.split("_")[2], 4)
+    size = name.split("_patch16")[0].split("_")[-1]
+    assert len(model.decoder.blocks) == {"tiny": 1, "large": 12, "huge": 12}.get(size, 4)
+    assert model.encoder.grid == encoder.grid and model.pos_embed_kind == encoder.pos_embed_kind
 
 
 def test_only_visible_pixels_are_seen():

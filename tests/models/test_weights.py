@@ -216,7 +216,7 @@ def test_every_tensor_is_needed(layout, tmp_path):
 
 
 def test_unknown_keys_are_named(tmp_path):
-    for key in ("decoder.extra.weight", "encoder.blocks.0.attn.k_bias", "head.0.weight", "prototypes"):
+    for key in ("decoder.extra.weight", "encoder.blocks.0.attn.k_bias", "head.0.weight", "memory"):
         message = error(save(tmp_path, pretraining_state(tiny()) | {key: torch.zeros(2)}))
         assert key in message and "accounts for" in message
 

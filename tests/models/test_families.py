@@ -1,0 +1,268 @@
+"""The published families: their checkpoints' authentic keys, through files on disk, to the reference's logits."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import golden, golden_input, published_file, recipe
+
+from models import create_model
+from models.pos_embed import position_table, resampled, sincos_3d, sinusoid_1d
+from models.vit import VideoViT
+from models.weights import CheckpointError, load_pretrained
+
+VIDEOMAE = {f["name"]: f for f in golden("models_videomae")["fixtures"]}
+OTHER = {f["name"]: f for f in golden("models_other")["fixtures"]}
+FAMILIES = {
+    "smile_vit_s": ("vit_small_patch16_224", "SMILE pre-training"),
+    "sigma_vit_s": ("vit_small_patch16_224", "SIGMA pre-training"),
+    "sigma_vit_b": ("vit_base_patch16_224", "SIGMA pre-training"),
+    "mme_vit_b": ("vit_base_patch16_224", "MME pre-training"),
+    "mvd_vit_s_from_b": ("mvd_vit_small_patch16_224", "MVD pre-training"),
+    "mvd_vit_s_from_l": ("mvd_vit_small_patch16_224", "MVD pre-training"),
+}
+
+
+def other_recipe(key, shape, *, scale=0.02):
+    """The weights of models_other.json: a 1-D weight is a norm's; "strong" has a larger scale."""
+    import zlib
+
+    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)) * scale
+    norm = key.endswith(".weight") and len(shape) == 1
+    return torch.from_numpy((values + norm).astype(np.float32))
+
+
+def fill_head(model, keys, fill):
+    with torch.no_grad():
+        for key in keys:
+            model.state_dict()[key].copy_(fill(key, model.state_dict()[key].shape))
+
+
+def accounted(report, keys):
+    """Every key of the file is loaded or ignored, none is both."""
+    loaded = set(report.sources.values())
+    assert loaded | set(report.ignored) == set(keys) and not loaded & set(report.ignored)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Golden
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_published_layouts_give_the_reference_logits(name, tmp_path):
+    fixture, (model_name, dialect) = VIDEOMAE[name], FAMILIES[name]
+    model = create_model(model_name).eval()
+    report = load_pretrained(model, str(published_file(tmp_path / "published.pth", fixture)))
+    assert report.dialect == dialect and report.missing == ["head.weight", "head.bias"]
+    accounted(report, [key for key, _ in fixture["checkpoint"]["keys"]])
+    assert set(report.ignored) == set(fixture["loader"]["ignored_checkpoint_keys"])
+    fill_head(model, report.missing, recipe)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(golden_input())[0], fixture["expected"]["logits"], atol=5e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "scale"), [("main", 0.02), ("strong", 0.05)])
+def test_umt_gives_the_reference_logits(name, scale, tmp_path):
+    fixture = OTHER["umt_b16_ptk710_f8_res224"]
+    state = {key: other_recipe(key, shape, scale=scale) for key, shape in fixture["checkpoint_keys"]}
+    torch.save({"model": state}, tmp_path / "published.pth")
+    model = create_model("umt_vit_base_patch16_224").eval()
+    assert sum(p.numel() for p in model.parameters()) == fixture["finetune_params"]["total"]
+    report = load_pretrained(model, str(tmp_path / "published.pth"))
+    assert report.dialect == "UMT pre-training" and report.missing == ["head.weight", "head.bias"]
+    accounted(report, state)
+    assert sorted(report.ignored) == fixture["load_report"]["unexpected"]
+    fill_head(model, report.missing, lambda key, shape: other_recipe(key, shape, scale=scale))
+    video = np.random.Generator(np.random.PCG64(0)).standard_normal(fixture["input_shape"]).astype(np.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            model(torch.from_numpy(video))[0], fixture["expected"][name]["logits"], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("name", "scale"), [("main", 0.02), ("strong", 0.05)])
+def test_a_tiny_umt_gives_the_reference_logits(name, scale):
+    fixture = OTHER["umt_tiny_f8_img224"]
+    model = VideoViT(
+        embed_dim=96, depth=2, num_heads=3, input_size=224, num_frames=8, tubelet_size=1, pos_embed="umt"
+    ).eval()
+    assert {k for k, _ in fixture["checkpoint_keys"]} == model.state_dict().keys()
+    fill_head(model, model.state_dict(), lambda key, shape: other_recipe(key, shape, scale=scale))
+    video = np.random.Generator(np.random.PCG64(0)).standard_normal(fixture["input_shape"]).astype(np.float32)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.from_numpy(video))[0], fixture["expected"][name]["logits"], atol=5e-6)
+
+
+@pytest.mark.parametrize("dim", [384, 768, 1024])
+def test_mvd_s_position_table(dim):
+    expected = golden("models_videomae")["pos_embed_tables"][f"mvd_sincos_3d_g14_t8_d{dim}"]
+    table = sincos_3d((8, 14, 14), dim)
+    for row in (0, 1, 1567):
+        np.testing.assert_allclose(table[row, :8], expected[f"row{row}[:8]"], atol=1e-6)
+    np.testing.assert_allclose(table[15, dim // 4 : dim // 4 + 8], expected["row15[d/4:d/4+8]"], atol=1e-6)
+    np.testing.assert_allclose(table[1567, -8:], expected["row1567[-8:]"], atol=1e-6)
+    assert table.double().sum().item() == pytest.approx(expected["sum"], rel=1e-7)
+    assert table.double().abs().sum().item() == pytest.approx(expected["abs_sum"], rel=1e-7)
+
+
+@pytest.mark.parametrize("name", OTHER["umt_b16_ptk710_f8_res224"]["sincos_pos_embed_interpolated_dim768"])
+def test_umt_s_position_table_at_other_sizes(name):
+    expected = OTHER["umt_b16_ptk710_f8_res224"]["sincos_pos_embed_interpolated_dim768"][name]
+    frames, size = map(int, re.fullmatch(r"frames(\d+)_img(\d+)", name).groups())
+    table = position_table("umt", (frames, size // 16, size // 16), 768)
+    assert [1, *table.shape] == expected["shape"]
+    for stat, value in (("mean", table.mean()), ("std", table.std()), ("abs_mean", table.abs().mean())):
+        assert value.item() == pytest.approx(expected[stat], abs=2e-5), stat
+    flat = table.flatten()
+    np.testing.assert_allclose(flat[: len(expected["first"])], expected["first"], atol=2e-5)
+    np.testing.assert_allclose(flat[-8:], expected["last8"], atol=2e-5)
+
+
+def test_a_table_on_its_own_grid_is_not_touched():
+    table = sinusoid_1d(1568, 32)
+    assert resampled(table, (8, 14, 14), (8, 14, 14)) is table
+    with pytest.raises(ValueError, match="sinusoid, sincos_3d or umt, not 'rope'"):
+        position_table("rope", (1, 2, 2), 32)
+    with pytest.raises(ValueError, match="divides by 16, not 20"):
+        sincos_3d((1, 2, 2), 20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tiny files of each family, broken in every way
+
+
+TINY = {
+    "SMILE pre-training": "vit_tiny_patch16_64",
+    "SIGMA pre-training": "vit_tiny_patch16_64",
+    "MME pre-training": "vit_tiny_patch16_64",
+    "MVD pre-training": "mvd_vit_tiny_patch16_64",
+    "UMT pre-training": "umt_vit_tiny_patch16_64",
+}
+every_family = pytest.mark.parametrize("dialect", TINY)
+
+
+def block(prefix, dim):
+    """Zeros under the keys of a decoder's block."""
+    shapes = {"attn.qkv.weight": (3 * dim, dim), "mlp.fc1.weight": (4 * dim, dim), "mlp.fc2.weight": (dim, 4 * dim)}
+    names = [f"norm{i}.{k}" for i in (1, 2) for k in ("weight", "bias")]
+    names += ["attn.q_bias", "attn.v_bias", "attn.proj.bias", "mlp.fc1.bias", "mlp.fc2.bias"]
+    return {f"{prefix}.{k}": torch.zeros(s) for k, s in shapes.items()} | {
+        f"{prefix}.{k}": torch.zeros(dim) for k in names
+    }
+
+
+def zeros(*names):
+    return {name: torch.zeros(4) for name in names}
+
+
+def published(dialect, model):
+    """A state dict with the keys of a published file of the family, around the encoder of `model`."""
+    encoder = {k.replace("fc_norm", "norm"): v for k, v in model.state_dict().items() if not k.startswith("head")}
+    pixel = {f"decoder.{k}": v for k, v in zeros("norm.weight", "norm.bias").items()}
+    pixel |= {"mask_token": torch.zeros(1, 1, 64), "encoder_to_decoder.weight": torch.zeros(64, 128)}
+    pixel |= block("decoder.blocks.0", 64)
+    if dialect == "MVD pre-training":
+        extra = zeros(
+            "pos_embed", "pos_embed_img", "pos_embed_vid", "mask_token_img", "mask_token_vid", "down_img.bias"
+        )
+        return (
+            encoder
+            | extra
+            | block("decoder_img.blocks.1", 64)
+            | zeros("decoder_vid.head.weight", "decoder_vid.norm.bias")
+        )
+    prefixed = {f"encoder.{k}": v for k, v in encoder.items()}
+    if dialect == "UMT pre-training":
+        return prefixed | zeros("clip_decoder.0.head.weight", "clip_decoder.5.norm.bias")
+    if dialect == "MME pre-training":
+        extra = zeros("mask_token", "encoder_to_decoder.0.weight", "decoder.0.norm.weight", "decoder.0.head.1.2.bias")
+        return prefixed | extra | block("decoder.0.blocks.0", 64)
+    if dialect == "SIGMA pre-training":
+        head = zeros("head.0.weight", "head.6.bias", "prototypes", "memory", "memory_pred_head.0.weight")
+        return prefixed | pixel | {"decoder.head.weight": torch.zeros(256, 64)} | head
+    return prefixed | pixel | {"decoder.head.weight": torch.zeros(768, 64), "decoder.head.bias": torch.zeros(768)}
+
+
+def tiny(name, seed=0):
+    torch.manual_seed(seed)
+    return create_model(name)
+
+
+def save(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "file.pth")
+    return str(tmp_path / "file.pth")
+
+
+@every_family
+def test_every_key_is_loaded_or_ignored_by_a_rule(dialect, tmp_path):
+    source, model = tiny(TINY[dialect]), tiny(TINY[dialect], seed=1)
+    state = published(dialect, source)
+    report = load_pretrained(model, save(tmp_path, state))
+    assert report.dialect == dialect and report.missing == ["head.weight", "head.bias"]
+    accounted(report, state)
+    assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
+    assert torch.equal(model.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
+
+
+@every_family
+def test_a_masked_autoencoder_takes_the_encoder_and_no_foreign_decoder(dialect, tmp_path):
+    name = TINY[dialect]
+    source, model = tiny(name), tiny("pretrain_" + re.sub(r"^vit", "videomae", name))
+    state = published(dialect, source)
+    fresh = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+    report = load_pretrained(model, save(tmp_path, state))
+    assert set(report.missing) == fresh.keys()
+    accounted(report, state)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in fresh.items())
+    assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+
+
+@every_family
+def test_any_encoder_tensor_missing_renamed_or_misshapen_is_named(dialect, tmp_path):
+    model = tiny(TINY[dialect])
+    state = published(dialect, model)
+    needed = [k for k in state if re.search(r"^(encoder\.)?(blocks|patch_embed|norm)\b", k)]
+    assert len(needed) == 56
+    for key in needed:
+        bare = key.removeprefix("encoder.")
+        ours = bare.replace("norm.", "fc_norm.") if bare.startswith("norm.") else bare
+        rest = {k: v for k, v in state.items() if k != key}
+        for broken, name in (
+            (rest, ours),
+            (rest | {f"{key}_": state[key]}, f"{key}_"),
+            (state | {key: torch.zeros(3, 3)}, bare),
+        ):
+            with pytest.raises(CheckpointError) as caught:
+                load_pretrained(model, save(tmp_path, broken))
+            assert name in str(caught.value)
+
+
+@every_family
+def test_unknown_keys_are_named(dialect, tmp_path):
+    model = tiny(TINY[dialect])
+    for key in ("encoder.blocks.0.attn.k_bias", "decoder.extra", "projector.weight", "head.1.weight"):
+        with pytest.raises(CheckpointError, match=f"no rule of '{dialect}' accounts for: {key}"):
+            load_pretrained(model, save(tmp_path, published(dialect, model) | {key: torch.zeros(2)}))
+
+
+@pytest.mark.parametrize("prefix", ["encoder.model.", "encoder_q.encoder.model."])
+def test_mme_s_other_prefixes(prefix, tmp_path):
+    model = tiny("vit_tiny_patch16_64")
+    state = {re.sub(r"^encoder\.", prefix, k): v for k, v in published("MME pre-training", model).items()}
+    report = load_pretrained(model, save(tmp_path, state))
+    assert report.dialect == "MME pre-training" and report.missing == ["head.weight", "head.bias"]
+
+
+def test_weights_of_another_position_table_are_refused(tmp_path):
+    mvd, vit, umt = tiny("mvd_vit_tiny_patch16_64"), tiny("vit_tiny_patch16_64"), tiny("umt_vit_tiny_patch16_64")
+    for dialect, source, model, match in (
+        ("MVD pre-training", mvd, vit, "this is mvd_vit_tiny_patch16_64, but the model is vit_tiny_patch16_64"),
+        ("SIGMA pre-training", vit, mvd, "this is vit_tiny_patch16_64, but the model is mvd_vit_tiny_patch16_64"),
+        ("UMT pre-training", umt, vit, "this is umt_vit_tiny_patch16_64, but the model is vit_tiny_patch16_64"),
+        ("SMILE pre-training", vit, umt, "this is vit_tiny_patch16_64, but the model is umt_vit_tiny_patch16_64"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            load_pretrained(model, save(tmp_path, published(dialect, source)))
