@@ -233,9 +233,11 @@ def test_the_published_cosine():
         ["--no_transforms_finetune_align", "--mask_ratio", "0.9", "--no_normalize_target", "--use_checkpoint"],
         ["--view_fps", "10", "--num_frames", "8", "--tubelet_size", "4", "--input_size", "48", "--short_side", "60"],
         ["--drop_path", "0.2", "--opt", "sgd", "--weight_decay_end", "0.1", "--no_flash_attn", "--aa", "rand-m3-n1"],
+        ["--model", "pretrain_mvd_vit_tiny_patch16_64"],
+        ["--model", "pretrain_umt_vit_tiny_patch16_64", "--num_frames", "8"],
         ["--no_save_ckpt", "--start_epoch", "1", "--num_workers", "1", "--save_ckpt_freq", "0"],
     ],
-    ids=lambda o: o[0],
+    ids=lambda o: o[1] if o[0] == "--model" else o[0],
 )  # fmt: skip
 def test_options_train(roots, tmp_path, options):
     in_process(*mix(roots, tmp_path / "run", *SHARES, *options))

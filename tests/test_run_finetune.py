@@ -281,8 +281,10 @@ def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finish
         ["--warmup_steps", "2", "--layer_decay", "1", "--drop", ".1", "--attn_drop_rate", ".1", "--fc_drop_rate", ".1"],
         ["--data_set", "DoTA_half", "--batch_size", "2", "--sampling_rate_val", "3", "--no_pin_mem"],
         ["--precision", "bf16", "--no_save_ckpt", "--start_epoch", "1"],
+        ["--model", "mvd_vit_tiny_patch16_64"],
+        ["--model", "umt_vit_tiny_patch16_64", "--num_frames", "8"],
     ],
-    ids=lambda o: o[0],
+    ids=lambda o: o[1] if o[0] == "--model" else o[0],
 )  # fmt: skip
 def test_options_train_and_evaluate(dota_root, tmp_path, options):
     short = SHORT if "--batch_size" not in options else [w for w in SHORT if w not in ("--total_batch_size", "4")]

@@ -227,7 +227,11 @@ def _finetune_data_flags(parser: Parser) -> None:
 
 def _finetune_model_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("model"))
-    add("--model", "vit_base_patch16_224", "vit_{small,base,large,huge}_patch16_224, or vit_tiny_patch16_64 for trials")
+    add(
+        "--model",
+        "vit_base_patch16_224",
+        "[mvd_|umt_]vit_{small,base,large,huge}_patch16_224; vit_tiny_patch16_64 for trials",
+    )
     add("--finetune", None, "weights to start from or, with --eval, to evaluate: path or URL (default: random weights)")
     _file_flags(add)
     add("--final_reduction", "fc_norm", "pool by the mean of the tokens or take the first", choices=["fc_norm", "cls"])
@@ -295,7 +299,7 @@ def _dapt_data_flags(parser: Parser) -> None:
 def _dapt_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     add = partial(_flag, group)
-    names = "pretrain_videomae_{small,base,large,huge}_patch16_224, or pretrain_videomae_tiny_patch16_64 for trials"
+    names = "pretrain_{videomae,mvd_vit,umt_vit}_{small,base,large}_patch16_224; ..._tiny_patch16_64 for trials"
     add("--model", "pretrain_videomae_base_patch16_224", names)
     add("--from_ckpt", None, "weights to start from: path or URL (default: random weights)")
     _file_flags(add)
