@@ -221,7 +221,7 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
             views=args.num_sample,
             aa=args.aa,
             interpolation=args.train_interpolation,
-            short_side=args.train_short_side,
+            short_side=args.short_side,
             erase_prob=args.reprob,
             erase_count=args.recount,
             erase_max_area=args.erase_max_area,

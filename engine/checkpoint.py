@@ -136,7 +136,8 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        lines = [] if "weights_only" in str(e) else str(e).splitlines()  # no reason, but advice to unpickle all
+        reason = (lines or [type(e).__name__])[0][:120]
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
     if not isinstance(state, dict) or not {"model", "optimizer", "args", "best"} <= state.keys():
         raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")

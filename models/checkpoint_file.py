@@ -24,11 +24,15 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors."""
+    """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors.
+
+    epoch: what the file says of itself, if it does.
+    """
 
     path: str
     wrapper: str
     state: dict[str, Tensor]
+    epoch: int | None = None
 
 
 def brief(keys: Iterable[str], limit: int = 4) -> str:
@@ -86,7 +90,8 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
             f"it pickles {name}, which is refused because unpickling can run code; if you trust the file, re-save its "
             "weights alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
         )
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    lines = [] if "weights_only" in str(error) else str(error).splitlines()  # no reason, but advice to unpickle all
+    reason = (lines or [type(error).__name__])[0][:120]
     return f"truncated, or not a PyTorch checkpoint ({reason}); download or copy it again"
 
 
@@ -118,7 +123,8 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
             f"{path}: no weights under {' or '.join(model_key.split('|'))}; the file's keys are "
             f"{brief(map(str, content))}. Name the right one with --model_key"
         )
-    return Checkpoint(str(path), wrapper, dict(state))
+    epoch = content.get("epoch") if wrapper else None
+    return Checkpoint(str(path), wrapper, dict(state), epoch if isinstance(epoch, int) else None)
 
 
 def _is_state_dict(value: object) -> bool:

@@ -7,7 +7,9 @@ what the file has beyond the model must be named by a rule of its dialect. What 
 classifier and the whole decoder of a masked autoencoder.
 """
 
+import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -113,12 +115,13 @@ _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 class LoadReport:
     """What became of every key. `loaded` and `missing` are the model's keys, `ignored` the file's.
 
-    sources maps each loaded key to the file's name for it; reasons maps each ignored key to why.
+    sources maps each loaded key to the file's name for it; reasons maps each ignored key to why. epoch: of the file.
     """
 
     path: str
     dialect: str
     wrapper: str
+    epoch: int | None
     dtypes: tuple[str, ...]
     loaded: list[str]
     ignored: list[str]
@@ -128,13 +131,14 @@ class LoadReport:
 
     def __str__(self) -> str:
         wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
+        epoch = "" if self.epoch is None else f", epoch {self.epoch}"
         renamed = sum(new != old for new, old in self.sources.items())
         missing = brief(self.missing) + " (newly initialised)" * bool(self.missing)
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(self.reasons.values()).most_common())
         return "\n".join(
             (
                 f"weights from {self.path}",
-                f"  dialect  {self.dialect}{wrapped}, {'/'.join(self.dtypes)}",
+                f"  dialect  {self.dialect}{wrapped}, {'/'.join(self.dtypes)}{epoch}",
                 f"  loaded   {len(self.loaded):4d}  ({renamed} of them renamed)",
                 f"  ignored  {len(self.ignored):4d}  {why}".rstrip(),
                 f"  missing  {len(self.missing):4d}  {missing}".rstrip(),
@@ -194,8 +198,8 @@ def _depth(prefix: str, keys: Iterable[str]) -> int:
     return 1 + max((int(m.group(1)) for k in keys if (m := re.match(rf"{prefix}\.(\d+)\.", k))), default=-1)
 
 
-def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> str:
-    """The registered models of this architecture that fit, else its numbers."""
+def _names(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> list[str]:
+    """The registered models of this architecture that fit."""
     names = []
     for name in list_models():
         with torch.device("meta"):
@@ -203,7 +207,13 @@ def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> st
         shapes = {_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in model.state_dict().items()}
         if _architecture(shapes) == architecture and fits(name, model):
             names.append(name)
+    return names
+
+
+def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> str:
+    """Their names, else the numbers of the architecture."""
     embed, depth = architecture
+    names = _names(architecture, fits)
     return " or ".join(names) or f"a model of {depth} blocks with patch_embed.proj.weight of shape {embed}"
 
 
@@ -260,6 +270,7 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
         path=checkpoint.path,
         dialect=dialect.name,
         wrapper=checkpoint.wrapper,
+        epoch=checkpoint.epoch,
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state.values()})),
         loaded=list(sources),
         ignored=[key for key in checkpoint.state if key in reasons],
@@ -335,3 +346,41 @@ def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, pa
         )
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m models.weights CHECKPOINT
+
+
+def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> list[str]:
+    """Names of the registered models that the weights in a file are for, classifiers first. Raises CheckpointError."""
+    checkpoint = read_checkpoint(path, model_key)
+    entries = _entries(checkpoint, model_prefix, {})
+    dialect = _recognise(entries, path)
+    found = _architecture({_canonical(e.bare, dialect.prefix): tuple(e.tensor.shape) for e in entries})
+    names = _names(found, lambda name, _: bool(re.fullmatch(dialect.models, name)))
+    if not names:
+        raise CheckpointError(f"{path}: {dialect.name}, {_describe(found, lambda *_: False)}: no registered model")
+    return sorted(names, key=lambda name: name.startswith("pretrain_"))
+
+
+def main() -> None:
+    """Command line: say what a checkpoint is and load it into a model, for a trial."""
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is; exit with an error if it does not load.")
+    parser.add_argument("checkpoint", help="path or URL")
+    parser.add_argument("--model", help="registered model to load it into (default: the one it seems to be for)")
+    parser.add_argument("--model_key", default=MODEL_KEYS, help=f"where the weights are (default: {MODEL_KEYS})")
+    parser.add_argument("--model_prefix", default="", help="read only the keys under this prefix")
+    args = parser.parse_args()
+    where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
+    try:
+        names = [args.model] if args.model else likely_models(args.checkpoint, **where)
+        report = load_pretrained(create_model(names[0]), args.checkpoint, **where)
+    except (CheckpointError, ValueError) as e:
+        sys.exit(f"error: {e}")
+    print(report)
+    print(f"  model    {' or '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -277,7 +277,7 @@ def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finish
         ["--final_reduction", "cls", "--opt", "sgd", "--weight_decay_end", "0.1", "--loss", "2bce"],
         ["--num_frames", "8", "--view_fps", "10", "--tubelet_size", "4", "--input_size", "48", "--sampling_rate", "2"],
         ["--aa", "none", "--reprob", "1", "--recount", "3", "--remode", "rand", "--erase_max_area", "0.5"],
-        ["--train_short_side", "48", "--train_interpolation", "bilinear", "--eval_split", "train"],
+        ["--short_side", "48", "--train_interpolation", "bilinear", "--eval_split", "train"],
         ["--warmup_steps", "2", "--layer_decay", "1", "--drop", ".1", "--attn_drop_rate", ".1", "--fc_drop_rate", ".1"],
         ["--data_set", "DoTA_half", "--batch_size", "2", "--sampling_rate_val", "3", "--no_pin_mem"],
         ["--precision", "bf16", "--no_save_ckpt", "--start_epoch", "1"],

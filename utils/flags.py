@@ -27,7 +27,7 @@ FINETUNE_RETIRED = _COMMON_RETIRED | {
     "--nb_classes": "the task has two classes, safe and anomalous",
     "--enable_deepspeed": "DistributedDataParallel with bf16 is the one path",
     "--dist_eval": "evaluation always runs on every process",
-    "--short_side_size": "use --train_short_side",
+    "--short_side_size": "use --short_side",
     "--num_segments": "a window is one segment",
     "--test_num_segment": "evaluation scores every window once",
     "--test_num_crop": "evaluation uses the whole frame",
@@ -255,7 +255,7 @@ def _finetune_augmentation_flags(parser: Parser) -> None:
     add("--aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none")
     add("--train_interpolation", "bicubic", "of RandAugment's rotations and shears", choices=["bilinear", "bicubic"])
     help = "resize training frames to this short side before padding, in pixels; 0: full size"
-    add("--train_short_side", 0, help, type=natural)
+    add("--short_side", 0, help, type=natural)
     add("--reprob", 0.25, "probability that a clip is partly erased (random erasing)")
     add("--remode", "pixel", "fill of erased boxes: noise, one colour, zeros", choices=["pixel", "rand", "const"])
     add("--recount", 1, "largest number of boxes erased from a clip", type=positive)

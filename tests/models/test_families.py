@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import golden, golden_input, published_file, recipe
 
-from models import create_model
+from models import create_model, weights
 from models.pos_embed import position_table, resampled, sincos_3d, sinusoid_1d
 from models.vit import VideoViT
 from models.weights import CheckpointError, load_pretrained
@@ -266,3 +266,46 @@ def test_weights_of_another_position_table_are_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=match):
             load_pretrained(model, save(tmp_path, published(dialect, source)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m models.weights
+
+
+def inspect(capsys, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["weights", *words])
+    try:
+        weights.main()
+    except SystemExit as e:
+        return str(e.code)
+    return capsys.readouterr().out
+
+
+@every_family
+def test_inspecting_names_family_and_model(dialect, tmp_path, capsys, monkeypatch):
+    path = save(tmp_path, published(dialect, tiny(TINY[dialect])))
+    out = inspect(capsys, monkeypatch, path)
+    pretrain = "pretrain_" + re.sub(r"^vit", "videomae", TINY[dialect])
+    assert f"dialect  {dialect} under 'model', float32" in out and f"  model    {TINY[dialect]} or {pretrain}\n" in out
+    assert "missing     2  head.weight, head.bias" in out and "epoch" not in out
+    trial = inspect(capsys, monkeypatch, path, "--model", pretrain)
+    assert f"  model    {pretrain}\n" in trial
+
+
+def test_inspecting_says_epoch_size_and_errors(tmp_path, capsys, monkeypatch):
+    state = {f"encoder.{k}": v for k, v in tiny("vit_tiny_patch16_64").state_dict().items() if "head" not in k}
+    torch.save({"model": state, "epoch": 1599}, tmp_path / "file.pth")
+    out = inspect(capsys, monkeypatch, str(tmp_path / "file.pth"))
+    assert "dialect  VideoMAE pre-training under 'model', float32, epoch 1599\n" in out
+    for words, message in (
+        ((str(tmp_path / "absent.pth"),), "error: .*absent.pth: no such checkpoint file"),
+        (
+            (str(tmp_path / "file.pth"), "--model", "vit_large_patch16_224"),
+            "this is vit_tiny_patch16_64, but the model",
+        ),
+        ((str(tmp_path / "file.pth"), "--model", "vit_tini"), "unknown model 'vit_tini'"),
+        ((save(tmp_path, state | {"x": torch.zeros(1)}),), "no rule of 'VideoMAE pre-training' accounts for: x"),
+    ):
+        assert re.search(message, inspect(capsys, monkeypatch, *words))
+    shallow = {k: v for k, v in state.items() if "blocks.3" not in k}
+    assert "a model of 3 blocks with" in inspect(capsys, monkeypatch, save(tmp_path, shallow))
