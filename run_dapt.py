@@ -166,6 +166,7 @@ def pretrain(args: Namespace, process: Process) -> None:
 def build_model(args: Namespace, process: Process, *, pretrained: bool) -> MaskedAutoencoder:
     """The masked autoencoder on its device, with --from_ckpt loaded if pretrained."""
     depth = {} if args.decoder_depth is None else {"decoder_depth": args.decoder_depth}
+    defaults = model_defaults(args.model)
     with config_errors():
         model = create_model(
             args.model,
@@ -174,6 +175,8 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool) -> Maske
             tubelet_size=args.tubelet_size,
             drop_path_rate=args.drop_path,
             normalize_target=args.normalize_target,
+            mean=defaults.mean,
+            std=defaults.std,
             **depth,
         )
     if pretrained and args.from_ckpt:
@@ -182,7 +185,7 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool) -> Maske
         report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix or "")
         logger.info(report)
         if report.missing:
-            logger.warning(f"{args.from_ckpt} has no decoder: it starts from random weights")
+            logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")
     elif pretrained:
         logger.warning(f"no --from_ckpt: {args.model} starts from random weights")
     model.set_grad_checkpointing(args.use_checkpoint)

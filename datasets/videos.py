@@ -128,5 +128,5 @@ def _table(name: str, split: str, root: Path, videos: Iterable[str], scan: Video
         message = f"{name} {split}: {len(problems)} of {len(videos)} videos cannot be read: {shown}"
         if not clips:
             raise DataError(f"{root}: {message}")
-        logger.warning(f"{message}; the run goes on without them; {scan.cache} has the reasons")
+        logger.warning(f"{message}; the run goes on without them; those that exist are in {scan.cache}")
     return ClipTable(name, split, clips, **options)

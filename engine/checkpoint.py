@@ -34,13 +34,11 @@ from utils.distributed import gather
 from utils.files import replaced, sync
 
 LAST = "checkpoint-last"
+_STATE = "state.pth"
 
 
 class CheckpointWriteError(RuntimeError):
     """A checkpoint that could not be written; the message names it and why."""
-
-
-_STATE = "state.pth"
 
 
 def find_last(output_dir: str | Path) -> Path | None:

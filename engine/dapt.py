@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class DaptObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
-    Beside "loss" stands "trivial_loss", that of predicting each masked cube's mean colour: below it, something is
-    being learned.
+    Beside "loss" stands "trivial_loss", that of predicting each masked cube's mean colour: below it, more than
+    colours is predicted.
 
     Args:
         autoencoder: the MaskedAutoencoder as it is, not wrapped. to_input: uint8 video on the device -> normalised.

@@ -113,7 +113,7 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def trivial_loss(self, target: torch.Tensor) -> torch.Tensor:
-        """The loss of predicting every cube's own mean colour: a decoder above it has learned nothing. A scalar."""
+        """The loss of predicting every cube's own mean colour; below it, more than colours is predicted. A scalar."""
         pixels = target.unflatten(2, (-1, len(self.mean)))
         return (pixels - pixels.mean(dim=2, keepdim=True)).square().mean()
 
