@@ -25,6 +25,7 @@ from utils.flags import (
     SCHEDULE,
     dapt_parser,
     fill,
+    given,
     picked,
     resolve_runtime,
     resolve_schedule,
@@ -109,7 +110,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
-    model = build_model(args, process, pretrained=resumed is None)
+    model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
@@ -163,9 +164,8 @@ def pretrain(args: Namespace, process: Process) -> None:
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 
 
-def build_model(args: Namespace, process: Process, *, pretrained: bool) -> MaskedAutoencoder:
-    """The masked autoencoder on its device, with --from_ckpt loaded if pretrained."""
-    depth = {} if args.decoder_depth is None else {"decoder_depth": args.decoder_depth}
+def build_model(args: Namespace, process: Process, resumed: dict | None) -> MaskedAutoencoder:
+    """The masked autoencoder on its device, with --from_ckpt loaded or ready for a resumed state."""
     defaults = model_defaults(args.model)
     with config_errors():
         model = create_model(
@@ -177,16 +177,24 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool) -> Maske
             normalize_target=args.normalize_target,
             mean=defaults.mean,
             std=defaults.std,
-            **depth,
+            **given(args, ("decoder_depth", "gelu")),
         )
-    if pretrained and args.from_ckpt:
+    if args.pos_embed == "learned" or (resumed and "encoder.pos_embed" in resumed["model"]):
+        model.encoder.learn_pos_embed()
+    if args.from_ckpt and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.from_ckpt)
-        report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix or "")
+        report = load_pretrained(
+            model,
+            path,
+            model_key=args.model_key,
+            model_prefix=args.model_prefix or "",
+            stored_table=args.pos_embed != "sincos",
+        )
         logger.info(report)
         if report.missing:
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")
-    elif pretrained:
+    elif not resumed:
         logger.warning(f"no --from_ckpt: {args.model} starts from random weights")
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)

@@ -26,6 +26,7 @@ from utils.flags import (
     SCHEDULE,
     fill,
     finetune_parser,
+    given,
     picked,
     resolve_runtime,
     resolve_schedule,
@@ -128,7 +129,7 @@ def train(args: Namespace, process: Process) -> None:
     loader, sampler = training_data(args, process)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
-    model = build_model(args, process, pretrained=resumed is None)
+    model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     if args.freeze_layers is not None:
         with config_errors():
@@ -192,7 +193,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if process.is_main:
         write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
     validation = Validation(args, process)
-    predictions = validation.predict(build_model(args, process, pretrained=True, trained_head=True))
+    predictions = validation.predict(build_model(args, process, trained_head=True))
     if predictions is None:
         return
     metrics = predictions.metrics()
@@ -283,29 +284,39 @@ class Validation:
         return broadcast(metrics)
 
 
-def build_model(args: Namespace, process: Process, *, pretrained: bool, trained_head: bool = False) -> nn.Module:
-    """The model on its device, with --finetune loaded if pretrained, head included if trained_head."""
+def build_model(
+    args: Namespace, process: Process, *, resumed: dict | None = None, trained_head: bool = False
+) -> nn.Module:
+    """The model on its device, with --finetune loaded, head included if trained_head; ready for a resumed state."""
     with config_errors():
         model = create_model(
             args.model,
             num_frames=args.num_frames,
             input_size=args.input_size,
             tubelet_size=args.tubelet_size,
-            final_reduction=args.final_reduction,
             init_scale=args.init_scale,
             drop_path_rate=args.drop_path,
             drop_rate=args.drop,
             attn_drop_rate=args.attn_drop_rate,
             fc_drop_rate=args.fc_drop_rate,
+            **given(args, ("final_reduction", "gelu")),
         )
-    if pretrained and args.finetune:
+    if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
+        model.learn_pos_embed()
+    if args.finetune and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.finetune)
-        report = load_pretrained(model, path, model_key=args.model_key, model_prefix=args.model_prefix or "")
+        report = load_pretrained(
+            model,
+            path,
+            model_key=args.model_key,
+            model_prefix=args.model_prefix or "",
+            stored_table=args.pos_embed != "sincos",
+        )
         logger.info(report)
         if trained_head and report.missing:
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")
-    elif pretrained:
+    elif not resumed:
         logger.info(f"no --finetune: {args.model} has random weights")
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)

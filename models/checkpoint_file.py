@@ -13,9 +13,11 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 MODEL_KEYS = "model|module|state_dict|model_state"
+CONVERT_VIVIT = "convert it with other_models/ViViT/ckpt_vivit.py"
 
 
 class CheckpointError(RuntimeError):
@@ -26,13 +28,14 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors.
 
-    epoch: what the file says of itself, if it does.
+    epoch, family: what the file says of itself, if it does.
     """
 
     path: str
     wrapper: str
     state: dict[str, Tensor]
     epoch: int | None = None
+    family: str | None = None
 
 
 def brief(keys: Iterable[str], limit: int = 4) -> str:
@@ -76,6 +79,11 @@ def _safe_types() -> list:
     return [argparse.Namespace, np.dtype, *dtypes, *scalars]
 
 
+def is_flax(head: bytes) -> bool:
+    """Whether a file with this beginning is a flax checkpoint: a msgpack map, which no pickle begins like."""
+    return bool(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
+
+
 def _explain_unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as f:
         head = f.read(512).lstrip()
@@ -83,6 +91,8 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
         return "this is an HTML or XML page saved under the name of a checkpoint; download the file itself"
     if head.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the weights; run `git lfs pull`"
+    if is_flax(head):
+        return f"this is a flax checkpoint; if it is ViViT's, {CONVERT_VIVIT}"
     if "Unsupported global" in str(error) or "Unsupported class" in str(error):
         found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
         name = next(filter(None, found.groups()), "a class") if found else "a class"
@@ -95,8 +105,18 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
     return f"truncated, or not a PyTorch checkpoint ({reason}); download or copy it again"
 
 
+def _load(file: Path) -> object:
+    """The content of a PyTorch or safetensors file."""
+    with file.open("rb") as f:
+        head = f.read(9)
+    if head[8:] == b"{":  # safetensors: the length of a JSON header, the header, bytes
+        return load_file(file)
+    with torch.serialization.safe_globals(_safe_types()):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
-    """Read a state dict to the CPU, unpickling tensors and plain types only.
+    """Read a state dict to the CPU from a PyTorch or safetensors file, unpickling tensors and plain types only.
 
     Args:
         path: file or URL. model_key: names separated by |; the first one present is unwrapped, else the file itself
@@ -110,8 +130,7 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     if file.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again")
     try:
-        with torch.serialization.safe_globals(_safe_types()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = _load(file)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
     if not isinstance(content, dict):
@@ -123,8 +142,14 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
             f"{path}: no weights under {' or '.join(model_key.split('|'))}; the file's keys are "
             f"{brief(map(str, content))}. Name the right one with --model_key"
         )
-    epoch = content.get("epoch") if wrapper else None
-    return Checkpoint(str(path), wrapper, dict(state), epoch if isinstance(epoch, int) else None)
+    about = {name: content.get(name) if wrapper else None for name in ("epoch", "family")}
+    return Checkpoint(
+        str(path),
+        wrapper,
+        dict(state),
+        epoch=about["epoch"] if isinstance(about["epoch"], int) else None,
+        family=about["family"] if isinstance(about["family"], str) else None,
+    )
 
 
 def _is_state_dict(value: object) -> bool:

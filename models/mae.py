@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from models.pos_embed import sinusoid_1d
 from models.registry import IMAGENET_MEAN, IMAGENET_STD, create_model, register_model
-from models.vit import LayerNorm, VideoViT, build_blocks, run_blocks
+from models.vit import LayerNorm, VideoEncoder, build_blocks, run_blocks
 
 
 class Decoder(nn.Module):
@@ -37,7 +37,7 @@ class MaskedAutoencoder(nn.Module):
     """(video, mask) -> loss: the mean squared error of the masked tokens' pixels.
 
     Args:
-        encoder: a VideoViT without head whose final_reduction is "none".
+        encoder: a Video ViT without head whose final_reduction is "none".
         decoder_dim, decoder_depth, decoder_heads: the decoder's blocks.
         drop_path_rate: stochastic depth of the decoder; the encoder has its own.
         normalize_target: predict each cube's pixels less their mean, over their standard deviation, per channel; else
@@ -47,7 +47,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        encoder: VideoViT,
+        encoder: VideoEncoder,
         *,
         decoder_dim: int,
         decoder_depth: int,
@@ -274,3 +274,30 @@ def pretrain_umt_vit_base_patch16_224(*, decoder_depth: int = 4, **kwargs) -> Ma
 def pretrain_umt_vit_large_patch16_224(*, decoder_depth: int = 12, **kwargs) -> MaskedAutoencoder:
     """DAPT of UMT's encoder with VideoMAE's decoder."""
     return _over("umt_vit_large_patch16_224", decoder_dim=512, decoder_heads=8, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=4, view_fps=5, input_size=56, tubelet_size=1)
+def pretrain_internvideo2_tiny_patch14_56(*, decoder_depth: int = 1, **kwargs) -> MaskedAutoencoder:
+    """DAPT of InternVideo2's encoder with VideoMAE's decoder."""
+    return _over("internvideo2_tiny_patch14_56", decoder_dim=64, decoder_heads=2, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_internvideo2_small_patch14_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of InternVideo2's encoder with VideoMAE's decoder."""
+    encoder = "internvideo2_small_patch14_224"
+    return _over(encoder, decoder_dim=192, decoder_heads=3, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_internvideo2_base_patch14_224(*, decoder_depth: int = 4, **kwargs) -> MaskedAutoencoder:
+    """DAPT of InternVideo2's encoder with VideoMAE's decoder."""
+    encoder = "internvideo2_base_patch14_224"
+    return _over(encoder, decoder_dim=384, decoder_heads=6, decoder_depth=decoder_depth, **kwargs)
+
+
+@register_model(num_frames=8, view_fps=5, tubelet_size=1)
+def pretrain_internvideo2_large_patch14_224(*, decoder_depth: int = 12, **kwargs) -> MaskedAutoencoder:
+    """DAPT of InternVideo2's encoder with VideoMAE's decoder."""
+    encoder = "internvideo2_large_patch14_224"
+    return _over(encoder, decoder_dim=512, decoder_heads=8, decoder_depth=decoder_depth, **kwargs)

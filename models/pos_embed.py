@@ -1,5 +1,7 @@
 """Fixed position tables, and how a table is fitted to another grid of tokens. Positions are in (t h w) order."""
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -54,6 +56,20 @@ def resampled(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
         lines = F.interpolate(lines, size=new[0], mode="linear", align_corners=False)
         planes = lines.unflatten(0, new[1:]).permute(3, 2, 0, 1)
     return planes.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def likely_grid(positions: int, wanted: Grid) -> Grid | None:
+    """The grid that a table of so many positions is for: the wanted one if it may be, else square frames of 7 x 7 or
+    more in 8 slots, as published tables have, or in as many as wanted, else the wanted frames. None if none fits.
+    """
+    if positions == math.prod(wanted):
+        return wanted
+    for slots in (8, wanted[0]):
+        side = math.isqrt(max(positions, 0) // slots)
+        if side >= 7 and slots * side * side == positions:
+            return slots, side, side
+    _, h, w = wanted
+    return (positions // (h * w), h, w) if positions > 0 and positions % (h * w) == 0 else None
 
 
 def position_table(kind: str, grid: Grid, dim: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: B clips, C channels, T frames, H x W pixels, N tokens in (t h w) order, 
 State-dict keys are those of the published fine-tuned checkpoints (github.com/MCG-NJU/VideoMAE), so files go both ways.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,18 +31,30 @@ class TubeletEmbed(nn.Module):
         return self.proj(video).flatten(2).transpose(1, 2)
 
 
+def gelu_layer(kind: str) -> Callable[[], nn.Module]:
+    """The constructor of a GELU, "erf" or "tanh", its approximation. Raises ValueError for another."""
+    if kind not in ("erf", "tanh"):
+        raise ValueError(f"gelu must be erf or tanh, not {kind!r}")
+    return partial(nn.GELU, approximate="none" if kind == "erf" else "tanh")
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block: linear from 0 at the first to `last`."""
+    return torch.linspace(0, last, depth, device="cpu").tolist()
+
+
 def build_blocks(
     embed_dim: int,
     depth: int,
     num_heads: int,
     *,
     mlp_ratio: float = 4.0,
+    gelu: str = "erf",
     drop_rate: float = 0.0,
     attn_drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
 ) -> nn.ModuleList:
-    """VideoMAE's transformer blocks. drop_path_rate: of the last block; it grows linearly from 0 at the first."""
-    drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+    """VideoMAE's transformer blocks. Raises ValueError for an unknown gelu."""
     blocks = nn.ModuleList(
         Block(
             embed_dim,
@@ -50,10 +63,11 @@ def build_blocks(
             mlp_ratio=mlp_ratio,
             proj_drop=drop_rate,
             attn_drop=attn_drop_rate,
-            drop_path=drop_path[i],
+            drop_path=drop_path,
+            act_layer=gelu_layer(gelu),
             norm_layer=LayerNorm,
         )
-        for i in range(depth)
+        for drop_path in drop_path_rates(drop_path_rate, depth)
     )
     for block in blocks:
         block.mlp.drop1 = nn.Identity()  # VideoMAE drops after fc2 only
@@ -67,42 +81,24 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, recompute: bool) -> to
     return x
 
 
-class VideoViT(nn.Module):
-    """Video ViT: (B, 3, T, H, W) normalised RGB -> (B, K) logits.
+class VideoEncoder(nn.Module):
+    """What the Video ViTs share: (B, C, T, H, W) to tokens, layers for learning-rate decay, freezing, a head in fp32.
 
-    Args:
-        input_size: H and W in pixels, a multiple of patch_size. num_frames: T, a multiple of tubelet_size.
-        num_classes: K; 0 leaves the head out (`forward` then returns the features).
-        drop_rate, attn_drop_rate, fc_drop_rate: dropout after projections, on attention weights, before the head.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        init_scale: factor on the head's initial weights.
-        final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token;
-            "none" = norm, all tokens (B, N, D).
-        pos_embed: fixed position table, a kind of `position_table`.
+    A subclass has `blocks`, `pos_embed`, `fc_dropout`, `head` and `forward_features`.
 
-    Raises ValueError where sizes do not divide or final_reduction is unknown.
+    Raises ValueError where sizes do not divide.
     """
 
     def __init__(
         self,
         *,
         embed_dim: int,
-        depth: int,
-        num_heads: int,
         input_size: int,
-        patch_size: int = 16,
-        num_frames: int = 16,
-        tubelet_size: int = 2,
-        in_chans: int = 3,
-        num_classes: int = 2,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        fc_drop_rate: float = 0.0,
-        init_scale: float = 0.001,
-        final_reduction: str = "fc_norm",
-        pos_embed: str = "sinusoid",
+        patch_size: int,
+        num_frames: int,
+        tubelet_size: int,
+        in_chans: int,
+        pos_embed_kind: str,
     ):
         super().__init__()
         if input_size % patch_size or num_frames % tubelet_size:
@@ -110,37 +106,13 @@ class VideoViT(nn.Module):
                 f"input_size {input_size} must be a multiple of the patch size {patch_size}, "
                 f"and num_frames {num_frames} of tubelet_size {tubelet_size}"
             )
-        if final_reduction not in ("fc_norm", "cls", "none"):
-            raise ValueError(f"final_reduction must be fc_norm, cls or none, not {final_reduction!r}")
         self.input_shape = (in_chans, num_frames, input_size, input_size)
         self.grid = (num_frames // tubelet_size, input_size // patch_size, input_size // patch_size)
-        self.embed_dim, self.num_classes, self.final_reduction = embed_dim, num_classes, final_reduction
-        self.pos_embed_kind = pos_embed
+        self.embed_dim, self.pos_embed_kind = embed_dim, pos_embed_kind
         self.grad_checkpointing = False
-
         self.patch_embed = TubeletEmbed(
             patch_size=patch_size, tubelet_size=tubelet_size, in_chans=in_chans, embed_dim=embed_dim
         )
-        self.register_buffer("pos_embed", position_table(pos_embed, self.grid, embed_dim)[None], persistent=False)
-        self.blocks = build_blocks(
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
-        # One of the two exists, under the name its published checkpoints use.
-        self.norm = nn.Identity() if final_reduction == "fc_norm" else LayerNorm(embed_dim)
-        self.fc_norm = LayerNorm(embed_dim) if final_reduction == "fc_norm" else nn.Identity()
-        self.fc_dropout = nn.Dropout(fc_drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-
-        self.apply(_init_weights)
-        if num_classes:
-            with torch.no_grad():
-                self.head.weight.mul_(init_scale)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, N, D): tokens with their position added. Raises ValueError on another C, T, H or W."""
@@ -148,18 +120,12 @@ class VideoViT(nn.Module):
             raise ValueError(f"expected a video of shape (B, {', '.join(map(str, self.input_shape))}), "
                              f"got {tuple(video.shape)}")  # fmt: skip
         x = self.patch_embed(video)
-        return x + self.pos_embed.to(x.dtype)  # in the activations' type, as published, so autocast stays in half
+        positions = self.pos_embed[:, -x.shape[1] :]  # a class token's comes before them
+        return x + positions.to(x.dtype)  # in the activations' type, as published, so autocast stays in half
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D) -> (B, n, D): any subset of the tokens through the blocks and `norm`."""
-        return self.norm(run_blocks(self.blocks, x, recompute=self.grad_checkpointing and self.training))
-
-    def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
-        x = self.encode(self.embed(video))
-        if self.final_reduction == "fc_norm":
-            return self.fc_norm(x.mean(dim=1))
-        return x[:, 0] if self.final_reduction == "cls" else x
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, D) through the blocks."""
+        return run_blocks(self.blocks, x, recompute=self.grad_checkpointing and self.training)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         """(B, C, T, H, W) -> (B, K) logits; (B, N, K) where final_reduction is "none"."""
@@ -167,13 +133,20 @@ class VideoViT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # logits in half precision would tie
             return self.head(x.float())
 
+    def learn_pos_embed(self) -> None:
+        """Make the position table a parameter, trained and saved like the others; nothing where it is one."""
+        table = self.pos_embed
+        if not isinstance(table, nn.Parameter):
+            del self.pos_embed
+            self.pos_embed = nn.Parameter(table.clone())
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beyond the 1-D ones."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's layer grouping for layer decay: embedding 0, block i at i + 1, final norm and head last."""
-        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+        """timm's layer grouping for layer decay: embedding 0, block i at i + 1, all behind the blocks last."""
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -190,13 +163,100 @@ class VideoViT(nn.Module):
         """
         if not 0 <= num_blocks <= len(self.blocks):
             raise ValueError(f"cannot freeze {num_blocks} of {len(self.blocks)} blocks")
+        for param in self.parameters(recurse=False):
+            param.requires_grad_(False)
         for module in (self.patch_embed, *self.blocks[:num_blocks]):
             for name, param in module.named_parameters():
                 if not name.startswith("norm"):
                     param.requires_grad_(False)
 
 
-def _init_weights(module: nn.Module) -> None:
+class VideoViT(VideoEncoder):
+    """Video ViT: (B, 3, T, H, W) normalised RGB -> (B, K) logits.
+
+    Args:
+        input_size: H and W in pixels, a multiple of patch_size. num_frames: T, a multiple of tubelet_size.
+        num_classes: K; 0 leaves the head out (`forward` then returns the features).
+        gelu: "erf", or "tanh" for its approximation.
+        drop_rate, attn_drop_rate, fc_drop_rate: dropout after projections, on attention weights, before the head.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        init_scale: factor on the head's initial weights.
+        final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token;
+            "none" = norm, all tokens (B, N, D).
+        pos_embed: position table, a kind of `position_table`; fixed unless `learn_pos_embed` is called.
+
+    Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        input_size: int,
+        patch_size: int = 16,
+        num_frames: int = 16,
+        tubelet_size: int = 2,
+        in_chans: int = 3,
+        num_classes: int = 2,
+        mlp_ratio: float = 4.0,
+        gelu: str = "erf",
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        fc_drop_rate: float = 0.0,
+        init_scale: float = 0.001,
+        final_reduction: str = "fc_norm",
+        pos_embed: str = "sinusoid",
+    ):
+        super().__init__(
+            embed_dim=embed_dim,
+            input_size=input_size,
+            patch_size=patch_size,
+            num_frames=num_frames,
+            tubelet_size=tubelet_size,
+            in_chans=in_chans,
+            pos_embed_kind=pos_embed,
+        )
+        if final_reduction not in ("fc_norm", "cls", "none"):
+            raise ValueError(f"final_reduction must be fc_norm, cls or none, not {final_reduction!r}")
+        self.final_reduction = final_reduction
+        self.register_buffer("pos_embed", position_table(pos_embed, self.grid, embed_dim)[None], persistent=False)
+        self.blocks = build_blocks(
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            gelu=gelu,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        # One of the two exists, under the name its published checkpoints use.
+        self.norm = nn.Identity() if final_reduction == "fc_norm" else LayerNorm(embed_dim)
+        self.fc_norm = LayerNorm(embed_dim) if final_reduction == "fc_norm" else nn.Identity()
+        self.fc_dropout = nn.Dropout(fc_drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+        self.apply(init_weights)
+        if num_classes:
+            with torch.no_grad():
+                self.head.weight.mul_(init_scale)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, D) -> (B, n, D): any subset of the tokens through the blocks and `norm`."""
+        return self.norm(self.run_blocks(x))
+
+    def forward_features(self, video: torch.Tensor) -> torch.Tensor:
+        """(B, C, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        x = self.encode(self.embed(video))
+        if self.final_reduction == "fc_norm":
+            return self.fc_norm(x.mean(dim=1))
+        return x[:, 0] if self.final_reduction == "cls" else x
+
+
+def init_weights(module: nn.Module) -> None:
     """VideoMAE's initialisation; the 3-D convolution keeps PyTorch's."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)

@@ -1,111 +1,39 @@
 """Checkpoints in, with every key accounted for: `load_pretrained(model, path)` fills a model or says why it cannot.
 
-A published file differs from our module in four ways only: a wrapper around the state dict (`model`, `module`, ...),
+A published file differs from our module in a few ways only: a wrapper around the state dict (`model`, `module`, ...),
 prefixes (`_orig_mod.`, `module.`, `encoder.`, `backbone.`), the name of the final norm (`encoder.norm`, `norm`,
-`fc_norm`), and tensors of the pre-training task. The keys of both sides are brought to one canonical form and matched;
-what the file has beyond the model must be named by a rule of its dialect. What the file may lack is the head of a
-classifier and the whole decoder of a masked autoencoder.
+`fc_norm`), tensors of the pre-training task, and a position table or patch embedding for clips of another size. The
+keys of both sides are brought to one canonical form and matched; what the file has beyond the model must be named by a
+rule of its dialect. What the file may lack is the head of a classifier and the whole decoder of a masked autoencoder.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint_file import MODEL_KEYS, Checkpoint, CheckpointError, brief, fetch, read_checkpoint
+from models.checkpoint_file import (
+    CONVERT_VIVIT,
+    MODEL_KEYS,
+    Checkpoint,
+    CheckpointError,
+    brief,
+    fetch,
+    read_checkpoint,
+)
+from models.dialects import DIALECTS, Dialect
+from models.pos_embed import likely_grid, resampled
 from models.registry import create_model, list_models
 
 __all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_checkpoint"]
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How one kind of published file is recognised and read. All patterns match whole keys.
-
-    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where that tells
-    families with the same keys apart. prefix: pattern of what stands before the encoder's keys. ignored: patterns of
-    keys that are left out on purpose where the model has no place for them. own_target: the decoder predicts something
-    else than pixels, so it is left out of a masked autoencoder too. models: pattern of the models it is for.
-    pos_embed: the position table the weights were trained with, where the file is of one family alone.
-    """
-
-    name: str
-    marks: str
-    prefix: str = r"encoder\."
-    ignored: tuple[str, ...] = ()
-    decoder_outputs: int | None = None
-    own_target: bool = False
-    models: str = r"(pretrain_videomae|vit)_.+"
-    pos_embed: str | None = "sinusoid"
-
-
-_BLOCK = r"blocks\.\d+\.(norm1|norm2|attn|attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias|q_bias|v_bias)"
-_PIXEL_DECODER = (
-    r"mask_token",
-    r"encoder_to_decoder\.weight",
-    rf"decoder\.{_BLOCK}",
-    r"decoder\.(norm|head)\.(weight|bias)",
-)
-# The first that fits wins.
-DIALECTS = (
-    Dialect(
-        "MVD pre-training",
-        marks=r"decoder_(img|vid)\..+|mask_token_(img|vid)",
-        prefix="",
-        ignored=(
-            r"pos_embed(_img|_vid)?",  # frozen tables, which the model computes
-            r"mask_token_(img|vid)",
-            r"down_(img|vid)\.(weight|bias)",
-            rf"decoder_(img|vid)\.{_BLOCK}",
-            r"decoder_(img|vid)\.(norm|head)\.(weight|bias)",
-        ),
-        own_target=True,
-        models=r"(pretrain_)?mvd_.+",
-        pos_embed="sincos_3d",
-    ),
-    Dialect(
-        "UMT pre-training",
-        marks=r"clip_decoder\.\d+\.head\.weight",
-        ignored=(r"clip_decoder\.\d+\.(norm|head)\.(weight|bias)",),
-        own_target=True,
-        models=r"(pretrain_)?umt_.+",
-        pos_embed="umt",
-    ),
-    Dialect(
-        "MME pre-training",
-        marks=r"decoder\.\d+\.blocks\..+|encoder(_q\.encoder)?\.model\.blocks\.\d+\..+",
-        prefix=r"(encoder_q\.)?encoder\.(model\.)?",
-        ignored=(
-            r"mask_token",
-            r"encoder_to_decoder\.\d+\.weight",
-            rf"decoder\.\d+\.{_BLOCK}",
-            r"decoder\.\d+\.norm\.(weight|bias)",
-            r"decoder\.\d+\.head\.\d+\.\d+\.(weight|bias)",
-        ),
-        own_target=True,
-    ),
-    Dialect(
-        "SIGMA pre-training",
-        marks=r"prototypes",
-        ignored=(*_PIXEL_DECODER, r"prototypes", r"head\.[0246]\.(weight|bias)", r"memory", r"memory_pred_head\..+"),
-        own_target=True,
-    ),
-    Dialect(
-        "SMILE pre-training",
-        marks=r"encoder\.blocks\.\d+\..+",
-        ignored=_PIXEL_DECODER,
-        decoder_outputs=768,
-        own_target=True,
-    ),
-    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, pos_embed=None),
-    Dialect("Video ViT", marks=r"blocks\.\d+\..+", prefix="", ignored=(r"head\.(weight|bias)",), pos_embed=None),
-    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix=r"backbone\.", pos_embed=None),
-)
 _OWN_PREFIX = r"encoder\."  # of our masked autoencoder; the classifier has none
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
@@ -116,6 +44,7 @@ class LoadReport:
     """What became of every key. `loaded` and `missing` are the model's keys, `ignored` the file's.
 
     sources maps each loaded key to the file's name for it; reasons maps each ignored key to why. epoch: of the file.
+    fitted: what was done to tensors of another grid or type.
     """
 
     path: str
@@ -128,6 +57,7 @@ class LoadReport:
     missing: list[str]
     sources: dict[str, str] = field(repr=False)
     reasons: dict[str, str] = field(repr=False)
+    fitted: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
@@ -142,6 +72,7 @@ class LoadReport:
                 f"  loaded   {len(self.loaded):4d}  ({renamed} of them renamed)",
                 f"  ignored  {len(self.ignored):4d}  {why}".rstrip(),
                 f"  missing  {len(self.missing):4d}  {missing}".rstrip(),
+                *(f"  fitted         {what}" for what in self.fitted),
             )
         )
 
@@ -159,9 +90,9 @@ class _Entry:
     tensor: Tensor
 
 
-def _canonical(key: str, prefix: str) -> str:
+def _canonical(key: str, prefix: str, final_norm: str) -> str:
     """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
-    return re.sub(r"^fc_norm\.", "norm.", re.sub(f"^{prefix}", "", key))
+    return re.sub(rf"^{final_norm}\.", "norm.", re.sub(f"^{prefix}", "", key))
 
 
 def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[_Entry]:
@@ -179,13 +110,16 @@ def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str])
     return entries
 
 
-def _recognise(entries: list[_Entry], path: str) -> Dialect:
+def _recognise(entries: list[_Entry], checkpoint: Checkpoint) -> Dialect:
     outputs = next((len(e.tensor) for e in entries if e.bare == "decoder.head.weight" and e.tensor.ndim), None)
     for dialect in DIALECTS:
-        fits = dialect.decoder_outputs in (None, outputs)
+        fits = dialect.decoder_outputs in (None, outputs) and dialect.family in (None, checkpoint.family)
         if fits and any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
             return dialect
-    raise CheckpointError(f"{path}: not a Video ViT checkpoint; its keys begin {brief(e.bare for e in entries)}")
+    if any(re.match(r"(vivit\.)?embeddings\.", entry.bare) for entry in entries):
+        raise CheckpointError(f"{checkpoint.path}: this is a ViViT of Hugging Face; {CONVERT_VIVIT}")
+    keys = brief(entry.bare for entry in entries)
+    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
 
 
 def _architecture(shapes: dict[str, tuple[int, ...]]) -> tuple:
@@ -204,7 +138,7 @@ def _names(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> list[
     for name in list_models():
         with torch.device("meta"):
             model = create_model(name)
-        shapes = {_canonical(k, _OWN_PREFIX): tuple(v.shape) for k, v in model.state_dict().items()}
+        shapes = {k.removeprefix("encoder."): tuple(v.shape) for k, v in model.state_dict().items()}
         if _architecture(shapes) == architecture and fits(name, model):
             names.append(name)
     return names
@@ -221,16 +155,25 @@ def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> st
 # Loading
 
 
-def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> LoadReport:
+def load_pretrained(
+    model: nn.Module,
+    path: str,
+    *,
+    model_key: str = MODEL_KEYS,
+    model_prefix: str = "",
+    stored_table: bool = True,
+) -> LoadReport:
     """Fill `model` in place from a published, DAPT or fine-tuned checkpoint.
 
     Half-precision files are copied up into the model's own dtype. The head (`head.*`) is loaded where its shape
-    fits and left as initialised where the file has none or one of another class count; a masked autoencoder's decoder
-    is left as initialised where the file has none.
+    fits and left as initialised where the file has none or one of another class count; so is InternVideo2's `fc_norm`,
+    and a masked autoencoder's decoder. A learned position table makes the model's one a parameter, and is `resampled`
+    for another grid of tokens.
 
     Args:
         path: file or http(s) URL. model_key: see `read_checkpoint`.
         model_prefix: take the keys under this prefix alone, e.g. "student."; the others are reported as ignored.
+        stored_table: take a learned position table, where the file has one; else it is left out.
 
     Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
     of another shape or with NaN, a key that nothing accounts for. The model is untouched then.
@@ -238,30 +181,38 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
     checkpoint = read_checkpoint(path, model_key)
     reasons: dict[str, str] = {}  # of each key that is ignored
     entries = _entries(checkpoint, model_prefix, reasons)
-    dialect = _recognise(entries, path)
+    dialect = _recognise(entries, checkpoint)
     source: dict[str, _Entry] = {}  # by canonical key, as is `target`
     for entry in entries:
-        other = source.setdefault(_canonical(entry.bare, dialect.prefix), entry)
+        other = source.setdefault(_canonical(entry.bare, dialect.prefix, dialect.final_norm), entry)
         if other is not entry:
             raise CheckpointError(f"{path}: {other.key} and {entry.key} both stand for the same tensor; one must go")
     state = model.state_dict()
-    target = {_canonical(key, _OWN_PREFIX): key for key in state}
-
+    target = {_canonical(key, _OWN_PREFIX, dialect.final_norm): key for key in state}
     shapes = {c: tuple(state[key].shape) for c, key in target.items()}
+
     _check_architecture(model, shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, dialect, path)
     _set_foreign_head_aside(source, shapes, reasons)
     for c in [c for c in source if c not in target or dialect.own_target]:
         if any(re.fullmatch(rule, source[c].bare) for rule in dialect.ignored):
             entry = source.pop(c)
             reasons[entry.key] = entry.bare if "." not in entry.bare else f"{entry.bare.split('.')[0]}.*"
+    encoder = getattr(model, "encoder", model)
+    if not stored_table:
+        _drop_table(source, shapes, reasons, path)
+    fitted = _settle_position_table(source, encoder, reasons) + _fit_patch_embed(source, shapes)
+    if "pos_embed" in source or (stored_table and dialect.stored_table):
+        target["pos_embed"] = "pos_embed" if encoder is model else "encoder.pos_embed"
+        shapes["pos_embed"] = tuple(encoder.pos_embed.shape)
     _check_shapes(source, shapes, path)
-    missing = [key for c, key in target.items() if c not in source]
+    missing = {c: key for c, key in target.items() if c not in source}
     unknown = [entry.key for c, entry in source.items() if c not in target]
-    has_decoder = any(map(_DECODER.fullmatch, source))
-    lacking = [key for key in missing if not key.startswith("head.") and (has_decoder or not _DECODER.fullmatch(key))]
-    _check_complete(lacking, unknown, dialect, path)
+    _check_complete([missing[c] for c in _needed(missing, source, dialect)], unknown, dialect, path)
     _check_values(source, path)
 
+    if "pos_embed" in source:
+        encoder.learn_pos_embed()
+        state = model.state_dict()
     with torch.no_grad():
         for c, entry in source.items():
             state[target[c]].copy_(entry.tensor)
@@ -274,9 +225,10 @@ def load_pretrained(model: nn.Module, path: str, *, model_key: str = MODEL_KEYS,
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.state.values()})),
         loaded=list(sources),
         ignored=[key for key in checkpoint.state if key in reasons],
-        missing=missing,
+        missing=list(missing.values()),
         sources=sources,
         reasons=reasons,
+        fitted=fitted,
     )
 
 
@@ -285,8 +237,8 @@ def _check_architecture(
 ) -> None:
     """Raise CheckpointError where the file is of another model size or family. Shapes by canonical key."""
     own, other = _architecture(wanted), _architecture(found)
-    tables = (None, model.pos_embed_kind)
-    if other[0] is not None and (other != own or dialect.pos_embed not in tables):
+    fitted = _inflated_shape(other[0], own[0]) if dialect.inflated and other[0] else other[0]
+    if other[0] is not None and ((fitted, other[1]) != own or dialect.pos_embed not in (None, model.pos_embed_kind)):
 
         def fits_file(name: str, candidate: nn.Module) -> bool:
             return type(candidate) is type(model) and bool(re.fullmatch(dialect.models, name))
@@ -310,6 +262,63 @@ def _set_foreign_head_aside(source: dict[str, _Entry], shapes: dict[str, tuple],
     if all(len(s) == len(shapes[c]) and s[1:] == shapes[c][1:] and s[0] != shapes[c][0] for c, s in head.items()):
         for c, (classes, *_) in head.items():
             reasons[source.pop(c).key] = f"head.* of {classes} classes"
+
+
+def _drop_table(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: dict[str, str], path: str) -> None:
+    """Move the file's position table from source to reasons. Raises CheckpointError where the model needs it."""
+    if "pos_embed" in shapes:
+        raise CheckpointError(f"{path}: the model's position table is learned, so it takes the file's; not sincos")
+    if "pos_embed" in source:
+        reasons[source.pop("pos_embed").key] = "learned position table"
+
+
+def _settle_position_table(source: dict[str, _Entry], encoder: nn.Module, reasons: dict[str, str]) -> list[str]:
+    """Fit the file's position table in source to the encoder's grid; says how. The encoder's own goes to reasons."""
+    entry, own = source.get("pos_embed"), encoder.pos_embed
+    if entry is None or entry.tensor.ndim != 3 or not entry.tensor.is_floating_point():
+        return []
+    table, said = entry.tensor.float(), []
+    first = own.shape[1] - math.prod(encoder.grid)  # the class token's, if there is one
+    grid = likely_grid(table.shape[1] - first, encoder.grid)
+    if grid not in (None, encoder.grid):
+        table = torch.cat([table[:, :first], resampled(table[0, first:], grid, encoder.grid)[None]], dim=1)
+        old, new = (" x ".join(map(str, g)) for g in (grid, encoder.grid))
+        said.append(f"{entry.key} from {old} to {new} tokens")
+    if not isinstance(own, nn.Parameter):
+        if table.shape == own.shape and torch.allclose(table, own, atol=1e-3):
+            reasons[source.pop("pos_embed").key] = "position table, the model's own"
+            return []
+        said.append(f"{entry.key} replaces the model's fixed table and is trained like the other weights")
+    source["pos_embed"] = replace(entry, tensor=table)
+    return said
+
+
+def _inflated_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a patch embedding of one frame, repeated for as many as wanted; any other shape as it is."""
+    return (*shape[:2], wanted[2], *shape[3:]) if len(shape) == 5 and shape[2] == 1 else shape
+
+
+def _fit_patch_embed(source: dict[str, _Entry], shapes: dict[str, tuple]) -> list[str]:
+    """Inflate a patch embedding of one frame in source to the model's frames, keeping its sum; says so."""
+    c = "patch_embed.proj.weight"
+    if c not in source or tuple(source[c].tensor.shape) == shapes[c]:
+        return []
+    frames = shapes[c][2]
+    source[c] = replace(source[c], tensor=source[c].tensor.float().expand(shapes[c]) / frames)
+    return [f"{source[c].key} from 1 frame to {frames}"]
+
+
+def _needed(missing: Iterable[str], source: dict[str, _Entry], dialect: Dialect) -> list[str]:
+    """Those of the missing that a file of this dialect must have. What may be fresh is so wholly or not at all."""
+    has_decoder = any(map(_DECODER.fullmatch, source))
+    modules = {c.split(".")[0] for c in source}
+
+    def may_be_fresh(c: str) -> bool:
+        if _DECODER.fullmatch(c):
+            return not has_decoder
+        return c.split(".")[0] not in modules and bool(re.fullmatch(dialect.fresh, c))
+
+    return [c for c in missing if not may_be_fresh(c)]
 
 
 def _check_values(source: dict[str, _Entry], path: str) -> None:
@@ -356,8 +365,8 @@ def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str =
     """Names of the registered models that the weights in a file are for, classifiers first. Raises CheckpointError."""
     checkpoint = read_checkpoint(path, model_key)
     entries = _entries(checkpoint, model_prefix, {})
-    dialect = _recognise(entries, path)
-    found = _architecture({_canonical(e.bare, dialect.prefix): tuple(e.tensor.shape) for e in entries})
+    dialect = _recognise(entries, checkpoint)
+    found = _architecture({re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries})
     names = _names(found, lambda name, _: bool(re.fullmatch(dialect.models, name)))
     if not names:
         raise CheckpointError(f"{path}: {dialect.name}, {_describe(found, lambda *_: False)}: no registered model")

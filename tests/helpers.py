@@ -34,6 +34,26 @@ def recipe(key: str, shape) -> torch.Tensor:
     return torch.from_numpy((values + bool(NORM_WEIGHT.search(key))).astype(np.float32))
 
 
+def other_recipe(key: str, shape, *, scale: float = 0.02) -> torch.Tensor:
+    """The weights of models_other.json; its variants called strong have scale 0.05."""
+    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)) * scale
+    ones = (key.endswith(".weight") and len(shape) == 1) or key.endswith("/scale")
+    return torch.from_numpy((values + (ones or (scale == 0.05 and key.endswith(".gamma")))).astype(np.float32))
+
+
+def other_input(fixture: dict) -> torch.Tensor:
+    """The input of a fixture of models_other.json."""
+    video = np.random.Generator(np.random.PCG64(0)).standard_normal(fixture["input_shape"])
+    return torch.from_numpy(video.astype(np.float32))
+
+
+def fill_head(model: torch.nn.Module, keys, fill) -> None:
+    """Set the tensors of these keys to fill(key, shape)."""
+    with torch.no_grad():
+        for key in keys:
+            model.state_dict()[key].copy_(fill(key, model.state_dict()[key].shape))
+
+
 def golden_input() -> torch.Tensor:
     """(1, 3, 16, 224, 224), treated as normalised already."""
     rng = np.random.Generator(np.random.PCG64(0))

@@ -206,6 +206,15 @@ def _file_flags(add: Callable) -> None:
     add("--model_prefix", None, "read only the keys under this prefix, e.g. student. (default: all keys)")
 
 
+def _encoder_flags(add: Callable) -> None:
+    help = "position table: trained (learned) or the model's fixed one (default: learned if the weights come with one)"
+    add("--pos_embed", None, help, choices=["learned", "sincos"])
+    help = (
+        "GELU of the encoder, exact or approximated (default: what the model was published with, tanh for InternVideo2)"
+    )
+    add("--gelu", None, help, choices=["erf", "tanh"])
+
+
 def _shape_flags(add: Callable) -> None:
     add("--num_frames", None, "frames of a window (default: the model's)", type=positive)
     add("--view_fps", None, "frames per second of a window (default: the model's)", type=positive_float)
@@ -230,11 +239,14 @@ def _finetune_model_flags(parser: Parser) -> None:
     add(
         "--model",
         "vit_base_patch16_224",
-        "[mvd_|umt_]vit_{small,base,large,huge}_patch16_224; vit_tiny_patch16_64 for trials",
+        "[mvd_|umt_]vit_{small,base,large,huge}_patch16_224, internvideo2_{small,base,large}_patch14_224; "
+        "vit_tiny_patch16_64 for trials",
     )
     add("--finetune", None, "weights to start from or, with --eval, to evaluate: path or URL (default: random weights)")
     _file_flags(add)
-    add("--final_reduction", "fc_norm", "pool by the mean of the tokens or take the first", choices=["fc_norm", "cls"])
+    _encoder_flags(add)
+    add("--final_reduction", None, "pool by the mean of the tokens or take the first (default: the mean; InternVideo2 "
+        "pools by attention alone)", choices=["fc_norm", "cls"])  # fmt: skip
     add("--init_scale", 0.001, "factor on the head's initial weights")
     add("--drop_path", 0.2, "stochastic depth: probability of the last block, growing linearly from 0 at the first")
     add("--drop", 0.0, "dropout after projections")
@@ -299,10 +311,14 @@ def _dapt_data_flags(parser: Parser) -> None:
 def _dapt_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     add = partial(_flag, group)
-    names = "pretrain_{videomae,mvd_vit,umt_vit}_{small,base,large}_patch16_224; ..._tiny_patch16_64 for trials"
+    names = (
+        "pretrain_{videomae,mvd_vit,umt_vit}_{small,base,large}_patch16_224, "
+        "pretrain_internvideo2_{small,base,large}_patch14_224; ..._tiny_patch16_64 for trials"
+    )
     add("--model", "pretrain_videomae_base_patch16_224", names)
     add("--from_ckpt", None, "weights to start from: path or URL (default: random weights)")
     _file_flags(add)
+    _encoder_flags(add)
     add("--decoder_depth", None, "blocks of the decoder (default: the model's, 4 for small and base)", type=positive)
     add("--mask_ratio", 0.75, "masked share of each frame, 0 to 1")
     add("--drop_path", 0.0, "stochastic depth: probability of the last block, growing linearly from 0 at the first")
@@ -341,6 +357,11 @@ def fill(args: argparse.Namespace, defaults: Any, names: Sequence[str]) -> None:
     for name in names:
         if getattr(args, name) is None:
             setattr(args, name, getattr(defaults, name))
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """{name: value} of those of the arguments that are not None."""
+    return {name: value for name, value in picked(args, names).items() if value is not None}
 
 
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:

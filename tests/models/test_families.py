@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import golden, golden_input, published_file, recipe
+from helpers import fill_head, golden, golden_input, other_input, other_recipe, published_file, recipe
 
 from models import create_model, weights
-from models.pos_embed import position_table, resampled, sincos_3d, sinusoid_1d
+from models.pos_embed import likely_grid, position_table, resampled, sincos_3d, sinusoid_1d
 from models.vit import VideoViT
 from models.weights import CheckpointError, load_pretrained
 
@@ -22,21 +22,6 @@ FAMILIES = {
     "mvd_vit_s_from_b": ("mvd_vit_small_patch16_224", "MVD pre-training"),
     "mvd_vit_s_from_l": ("mvd_vit_small_patch16_224", "MVD pre-training"),
 }
-
-
-def other_recipe(key, shape, *, scale=0.02):
-    """The weights of models_other.json: a 1-D weight is a norm's; "strong" has a larger scale."""
-    import zlib
-
-    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)) * scale
-    norm = key.endswith(".weight") and len(shape) == 1
-    return torch.from_numpy((values + norm).astype(np.float32))
-
-
-def fill_head(model, keys, fill):
-    with torch.no_grad():
-        for key in keys:
-            model.state_dict()[key].copy_(fill(key, model.state_dict()[key].shape))
 
 
 def accounted(report, keys):
@@ -76,11 +61,9 @@ def test_umt_gives_the_reference_logits(name, scale, tmp_path):
     accounted(report, state)
     assert sorted(report.ignored) == fixture["load_report"]["unexpected"]
     fill_head(model, report.missing, lambda key, shape: other_recipe(key, shape, scale=scale))
-    video = np.random.Generator(np.random.PCG64(0)).standard_normal(fixture["input_shape"]).astype(np.float32)
     with torch.no_grad():
-        np.testing.assert_allclose(
-            model(torch.from_numpy(video))[0], fixture["expected"][name]["logits"], rtol=1e-4, atol=1e-5
-        )
+        logits = model(other_input(fixture))[0]
+    np.testing.assert_allclose(logits, fixture["expected"][name]["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "scale"), [("main", 0.02), ("strong", 0.05)])
@@ -91,9 +74,8 @@ def test_a_tiny_umt_gives_the_reference_logits(name, scale):
     ).eval()
     assert {k for k, _ in fixture["checkpoint_keys"]} == model.state_dict().keys()
     fill_head(model, model.state_dict(), lambda key, shape: other_recipe(key, shape, scale=scale))
-    video = np.random.Generator(np.random.PCG64(0)).standard_normal(fixture["input_shape"]).astype(np.float32)
     with torch.no_grad():
-        np.testing.assert_allclose(model(torch.from_numpy(video))[0], fixture["expected"][name]["logits"], atol=5e-6)
+        np.testing.assert_allclose(model(other_input(fixture))[0], fixture["expected"][name]["logits"], atol=5e-6)
 
 
 @pytest.mark.parametrize("dim", [384, 768, 1024])
@@ -121,6 +103,24 @@ def test_umt_s_position_table_at_other_sizes(name):
     np.testing.assert_allclose(flat[-8:], expected["last8"], atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("positions", "wanted", "grid"),
+    [
+        (2048, (8, 16, 16), (8, 16, 16)),
+        (2048, (16, 16, 16), (8, 16, 16)),
+        (2048, (8, 8, 8), (8, 16, 16)),
+        (512, (2, 16, 16), (2, 16, 16)),
+        (4 * 81, (4, 16, 16), (4, 9, 9)),
+        (4096, (8, 16, 16), (16, 16, 16)),
+        (32, (4, 4, 4), (2, 4, 4)),
+        (2049, (8, 16, 16), None),
+        (0, (8, 16, 16), None),
+    ],
+)
+def test_likely_grids(positions, wanted, grid):
+    assert likely_grid(positions, wanted) == grid
+
+
 def test_a_table_on_its_own_grid_is_not_touched():
     table = sinusoid_1d(1568, 32)
     assert resampled(table, (8, 14, 14), (8, 14, 14)) is table
@@ -140,7 +140,11 @@ TINY = {
     "MME pre-training": "vit_tiny_patch16_64",
     "MVD pre-training": "mvd_vit_tiny_patch16_64",
     "UMT pre-training": "umt_vit_tiny_patch16_64",
+    "InternVideo2": "internvideo2_tiny_patch14_56",
+    "ViViT, converted": "vit_tiny_patch16_64",
 }
+FRESH = {"InternVideo2": ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]}
+ENCODER_TENSORS = {"InternVideo2": 44, "ViViT, converted": 57}
 every_family = pytest.mark.parametrize("dialect", TINY)
 
 
@@ -160,6 +164,10 @@ def zeros(*names):
 
 def published(dialect, model):
     """A state dict with the keys of a published file of the family, around the encoder of `model`."""
+    if dialect == "InternVideo2":
+        encoder = {k: v for k, v in model.state_dict().items() if not k.startswith(("head", "fc_norm"))}
+        decoders = [f"clip_decoder.5.{k}" for k in ("head.0.weight", "head.2.bias", "norm.weight")]
+        return encoder | zeros(*decoders, "clip_pos_embed", "final_clip_decoder.head.2.weight", "mae_pos_embed")
     encoder = {k.replace("fc_norm", "norm"): v for k, v in model.state_dict().items() if not k.startswith("head")}
     pixel = {f"decoder.{k}": v for k, v in zeros("norm.weight", "norm.bias").items()}
     pixel |= {"mask_token": torch.zeros(1, 1, 64), "encoder_to_decoder.weight": torch.zeros(64, 128)}
@@ -175,6 +183,8 @@ def published(dialect, model):
             | zeros("decoder_vid.head.weight", "decoder_vid.norm.bias")
         )
     prefixed = {f"encoder.{k}": v for k, v in encoder.items()}
+    if dialect == "ViViT, converted":
+        return prefixed | {"encoder.pos_embed": model.pos_embed * 2}
     if dialect == "UMT pre-training":
         return prefixed | zeros("clip_decoder.0.head.weight", "clip_decoder.5.norm.bias")
     if dialect == "MME pre-training":
@@ -191,8 +201,9 @@ def tiny(name, seed=0):
     return create_model(name)
 
 
-def save(tmp_path, state):
-    torch.save({"model": state}, tmp_path / "file.pth")
+def save(tmp_path, state, dialect=""):
+    about = {"family": "ViViT"} if dialect == "ViViT, converted" else {}
+    torch.save({"model": state, **about}, tmp_path / "file.pth")
     return str(tmp_path / "file.pth")
 
 
@@ -200,11 +211,12 @@ def save(tmp_path, state):
 def test_every_key_is_loaded_or_ignored_by_a_rule(dialect, tmp_path):
     source, model = tiny(TINY[dialect]), tiny(TINY[dialect], seed=1)
     state = published(dialect, source)
-    report = load_pretrained(model, save(tmp_path, state))
-    assert report.dialect == dialect and report.missing == ["head.weight", "head.bias"]
+    report = load_pretrained(model, save(tmp_path, state, dialect))
+    assert report.dialect == dialect and report.missing == FRESH.get(dialect, ["head.weight", "head.bias"])
     accounted(report, state)
-    assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
-    assert torch.equal(model.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+    if dialect not in FRESH:
+        assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
 
 
 @every_family
@@ -213,7 +225,9 @@ def test_a_masked_autoencoder_takes_the_encoder_and_no_foreign_decoder(dialect, 
     source, model = tiny(name), tiny("pretrain_" + re.sub(r"^vit", "videomae", name))
     state = published(dialect, source)
     fresh = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("encoder.")}
-    report = load_pretrained(model, save(tmp_path, state))
+    if dialect == "InternVideo2":
+        fresh |= {k: model.state_dict()[k].clone() for k in ("encoder.norm.weight", "encoder.norm.bias")}
+    report = load_pretrained(model, save(tmp_path, state, dialect))
     assert set(report.missing) == fresh.keys()
     accounted(report, state)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in fresh.items())
@@ -224,8 +238,9 @@ def test_a_masked_autoencoder_takes_the_encoder_and_no_foreign_decoder(dialect, 
 def test_any_encoder_tensor_missing_renamed_or_misshapen_is_named(dialect, tmp_path):
     model = tiny(TINY[dialect])
     state = published(dialect, model)
-    needed = [k for k in state if re.search(r"^(encoder\.)?(blocks|patch_embed|norm)\b", k)]
-    assert len(needed) == 56
+    parts = r"blocks|patch_embed|norm" + r"|cls_token|clip_projector|pos_embed" * (dialect in ENCODER_TENSORS)
+    needed = [k for k in state if re.search(rf"^(encoder\.)?({parts})\b", k)]
+    assert len(needed) == ENCODER_TENSORS.get(dialect, 56)
     for key in needed:
         bare = key.removeprefix("encoder.")
         ours = bare.replace("norm.", "fc_norm.") if bare.startswith("norm.") else bare
@@ -236,7 +251,7 @@ def test_any_encoder_tensor_missing_renamed_or_misshapen_is_named(dialect, tmp_p
             (state | {key: torch.zeros(3, 3)}, bare),
         ):
             with pytest.raises(CheckpointError) as caught:
-                load_pretrained(model, save(tmp_path, broken))
+                load_pretrained(model, save(tmp_path, broken, dialect))
             assert name in str(caught.value)
 
 
@@ -245,7 +260,7 @@ def test_unknown_keys_are_named(dialect, tmp_path):
     model = tiny(TINY[dialect])
     for key in ("encoder.blocks.0.attn.k_bias", "decoder.extra", "projector.weight", "head.1.weight"):
         with pytest.raises(CheckpointError, match=f"no rule of '{dialect}' accounts for: {key}"):
-            load_pretrained(model, save(tmp_path, published(dialect, model) | {key: torch.zeros(2)}))
+            load_pretrained(model, save(tmp_path, published(dialect, model) | {key: torch.zeros(2)}, dialect))
 
 
 @pytest.mark.parametrize("prefix", ["encoder.model.", "encoder_q.encoder.model."])
@@ -283,11 +298,12 @@ def inspect(capsys, monkeypatch, *words):
 
 @every_family
 def test_inspecting_names_family_and_model(dialect, tmp_path, capsys, monkeypatch):
-    path = save(tmp_path, published(dialect, tiny(TINY[dialect])))
+    path = save(tmp_path, published(dialect, tiny(TINY[dialect])), dialect)
     out = inspect(capsys, monkeypatch, path)
     pretrain = "pretrain_" + re.sub(r"^vit", "videomae", TINY[dialect])
     assert f"dialect  {dialect} under 'model', float32" in out and f"  model    {TINY[dialect]} or {pretrain}\n" in out
-    assert "missing     2  head.weight, head.bias" in out and "epoch" not in out
+    fresh = FRESH.get(dialect, ["head.weight", "head.bias"])
+    assert f"missing     {len(fresh)}  {', '.join(fresh)}" in out and "epoch" not in out
     trial = inspect(capsys, monkeypatch, path, "--model", pretrain)
     assert f"  model    {pretrain}\n" in trial
 

@@ -1,0 +1,116 @@
+"""The kinds of published checkpoint files: how each is recognised, and which of its keys are left out on purpose."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one kind of published file is recognised and read. All patterns match whole keys.
+
+    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where that tells
+    families with the same keys apart. family: what the file must say of itself. prefix: pattern of what stands before
+    the encoder's keys. final_norm: pattern of the names of the encoder's final norm, all the same tensor. ignored:
+    patterns of keys that are left out on purpose where the model has no place for them. fresh: pattern of what a
+    classifier may lack, in our names; each module wholly or not at all. own_target: the decoder predicts something else
+    than pixels, so it is left out of a masked autoencoder too. models: pattern of the models it is for. pos_embed: the
+    position table the weights were trained with, where the file is of one family alone. stored_table: the file has it.
+    inflated: a patch embedding of one frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
+    """
+
+    name: str
+    marks: str
+    family: str | None = None
+    prefix: str = r"encoder\."
+    final_norm: str = r"(fc_)?norm"
+    ignored: tuple[str, ...] = ()
+    fresh: str = r"head\..+"
+    decoder_outputs: int | None = None
+    own_target: bool = False
+    models: str = r"(pretrain_videomae|vit)_.+"
+    pos_embed: str | None = "sinusoid"
+    stored_table: bool = False
+    inflated: bool = False
+
+
+_BLOCK = r"blocks\.\d+\.(norm1|norm2|attn|attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias|q_bias|v_bias)"
+_PIXEL_DECODER = (
+    r"mask_token",
+    r"encoder_to_decoder\.weight",
+    rf"decoder\.{_BLOCK}",
+    r"decoder\.(norm|head)\.(weight|bias)",
+)
+# The first that fits wins.
+DIALECTS = (
+    Dialect(
+        "InternVideo2",
+        marks=r"(encoder\.)?clip_projector\..+",
+        final_norm="norm",  # of a masked autoencoder alone; a classifier's fc_norm comes after the pooling
+        ignored=(
+            *_PIXEL_DECODER,
+            r"(clip|mae)_pos_embed",
+            r"clip_decoder\.\d+\.(head\.[02]|norm)\.(weight|bias)",
+            r"final_clip_decoder\.(head\.[02]|norm)\.(weight|bias)",
+            r"mae_decoder\..+",
+            r"encoder\.norm\.(weight|bias)",
+            r"(fc_norm|head)\.(weight|bias)",
+        ),
+        fresh=r"(head|fc_norm|norm)\..+",
+        models=r"(pretrain_)?internvideo2_.+",
+        pos_embed="learned",
+        stored_table=True,
+        inflated=True,
+    ),
+    Dialect("ViViT, converted", marks=r"encoder\.blocks\.\d+\..+", family="ViViT", pos_embed=None, stored_table=True),
+    Dialect(
+        "MVD pre-training",
+        marks=r"decoder_(img|vid)\..+|mask_token_(img|vid)",
+        prefix="",
+        ignored=(
+            r"pos_embed(_img|_vid)?",  # frozen tables, which the model computes
+            r"mask_token_(img|vid)",
+            r"down_(img|vid)\.(weight|bias)",
+            rf"decoder_(img|vid)\.{_BLOCK}",
+            r"decoder_(img|vid)\.(norm|head)\.(weight|bias)",
+        ),
+        own_target=True,
+        models=r"(pretrain_)?mvd_.+",
+        pos_embed="sincos_3d",
+    ),
+    Dialect(
+        "UMT pre-training",
+        marks=r"clip_decoder\.\d+\.head\.weight",
+        ignored=(r"clip_decoder\.\d+\.(norm|head)\.(weight|bias)",),
+        own_target=True,
+        models=r"(pretrain_)?umt_.+",
+        pos_embed="umt",
+    ),
+    Dialect(
+        "MME pre-training",
+        marks=r"decoder\.\d+\.blocks\..+|encoder(_q\.encoder)?\.model\.blocks\.\d+\..+",
+        prefix=r"(encoder_q\.)?encoder\.(model\.)?",
+        ignored=(
+            r"mask_token",
+            r"encoder_to_decoder\.\d+\.weight",
+            rf"decoder\.\d+\.{_BLOCK}",
+            r"decoder\.\d+\.norm\.(weight|bias)",
+            r"decoder\.\d+\.head\.\d+\.\d+\.(weight|bias)",
+        ),
+        own_target=True,
+    ),
+    Dialect(
+        "SIGMA pre-training",
+        marks=r"prototypes",
+        ignored=(*_PIXEL_DECODER, r"prototypes", r"head\.[0246]\.(weight|bias)", r"memory", r"memory_pred_head\..+"),
+        own_target=True,
+    ),
+    Dialect(
+        "SMILE pre-training",
+        marks=r"encoder\.blocks\.\d+\..+",
+        ignored=_PIXEL_DECODER,
+        decoder_outputs=768,
+        own_target=True,
+    ),
+    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, pos_embed=None),
+    Dialect("Video ViT", marks=r"blocks\.\d+\..+", prefix="", ignored=(r"head\.(weight|bias)",), pos_embed=None),
+    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix=r"backbone\.", pos_embed=None),
+)
