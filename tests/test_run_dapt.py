@@ -235,6 +235,7 @@ def test_the_published_cosine():
         ["--drop_path", "0.2", "--opt", "sgd", "--weight_decay_end", "0.1", "--no_flash_attn", "--aa", "rand-m3-n1"],
         ["--model", "pretrain_mvd_vit_tiny_patch16_64"],
         ["--model", "pretrain_umt_vit_tiny_patch16_64", "--num_frames", "8"],
+        ["--model", "pretrain_internvideo2_tiny_patch14_56", "--gelu", "erf"],
         ["--no_save_ckpt", "--start_epoch", "1", "--num_workers", "1", "--save_ckpt_freq", "0"],
     ],
     ids=lambda o: o[1] if o[0] == "--model" else o[0],

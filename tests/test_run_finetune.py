@@ -283,6 +283,7 @@ def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finish
         ["--precision", "bf16", "--no_save_ckpt", "--start_epoch", "1"],
         ["--model", "mvd_vit_tiny_patch16_64"],
         ["--model", "umt_vit_tiny_patch16_64", "--num_frames", "8"],
+        ["--model", "internvideo2_tiny_patch14_56", "--gelu", "erf", "--freeze_layers", "1", "--drop", "0.1"],
     ],
     ids=lambda o: o[1] if o[0] == "--model" else o[0],
 )  # fmt: skip

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from helpers import golden
@@ -67,6 +69,26 @@ def test_golden_layer_scales(model, decay, key):
         groups = parameter_groups(create_model(model), weight_decay=0.05, layer_decay=decay)
     expected = sorted(SCHEDULES["layer_decay"][key]["lr_scale_by_layer_id"].values())
     assert sorted({g["lr_scale"] for g in groups}) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["internvideo2_small_patch14_224", "umt_vit_base_patch16_224", "vit_small_patch16_224"]
+)
+def test_layer_of_every_parameter(name):
+    """Embedding 0, block i at i + 1, all behind the blocks last; no decay for tables, tokens and 1-D parameters."""
+    with torch.device("meta"):
+        model = create_model(name)
+        model.learn_pos_embed()
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+    found = {id(p): (round(13 + math.log(g["lr_scale"], 2)), g["weight_decay"]) for g in groups for p in g["params"]}
+    golden_ids = SCHEDULES["layer_decay"]["names_not_in_vit_small_but_rule_covers"]
+    assert len(found) == len(list(model.parameters()))
+    for key, p in model.named_parameters():
+        module, *inner = key.split(".")
+        layers = {"blocks": int(inner[0]) + 1 if module == "blocks" else None, "patch_embed": 0, "clip_projector": 13}
+        expected = {**golden_ids, **layers}[module if module in layers else key.replace(".bias", ".weight")]
+        undecayed = p.ndim == 1 or module in ("pos_embed", "cls_token")
+        assert found[id(p)] == (expected, 0.0 if undecayed else 0.05), key
 
 
 def test_without_layer_decay_there_are_two_groups_and_frozen_parameters_are_left_out():

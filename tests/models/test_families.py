@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import fill_head, golden, golden_input, other_input, other_recipe, published_file, recipe
+from helpers import fill_head, golden, golden_input, other_input, other_recipe, published_file, recipe, run
 
 from models import create_model, weights
 from models.pos_embed import likely_grid, position_table, resampled, sincos_3d, sinusoid_1d
@@ -196,9 +196,9 @@ def published(dialect, model):
     return prefixed | pixel | {"decoder.head.weight": torch.zeros(768, 64), "decoder.head.bias": torch.zeros(768)}
 
 
-def tiny(name, seed=0):
+def tiny(name, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return create_model(name)
+    return create_model(name, **kwargs)
 
 
 def save(tmp_path, state, dialect=""):
@@ -325,3 +325,63 @@ def test_inspecting_says_epoch_size_and_errors(tmp_path, capsys, monkeypatch):
         assert re.search(message, inspect(capsys, monkeypatch, *words))
     shallow = {k: v for k, v in state.items() if "blocks.3" not in k}
     assert "a model of 3 blocks with" in inspect(capsys, monkeypatch, save(tmp_path, shallow))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+FULL_SIZE = ["vit_small_patch16_224", "mvd_vit_small_patch16_224", "umt_vit_small_patch16_224"]
+FULL_SIZE += ["internvideo2_small_patch14_224"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_models_give_every_parameter_a_gradient(name):
+    model = tiny(name, init_scale=1.0)
+    video = torch.randn(1, *model.input_shape)
+    torch.nn.functional.cross_entropy(model(video), torch.tensor([1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.patch_embed.proj.weight.grad.any() and model.head.weight.grad.any()
+
+    mae = tiny("pretrain_" + re.sub(r"^vit", "videomae", name))
+    mask = torch.rand(1, mae.grid[1] * mae.grid[2]).argsort() < 0.75 * mae.grid[1] * mae.grid[2]
+    mae(video, mask.repeat(1, mae.grid[0])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mae.parameters() if p.requires_grad)
+    assert mae.encoder.patch_embed.proj.weight.grad.any() and mae.mask_token.grad.any()
+
+
+def videomae_file(model):
+    """VideoMAE's own layout, with the decoder."""
+    return published("SMILE pre-training", model) | {
+        "decoder.head.weight": torch.zeros(1536, 64),
+        "decoder.head.bias": torch.zeros(1536),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["VideoMAE pre-training", *TINY])
+def test_every_family_goes_through_both_scripts(dialect, dota_root, tmp_path):
+    """A published layout -> one step of DAPT -> one step of fine-tuning from its checkpoint, under torchrun."""
+    name = TINY.get(dialect, "vit_tiny_patch16_64")
+    source = tiny(name)
+    state = published(dialect, source) if dialect in TINY else videomae_file(source)
+    common = ["--data_set", "DoTA", "--data_path", dota_root, "--total_batch_size", 2, "--nb_samples_per_epoch", 2]
+    common += ["--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0, "--aa", "none", "--view_fps", 5]
+    dapt = ["--model", "pretrain_" + re.sub(r"^vit", "videomae", name), "--output_dir", tmp_path / "dapt"]
+    done = run("run_dapt.py", *common, *dapt, "--from_ckpt", save(tmp_path, state, dialect), processes=1)
+    assert done.returncode == 0, done.stderr
+    assert f"dialect  {dialect} under" in done.stdout
+
+    weights_file = tmp_path / "dapt" / "checkpoint-0.pth"
+    adapted, published_state = torch.load(weights_file, weights_only=True), source.state_dict()
+    moved = [k for k, v in published_state.items() if not torch.equal(v, adapted.get(f"encoder.{k}", v))]
+    assert "patch_embed.proj.weight" in moved and any(k.startswith("blocks.1.") for k in moved)
+    tuned = ["--model", name, "--output_dir", tmp_path / "tuned", "--disable_eval_during_finetuning"]
+    done = run("run_finetune.py", *common, *tuned, "--finetune", weights_file, processes=1)
+    assert done.returncode == 0, done.stderr
+    fresh = FRESH.get(dialect, ["head.weight", "head.bias"])
+    assert f"missing     {len(fresh)}  {', '.join(fresh)} (newly" in done.stdout
+    result = torch.load(tmp_path / "tuned" / "checkpoint-0.pth", weights_only=True)
+    assert not torch.equal(result["patch_embed.proj.weight"], adapted["encoder.patch_embed.proj.weight"])
+    assert ("pos_embed" in result) == (dialect in ("InternVideo2", "ViViT, converted"))
