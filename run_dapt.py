@@ -44,7 +44,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
-from datasets.loader import EpochSampler, SkipBad, Source, WindowDataset, checked, collate, train_loader
+from datasets.faults import SkipBad, checked
+from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
 from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last
@@ -114,6 +115,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
     loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
+    batches = SkipBad(loader, limit=args.max_bad_samples)
     ddp_model = data_parallel(model, process)
     defaults = model_defaults(args.model)
     to_input = ToModelInput(defaults.mean, defaults.std)
@@ -124,6 +126,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        batches.restore(progress.samples, process.is_main)
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
     if process.is_main:
@@ -133,6 +136,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
 
     def save() -> None:
+        progress.samples = batches.counts()
         if args.save_ckpt:
             save_last(output_dir, model, optimization, progress, record=vars(args))
 
@@ -142,11 +146,11 @@ def pretrain(args: Namespace, process: Process) -> None:
             pictures.draw(model, process.device, progress.epoch, step=step)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
-        return {}
+        return batches.end_epoch()
 
     train_epochs(
         ddp_model,
-        SkipBad(loader, limit=args.max_bad_samples),
+        batches,
         sampler.set_epoch,
         DaptObjective(model, to_input, process.device),
         optimization,
@@ -160,6 +164,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
     tensorboard.close()
+    batches.log_summary()
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 
 

@@ -39,17 +39,19 @@ import logging
 import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import DataError, build_clips
+from datasets.faults import Fault, SkipBad, settle_faults
 from datasets.loader import (
     ClipStream,
     EpochSampler,
-    SkipBad,
     Source,
     WindowDataset,
     eval_loader,
@@ -65,6 +67,7 @@ from engine.evaluate import (
     gather_predictions,
     score_windows,
     summary,
+    within,
     write_metrics,
     write_predictions,
 )
@@ -126,6 +129,7 @@ def train(args: Namespace, process: Process) -> None:
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
     loader, sampler = training_data(args, process)
+    batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
     model = build_model(args, process, pretrained=resumed is None)
@@ -143,6 +147,7 @@ def train(args: Namespace, process: Process) -> None:
     )
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        batches.restore(progress.samples, process.is_main)
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     eval_model = optimization.ema.module if optimization.ema else model
@@ -152,6 +157,7 @@ def train(args: Namespace, process: Process) -> None:
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
 
     def save() -> None:
+        progress.samples = batches.counts()
         if args.save_ckpt:
             save_last(output_dir, model, optimization, progress, record=vars(args))
 
@@ -162,11 +168,11 @@ def train(args: Namespace, process: Process) -> None:
             save_best(args, process, eval_model, metrics, progress)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, eval_model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
-        return {f"val_{k}": v for k, v in metrics.items()}
+        return batches.end_epoch() | {f"val_{k}": v for k, v in metrics.items()}
 
     train_epochs(
         ddp_model,
-        SkipBad(loader, limit=args.max_bad_samples),
+        batches,
         sampler.set_epoch,
         FinetuneObjective(LOSSES[args.loss], to_input, process.device),
         optimization,
@@ -180,6 +186,7 @@ def train(args: Namespace, process: Process) -> None:
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
     tensorboard.close()
+    batches.log_summary()
     best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
     logger.info(f"{progress.epoch} of {args.epochs} epochs done{f'; best {best}' * bool(best)}; see {output_dir}")
 
@@ -196,18 +203,12 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if predictions is None:
         return
     metrics = predictions.metrics()
-    about = {
-        "checkpoint": args.finetune,
-        "data_set": args.data_set,
-        "split": args.eval_split,
-        "clips": len(validation.clips),
-        "clips_scored": int((validation.index.counts > 0).sum()),
-        "frames": int(validation.index.frame_counts.sum()),
-    }
+    about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+    about |= validation.coverage(predictions)
     write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     write_metrics(output_dir / "metrics.json", about | metrics)
     save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
-    logger.info(summary(metrics))
+    logger.info(f"{summary(metrics)}  {about['coverage']}")
     logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
@@ -249,6 +250,7 @@ class Validation:
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
             )
+        self.usable = settle_faults([], self.clips, allow_missing=args.allow_missing)
         defaults = model_defaults(args.model)
         self.to_input = ToModelInput(defaults.mean, defaults.std)
         self.stream = ClipStream(
@@ -268,16 +270,31 @@ class Validation:
         loader = eval_loader(self.stream, num_workers=args.num_workers, pin_memory=args.pin_mem)
         total = self.stream.num_chunks
         chunks = progress_bar(loader, total=total, description="evaluation", enabled=self.process.is_main)
-        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device)
+        faults: list[Fault] = []
+        missing = {"faults": faults, "allow_missing": args.allow_missing}
+        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device, **missing)
         local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
-        return gather_predictions(local, self.index.locations(), lambda clip: self.clips[clip].labels)
+        self.usable = settle_faults(clips=self.clips, **missing)
+        local, expected = (within(windows, self.usable) for windows in (local, self.index.locations()))
+        return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
+
+    def coverage(self, predictions: Predictions) -> dict[str, Any]:
+        """What of the split the predictions cover."""
+        scored, total = len(np.unique(predictions.clip)), len(self.clips) + len(self.clips.unreadable)
+        return {
+            "clips": total,
+            "clips_scored": scored,
+            "coverage": f"{scored} of {total} clips",
+            "unreadable": [*self.clips.unreadable, *(self.clips[c].name for c in np.flatnonzero(self.usable == 0))],
+            "frames": int(self.index.frame_counts.sum()),
+        }
 
     def evaluate(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
         """Metrics, on every rank; scalars and figures to TensorBoard."""
         predictions, metrics = self.predict(model), None
         if predictions:
             metrics = predictions.metrics()
-            logger.info(summary(metrics))
+            logger.info(f"{summary(metrics)}  {self.coverage(predictions)['coverage']}")
             tensorboard.scalars("val", metrics, step)
             tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
         return broadcast(metrics)

@@ -54,12 +54,14 @@ class ClipTable(Sequence):
     """The clips of one split of one data set, in the order of its split file.
 
     one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
+    unreadable: clips of the split that are not in `clips`, since their frames cannot be counted: {name: reason}.
     """
 
     name: str
     split: str
     clips: list[Clip] = field(repr=False)
     one_clip_per_video: bool = False
+    unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.clips)

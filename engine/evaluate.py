@@ -75,6 +75,12 @@ def score_windows(
     return np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()
 
 
+def within(windows: tuple[np.ndarray, ...], usable: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of columns (clip (n,), last frame (n,), ...) the rows whose window ends within its clip's usable frames."""
+    keep = windows[1] < usable[windows[0]]
+    return tuple(column[keep] for column in windows)
+
+
 def gather_predictions(
     local: tuple[np.ndarray, np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], labels: Callable
 ) -> Predictions | None:

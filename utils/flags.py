@@ -50,7 +50,7 @@ FREE_ON_RESUME = frozenset(
         *("auto_resume", "resume", "start_epoch", "stop_epoch", "output_dir", "log_dir", "print_freq", "save_ckpt"),
         *("save_ckpt_freq", "data_path", "finetune", "model_key", "model_prefix", "device", "num_workers", "pin_mem"),
         *("compile", "no_flash_attn", "use_checkpoint", "batch_size", "update_freq", "eval", "eval_batch_size"),
-        *("disable_eval_during_finetuning", "max_bad_samples", "from_ckpt", "scan_cache"),
+        *("disable_eval_during_finetuning", "allow_missing", "max_bad_samples", "from_ckpt", "scan_cache"),
     )
 )
 
@@ -198,7 +198,8 @@ def _runtime_flags(parser: Parser, *, seed: int) -> None:
     add("--seed", seed, "seed of weights, data order and augmentation", type=natural)
     add("--num_workers", 8, "loading processes per training process", type=natural)
     _switch(group, "pin_mem", "pin host memory for faster copies to the GPU")
-    add("--max_bad_samples", 100, "unreadable training samples a process may skip before the run stops", type=natural)
+    help = "unreadable training samples a process may skip in an epoch before the run stops"
+    add("--max_bad_samples", 100, help, type=natural)
 
 
 def _file_flags(add: Callable) -> None:
@@ -269,6 +270,8 @@ def _evaluation_flags(parser: Parser) -> None:
     add("--eval_split", "val", "split to evaluate, during training too: val, train or all")
     add("--sampling_rate_val", 1, "step between evaluated windows, in frames of the source", type=positive)
     add("--eval_batch_size", 64, "windows per process and forward pass", type=positive)
+    help = "score the clips that can be read and say how many they are, instead of refusing"
+    group.add_argument("--allow_missing", action="store_true", help=help)
     group.add_argument("--disable_eval_during_finetuning", action="store_true", help="train without evaluating")
 
 

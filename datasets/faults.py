@@ -1,0 +1,127 @@
+"""What cannot be read: in training skipped, counted and named; in evaluation an error, or left out and counted."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datasets.clips import ClipTable, DataError
+from utils.distributed import broadcast, gather
+
+logger = logging.getLogger("tad")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a clip: its number in its table, its name, the reason, how many of its frames can be used."""
+
+    number: int
+    name: str
+    reason: str
+    frames: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def checked(batches: Iterable) -> Iterator:
+    """Pass batches on; raise the DataError that a worker sent in place of one."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+class SkipBad:
+    """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
+
+    The first fault of each clip is logged. Raises DataError for a batch without a readable sample, and after more than
+    `limit` samples skipped by this process in an epoch.
+    """
+
+    def __init__(self, loader: Iterable[dict[str, Any]], *, limit: int):
+        self.loader, self.limit = loader, limit
+        self._samples, self._skipped, self._bad_clips = 0, 0, Counter()
+        self._own, self._seen = 0, set()
+
+    def restore(self, counts: Mapping[str, Any], is_main: bool) -> None:
+        """Go on from the `counts` of an interrupted run; they are of all ranks, so the main one takes them."""
+        if is_main:
+            self._samples, self._skipped = counts["samples"], counts["skipped"]
+            self._bad_clips = Counter(counts["bad_clips"])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in checked(self.loader):
+            for fault in batch["notes"]:
+                self._log_once(logger.warning, fault, str(fault))
+            for fault in batch["skipped"]:
+                self._own, self._skipped = self._own + 1, self._skipped + 1
+                self._bad_clips[fault.name] += 1
+                self._log_once(logger.error, fault, f"skipped a sample of {fault}")
+                if self._own > self.limit:
+                    raise DataError(
+                        f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
+                        f"so far of {_named(self._bad_clips)}"
+                    )
+            self._samples += batch["samples"]
+            yield batch
+
+    def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
+        if fault.name not in self._seen:
+            self._seen.add(fault.name)
+            log(message)
+
+    def counts(self) -> dict[str, Any]:
+        """{"samples": read in the epoch so far, "skipped": in it too, "bad_clips": {clip: skipped in the whole run}}.
+
+        Over all ranks, each of which calls it; what is returned matters on rank 0.
+        """
+        parts = gather((self._samples, self._skipped, self._bad_clips)) or [(0, 0, Counter())]
+        samples, skipped, clips = zip(*parts, strict=True)
+        return {"samples": sum(samples), "skipped": sum(skipped), "bad_clips": dict(sum(clips, Counter()))}
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Start counting anew; returns the counts of the epoch, for log.txt. Every rank calls it."""
+        counts = self.counts()
+        self._own = self._samples = self._skipped = 0
+        if counts["skipped"]:
+            logger.warning(f"{counts['samples']} samples of the epoch were read, {counts['skipped']} skipped")
+        if not counts["bad_clips"]:
+            del counts["bad_clips"]
+        return {f"train_{name}": value for name, value in counts.items()}
+
+    def log_summary(self) -> None:
+        """Name the clips that samples of the run were skipped of. Every rank calls it."""
+        if bad := self.counts()["bad_clips"]:
+            logger.warning(f"{sum(bad.values())} samples of the run were skipped, of {_named(bad)}")
+
+
+def _named(clips: Mapping[str, int]) -> str:
+    return f"{len(clips)} clips: " + ", ".join(f"{name} ({n})" for name, n in sorted(clips.items()))
+
+
+def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> np.ndarray:
+    """(clips,) int64: how many frames of each clip count, given the faults all ranks met. Every rank calls it.
+
+    Windows that end later are not to be expected. Raises DataError that names every clip that cannot be read, unless
+    allow_missing and there are others.
+    """
+    found = sorted(broadcast(sum(gather(faults) or [], [])), key=lambda fault: fault.number)
+    usable = clips.frame_counts
+    for fault in found:
+        usable[fault.number] = fault.frames
+        if fault.frames:
+            logger.warning(str(fault))
+    bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
+    bad += [str(fault) for fault in found if not fault.frames]
+    if bad:
+        total = len(clips) + len(clips.unreadable)
+        message = f"{clips.name} {clips.split}: {len(bad)} of {total} clips cannot be read"
+        if not allow_missing or len(bad) == total:
+            lines = "\n  ".join(bad)
+            raise DataError(f"{message}; repair them, or evaluate the others with --allow_missing:\n  {lines}")
+        logger.warning(f"{message} and go unscored: {'; '.join(bad)}")
+    return usable
