@@ -250,7 +250,7 @@ class Validation:
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
             )
-        self.usable = settle_faults([], self.clips, allow_missing=args.allow_missing)
+        self.faults = settle_faults([], self.clips, allow_missing=args.allow_missing)
         defaults = model_defaults(args.model)
         self.to_input = ToModelInput(defaults.mean, defaults.std)
         self.stream = ClipStream(
@@ -274,8 +274,9 @@ class Validation:
         missing = {"faults": faults, "allow_missing": args.allow_missing}
         batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device, **missing)
         local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
-        self.usable = settle_faults(clips=self.clips, **missing)
-        local, expected = (within(windows, self.usable) for windows in (local, self.index.locations()))
+        self.faults = settle_faults(clips=self.clips, **missing)
+        usable = {fault.number: fault.frames for fault in self.faults}
+        local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
         return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
     def coverage(self, predictions: Predictions) -> dict[str, Any]:
@@ -285,7 +286,8 @@ class Validation:
             "clips": total,
             "clips_scored": scored,
             "coverage": f"{scored} of {total} clips",
-            "unreadable": [*self.clips.unreadable, *(self.clips[c].name for c in np.flatnonzero(self.usable == 0))],
+            "unreadable": [*self.clips.unreadable, *(fault.name for fault in self.faults if not fault.frames)],
+            "frame_mismatch": [fault.name for fault in self.faults if fault.frames],
             "frames": int(self.index.frame_counts.sum()),
         }
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from datasets.clips import ClipTable, DataError
 from utils.distributed import broadcast, gather
 
@@ -70,8 +68,9 @@ class SkipBad:
             yield batch
 
     def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
-        if fault.name not in self._seen:
-            self._seen.add(fault.name)
+        kind = fault.name, fault.frames > 0
+        if kind not in self._seen:
+            self._seen.add(kind)
             log(message)
 
     def counts(self) -> dict[str, Any]:
@@ -103,16 +102,13 @@ def _named(clips: Mapping[str, int]) -> str:
     return f"{len(clips)} clips: " + ", ".join(f"{name} ({n})" for name, n in sorted(clips.items()))
 
 
-def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> np.ndarray:
-    """(clips,) int64: how many frames of each clip count, given the faults all ranks met. Every rank calls it.
+def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> list[Fault]:
+    """The faults that all ranks met, sorted by clip, on every rank; each rank calls it. They are logged.
 
-    Windows that end later are not to be expected. Raises DataError that names every clip that cannot be read, unless
-    allow_missing and there are others.
+    Raises DataError that names every clip that cannot be read, unless allow_missing and there are others.
     """
     found = sorted(broadcast(sum(gather(faults) or [], [])), key=lambda fault: fault.number)
-    usable = clips.frame_counts
     for fault in found:
-        usable[fault.number] = fault.frames
         if fault.frames:
             logger.warning(str(fault))
     bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
@@ -124,4 +120,4 @@ def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool)
             lines = "\n  ".join(bad)
             raise DataError(f"{message}; repair them, or evaluate the others with --allow_missing:\n  {lines}")
         logger.warning(f"{message} and go unscored: {'; '.join(bad)}")
-    return usable
+    return found

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,14 @@ def score_windows(
     return np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()
 
 
-def within(windows: tuple[np.ndarray, ...], usable: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of columns (clip (n,), last frame (n,), ...) the rows whose window ends within its clip's usable frames."""
-    keep = windows[1] < usable[windows[0]]
+def within(windows: tuple[np.ndarray, ...], usable: Mapping[int, int]) -> tuple[np.ndarray, ...]:
+    """Of columns (clip (n,), last frame (n,), ...) the rows that end within the first usable[clip] frames of the clip.
+
+    A clip that is not in `usable` keeps all its rows.
+    """
+    keep = np.ones(len(windows[0]), dtype=bool)
+    for clip, frames in usable.items():
+        keep &= (windows[0] != clip) | (windows[1] < frames)
     return tuple(column[keep] for column in windows)
 
 
