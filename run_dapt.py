@@ -43,7 +43,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.faults import SkipBad, checked
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
@@ -86,7 +86,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     resolve_schedule(args)
     args.short_side = args.short_side or round(args.input_size * 320 / 224)
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
-    sets = [find_data_set(name) for name in args.data_set]
+    sets = find_data_sets(args.data_set, args.assume_fps)
     args.sampling_rate = args.sampling_rate or [s.dapt_stride for s in sets]
     args.data_split = args.data_split or [s.dapt_split for s in sets]
     per_set = ("data_path", "sampling_rate", "data_split", "batch_size", "total_batch_size")
@@ -207,7 +207,8 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
     ):
-        clips: ClipTable = from_main(lambda name=name, path=path, split=split: build_clips(name, path, split, scan))
+        options = (name, path, split, scan, args.assume_fps)
+        clips: ClipTable = from_main(lambda options=options: build_clips(*options))
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
         with config_errors():

@@ -39,15 +39,13 @@ import logging
 import math
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import DataError, build_clips
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
 from datasets.faults import Fault, SkipBad, settle_faults
 from datasets.loader import (
     ClipStream,
@@ -64,6 +62,7 @@ from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, res
 from engine.evaluate import (
     EvaluationError,
     Predictions,
+    coverage,
     gather_predictions,
     score_windows,
     summary,
@@ -82,6 +81,7 @@ from utils.distributed import (
     Process,
     broadcast,
     data_parallel,
+    from_main,
     local_main_first,
     process_group,
     seed_everything,
@@ -113,6 +113,11 @@ def resolve(args: Namespace, world_size: int) -> None:
     if args.model.startswith("pretrain_"):
         raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes one of the vit_ models")
     fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
+    (data_set,) = find_data_sets([args.data_set], args.assume_fps)
+    if not data_set.labelled:
+        raise ConfigError(f"{args.data_set} has no labels to fine-tune on; it is for run_dapt.py")
+    args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
+    args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
     if args.eval:
         return
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
@@ -204,7 +209,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
         return
     metrics = predictions.metrics()
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
-    about |= validation.coverage(predictions)
+    about |= coverage(predictions, validation.clips, validation.faults)
     write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     write_metrics(output_dir / "metrics.json", about | metrics)
     save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
@@ -212,9 +217,17 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
+def build_split(args: Namespace, split: str) -> ClipTable:
+    """The clips of a split, read once for all ranks."""
+    scan = VideoScan(args.scan_cache, workers=args.num_workers)
+    clips = from_main(lambda: build_clips(args.data_set, args.data_path, split, scan, args.assume_fps))
+    clips.require_labels()
+    return clips
+
+
 def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochSampler]:
     """Batches of augmented windows of the train split, and the sampler that orders them."""
-    clips = build_clips(args.data_set, args.data_path, "train")
+    clips = build_split(args, "train")
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
@@ -245,7 +258,7 @@ class Validation:
 
     def __init__(self, args: Namespace, process: Process):
         self.args, self.process = args, process
-        self.clips = build_clips(args.data_set, args.data_path, args.eval_split)
+        self.clips = build_split(args, args.eval_split)
         with config_errors():
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
@@ -279,24 +292,12 @@ class Validation:
         local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
         return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
-    def coverage(self, predictions: Predictions) -> dict[str, Any]:
-        """What of the split the predictions cover."""
-        scored, total = len(np.unique(predictions.clip)), len(self.clips) + len(self.clips.unreadable)
-        return {
-            "clips": total,
-            "clips_scored": scored,
-            "coverage": f"{scored} of {total} clips",
-            "unreadable": [*self.clips.unreadable, *(fault.name for fault in self.faults if not fault.frames)],
-            "frame_mismatch": [fault.name for fault in self.faults if fault.frames],
-            "frames": int(self.index.frame_counts.sum()),
-        }
-
     def evaluate(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
         """Metrics, on every rank; scalars and figures to TensorBoard."""
         predictions, metrics = self.predict(model), None
         if predictions:
             metrics = predictions.metrics()
-            logger.info(f"{summary(metrics)}  {self.coverage(predictions)['coverage']}")
+            logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.faults)['coverage']}")
             tensorboard.scalars("val", metrics, step)
             tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
         return broadcast(metrics)

@@ -72,6 +72,11 @@ class ClipTable(Sequence):
     def __iter__(self) -> Iterator[Clip]:
         return iter(self.clips)
 
+    def require_labels(self) -> None:
+        """Raises DataError where a clip is unlabelled."""
+        if unlabelled := next((c.name for c in self.clips if c.labels is None), None):
+            raise DataError(f"{self.name}: clip {unlabelled} has no labels to train on or to evaluate with")
+
     @property
     def frame_counts(self) -> np.ndarray:
         """(clips,) int64."""
@@ -109,6 +114,16 @@ def read_split(path: Path, hint: str) -> list[str]:
     if repeated := first_repeated(names):
         raise DataError(f"{path}: clip {repeated} is listed twice")
     return names
+
+
+def whole_number(text: str) -> int:
+    """An integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        if not (value := float(text)).is_integer():
+            raise
+        return int(value)
 
 
 def first_repeated(names: Iterable[Hashable]) -> Hashable | None:

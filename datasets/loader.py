@@ -121,8 +121,7 @@ class WindowDataset(Dataset):
     def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool):
         self.sources, self.seed, self.targets = list(sources), seed, targets
         for source in self.sources if targets else ():
-            if unlabelled := next((c.name for c in source.clips if c.labels is None), None):
-                raise DataError(f"{source.clips.name}: clip {unlabelled} has no labels to train on")
+            source.clips.require_labels()
 
     def __getitem__(self, key: Key) -> dict[str, Any] | Fault:
         epoch, number, position, window = key

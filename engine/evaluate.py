@@ -154,6 +154,22 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(jsonable(metrics), indent=2) + "\n")
 
 
+def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str, Any]:
+    """What of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
+
+    clips: the ClipTable. faults: of its clips, with name and frames, 0 where the clip cannot be read.
+    """
+    scored, total = len(np.unique(predictions.clip)), len(clips) + len(clips.unreadable)
+    return {
+        "clips": total,
+        "clips_scored": scored,
+        "coverage": f"{scored} of {total} clips",
+        "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
+        "frame_mismatch": [fault.name for fault in faults if fault.frames],
+        "frames": int(clips.frame_counts.sum()),
+    }
+
+
 def summary(metrics: dict[str, float]) -> str:
     """The figures of the published tables, in percent, on one line."""
     names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}

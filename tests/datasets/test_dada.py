@@ -124,4 +124,4 @@ def test_what_is_wrong_is_named(dada):
     write(sheet, DADA_HEADER[:10], [good[:10]])
     refused("0 columns begin with 'total frames', 1 is needed")
     sheet.unlink()
-    refused("full_anno.csv: annotation sheet not found; save the data set's")
+    refused("full_anno.csv: annotation sheet not found; python -m datasets.prepare sheet makes it")
