@@ -126,7 +126,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
-        batches.restore(progress.samples, process.is_main)
+        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
     if process.is_main:

@@ -152,7 +152,7 @@ def train(args: Namespace, process: Process) -> None:
     )
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
-        batches.restore(progress.samples, process.is_main)
+        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     eval_model = optimization.ema.module if optimization.ema else model

@@ -72,6 +72,11 @@ class ClipTable(Sequence):
     def __iter__(self) -> Iterator[Clip]:
         return iter(self.clips)
 
+    @property
+    def listed(self) -> int:
+        """Clips of the split, with those that are not in the table."""
+        return len(self.clips) + len(self.unreadable)
+
     def require_labels(self) -> None:
         """Raises DataError where a clip is unlabelled."""
         if unlabelled := next((c.name for c in self.clips if c.labels is None), None):

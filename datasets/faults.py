@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,14 @@ class SkipBad:
         self._samples, self._skipped, self._bad_clips = 0, 0, Counter()
         self._own, self._seen = 0, set()
 
-    def restore(self, counts: Mapping[str, Any], is_main: bool) -> None:
-        """Go on from the `counts` of an interrupted run; they are of all ranks, so the main one takes them."""
-        if is_main:
-            self._samples, self._skipped = counts["samples"], counts["skipped"]
-            self._bad_clips = Counter(counts["bad_clips"])
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: {"samples", "skipped", of the epoch, "bad_clips": {clip: skipped in the run}}."""
+        return {"samples": self._samples, "skipped": self._skipped, "bad_clips": dict(self._bad_clips)}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of one or several ranks of an interrupted run; from nothing if there are none."""
+        self._samples, self._skipped = (sum(state[name] for state in states) for name in ("samples", "skipped"))
+        self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in checked(self.loader):
@@ -64,7 +67,7 @@ class SkipBad:
                         f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
                         f"so far of {_named(self._bad_clips)}"
                     )
-            self._samples += batch["samples"]
+            self._samples += len(batch["samples"])
             yield batch
 
     def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
@@ -74,13 +77,11 @@ class SkipBad:
             log(message)
 
     def counts(self) -> dict[str, Any]:
-        """{"samples": read in the epoch so far, "skipped": in it too, "bad_clips": {clip: skipped in the whole run}}.
-
-        Over all ranks, each of which calls it; what is returned matters on rank 0.
-        """
-        parts = gather((self._samples, self._skipped, self._bad_clips)) or [(0, 0, Counter())]
-        samples, skipped, clips = zip(*parts, strict=True)
-        return {"samples": sum(samples), "skipped": sum(skipped), "bad_clips": dict(sum(clips, Counter()))}
+        """The state of all ranks, summed up, on rank 0. Every rank calls it."""
+        states = gather(self.state_dict()) or [self.state_dict()]
+        total = SkipBad([], limit=0)
+        total.load_state_dicts(states)
+        return total.state_dict()
 
     def end_epoch(self) -> dict[str, Any]:
         """Start counting anew; returns the counts of the epoch, for log.txt. Every rank calls it."""
@@ -114,9 +115,8 @@ def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool)
     bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
     bad += [str(fault) for fault in found if not fault.frames]
     if bad:
-        total = len(clips) + len(clips.unreadable)
-        message = f"{clips.name} {clips.split}: {len(bad)} of {total} clips cannot be read"
-        if not allow_missing or len(bad) == total:
+        message = f"{clips.name} {clips.split}: {len(bad)} of {clips.listed} clips cannot be read"
+        if not allow_missing or len(bad) == clips.listed:
             lines = "\n  ".join(bad)
             raise DataError(f"{message}; repair them, or evaluate the others with --allow_missing:\n  {lines}")
         logger.warning(f"{message} and go unscored: {'; '.join(bad)}")

@@ -112,8 +112,8 @@ class WindowDataset(Dataset):
     """Training windows: (epoch, source, position, window) -> a dictionary of tensors with a leading axis of V views.
 
     What the source's transform returns, with source and window int64 (V,) and, with targets, of the last frame label
-    int64, ttc and soft_label float32 (V,); "notes" lists a Fault where the source holds more or fewer frames than the
-    clip. A window that cannot be read is a Fault itself.
+    int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a Fault where the
+    source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
 
     Raises DataError where targets are asked of unlabelled clips.
     """
@@ -137,6 +137,7 @@ class WindowDataset(Dataset):
         except DataError as e:
             return Fault(clip_number, clip.name, str(e))
         views = len(sample["video"])
+        sample["sample"] = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
         sample["notes"] = [Fault(clip_number, clip.name, mismatch, usable)] if mismatch else []
         sample["source"], sample["window"] = torch.full((views,), number), torch.full((views,), window)
         if self.targets:
@@ -148,8 +149,9 @@ class WindowDataset(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any] | DataError:
-    """Samples -> one batch, their views side by side, and what became of them: "samples", how many could be read,
-    "skipped", the Faults of the others, and "notes".
+    """Samples -> one batch, their views side by side.
+
+    "samples" lists which they are, "skipped" the Faults of those that could not be read, "notes" further Faults.
 
     A DataError where none could be read: there is nothing to compute a gradient from.
     """
@@ -157,9 +159,10 @@ def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any] | DataErr
     samples = [item for item in items if not isinstance(item, Fault)]
     if not samples:
         return DataError(f"none of the {len(items)} samples of a batch can be read, the first: {faults[0]}")
+    names = [sample.pop("sample") for sample in samples]
     notes = [note for sample in samples for note in sample.pop("notes")]
     batch = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-    return batch | {"samples": len(samples), "skipped": faults, "notes": notes}
+    return batch | {"samples": names, "skipped": faults, "notes": notes}
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:

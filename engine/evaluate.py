@@ -159,11 +159,11 @@ def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str
 
     clips: the ClipTable. faults: of its clips, with name and frames, 0 where the clip cannot be read.
     """
-    scored, total = len(np.unique(predictions.clip)), len(clips) + len(clips.unreadable)
+    scored = len(np.unique(predictions.clip))
     return {
-        "clips": total,
+        "clips": clips.listed,
         "clips_scored": scored,
-        "coverage": f"{scored} of {total} clips",
+        "coverage": f"{scored} of {clips.listed} clips",
         "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
         "frame_mismatch": [fault.name for fault in faults if fault.frames],
         "frames": int(clips.frame_counts.sum()),
