@@ -27,7 +27,7 @@ def finetune(*words):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """train.csv: a video at 30 fps, a folder at 10; val.csv: a video at 25, labelled frame by frame, and a broken one."""
+    """train.csv: a video at 30 fps, a folder at 10; val.csv: a video at 25, labelled by frame, and a broken one."""
     root = tmp_path_factory.mktemp("own")
     write_video(root / "a.mp4", frames=60, fps=30)
     write_video(root / "c.mp4", frames=50, fps=25)
