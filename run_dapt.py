@@ -44,7 +44,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
-from datasets.faults import SkipBad, checked
+from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
@@ -270,7 +270,7 @@ class Pictures:
             num_workers=min(args.num_workers, 1),
             generator=torch.Generator(),
         )
-        (self.batch,) = checked(loader)
+        (self.batch,) = loader
 
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
         """Write pictures/epoch-<epoch>.png."""

@@ -25,19 +25,11 @@ class Fault:
         return f"{self.name}: {self.reason}"
 
 
-def checked(batches: Iterable) -> Iterator:
-    """Pass batches on; raise the DataError that a worker sent in place of one."""
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
 class SkipBad:
     """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
 
-    The first fault of each clip is logged. Raises DataError for a batch without a readable sample, and after more than
-    `limit` samples skipped by this process in an epoch.
+    The first fault of each clip is logged. Raises DataError after more than `limit` samples skipped by this process in
+    an epoch, and after an epoch without a readable sample.
     """
 
     def __init__(self, loader: Iterable[dict[str, Any]], *, limit: int):
@@ -55,7 +47,7 @@ class SkipBad:
         self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in checked(self.loader):
+        for batch in self.loader:
             for fault in batch["notes"]:
                 self._log_once(logger.warning, fault, str(fault))
             for fault in batch["skipped"]:
@@ -87,6 +79,8 @@ class SkipBad:
         """Start counting anew; returns the counts of the epoch, for log.txt. Every rank calls it."""
         counts = self.counts()
         self._own = self._samples = self._skipped = 0
+        if counts["skipped"] and not counts["samples"]:
+            raise DataError(f"no sample of the epoch could be read, of {_named(counts['bad_clips'])}")
         if counts["skipped"]:
             logger.warning(f"{counts['samples']} samples of the epoch were read, {counts['skipped']} skipped")
         if not counts["bad_clips"]:

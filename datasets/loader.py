@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from datasets.clips import ClipTable, DataError, smooth_labels
+from datasets.clips import Clip, ClipTable, DataError, smooth_labels
 from datasets.faults import Fault
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform
@@ -124,45 +124,60 @@ class WindowDataset(Dataset):
             source.clips.require_labels()
 
     def __getitem__(self, key: Key) -> dict[str, Any] | Fault:
-        epoch, number, position, window = key
-        source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
-        clip_number, frames = source.index.sample(window, rng)
-        clip = source.clips[clip_number]
+        source, rng, number, frames = self._draw(key)
+        clip = source.clips[number]
         try:
             with open_clip(clip) as reader:
                 mismatch, usable = reader.mismatch(), reader.usable_frames()
                 if frames[-1] >= usable:
                     raise DataError(mismatch)
-                sample = source.transform(reader.frames(frames), rng)
+                views = source.transform(reader.frames(frames), rng)
         except DataError as e:
-            return Fault(clip_number, clip.name, str(e))
+            return Fault(number, clip.name, str(e))
+        name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
+        notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
+        return self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | Fault]:
+        """The samples of a batch; a black one without a name follows where none can be read."""
+        items = [self[key] for key in keys]
+        if all(isinstance(item, Fault) for item in items):
+            source, rng, number, frames = self._draw(keys[0])
+            views = source.transform([torch.zeros(90, 160, 3, dtype=torch.uint8)] * len(frames), rng)
+            blank = self._complete(views, keys[0], source.clips[number], int(frames[-1]))
+            items.append(blank | {"sample": "", "notes": []})
+        return items
+
+    def _draw(self, key: Key) -> tuple[Source, np.random.Generator, int, np.ndarray]:
+        """The source, the random state of the augmentation, the number of the clip and its frames."""
+        _, number, _, window = key
+        source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
+        return source, rng, *source.index.sample(window, rng)
+
+    def _complete(self, sample: dict[str, Any], key: Key, clip: Clip, last: int) -> dict[str, Any]:
+        """Add to the views of a window what else a batch has."""
         views = len(sample["video"])
-        sample["sample"] = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
-        sample["notes"] = [Fault(clip_number, clip.name, mismatch, usable)] if mismatch else []
-        sample["source"], sample["window"] = torch.full((views,), number), torch.full((views,), window)
+        sample["source"], sample["window"] = torch.full((views,), key[1]), torch.full((views,), key[3])
         if self.targets:
-            last, ttc = frames[-1], clip.ttc
+            ttc = clip.ttc
             sample["label"] = torch.full((views,), int(clip.labels[last]))
             sample["ttc"] = torch.full((views,), float(ttc[last]))
             sample["soft_label"] = torch.full((views,), float(smooth_labels(clip.labels, ttc)[last]))
         return sample
 
 
-def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any] | DataError:
+def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any]:
     """Samples -> one batch, their views side by side.
 
     "samples" lists which they are, "skipped" the Faults of those that could not be read, "notes" further Faults.
-
-    A DataError where none could be read: there is nothing to compute a gradient from.
+    "weight" of the loss is 1.0, or 0.0 where none could be read: each process needs a gradient, if of nothing.
     """
     faults = [item for item in items if isinstance(item, Fault)]
     samples = [item for item in items if not isinstance(item, Fault)]
-    if not samples:
-        return DataError(f"none of the {len(items)} samples of a batch can be read, the first: {faults[0]}")
-    names = [sample.pop("sample") for sample in samples]
+    names = [name for sample in samples if (name := sample.pop("sample"))]
     notes = [note for sample in samples for note in sample.pop("notes")]
     batch = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-    return batch | {"samples": names, "skipped": faults, "notes": notes}
+    return batch | {"samples": names, "skipped": faults, "notes": notes, "weight": float(bool(names))}
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:

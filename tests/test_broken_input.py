@@ -10,7 +10,7 @@ import torch
 from helpers import rewrite_zip, run
 
 import run_finetune
-from datasets import build_clips
+from datasets import DataError, build_clips
 from datasets.faults import SkipBad
 from datasets.loader import EpochSampler
 from datasets.synthetic import render_dota
@@ -69,7 +69,8 @@ def log(folder):
 @pytest.mark.slow
 def test_training_goes_on_counts_exactly_and_names_the_five(broken, tmp_path):
     root, bad = broken
-    done = run("run_finetune.py", *TRAIN, "--data_path", root, "--output_dir", tmp_path / "run", processes=2)
+    words = [*TRAIN, "--data_path", root, "--output_dir", tmp_path / "run", "--update_freq", "8"]  # one at a time
+    done = run("run_finetune.py", *words, processes=2)
     assert done.returncode == 0, done.stderr
     so_far = []
     for epoch, record in enumerate(log(tmp_path / "run")):
@@ -90,6 +91,15 @@ def test_over_the_limit_training_stops(broken, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: more than --max_bad_samples 2 samples skipped in an epoch, the last of synthetictr_" in done.stderr
     assert "so far of " in done.stderr
+
+
+def test_nothing_readable_at_all_is_an_error(dota_root, tmp_path):
+    (tmp_path / "dataset").symlink_to(dota_root / "dataset")
+    words = [*TRAIN, "--data_path", tmp_path, "--output_dir", tmp_path / "run"]
+    with pytest.raises(DataError, match="more than --max_bad_samples 100 .* no frames: expected .*so far of 8 clips: "):
+        in_process(*words)
+    with pytest.raises(DataError, match="no sample of the epoch could be read, of 8 clips: synthetictr_000000"):
+        in_process(*words, "--max_bad_samples", 1000)
 
 
 def test_the_limit_is_of_one_epoch(broken, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from datasets import build_clips
 from datasets.clips import Clip, ClipTable, DataError
-from datasets.faults import checked, settle_faults
+from datasets.faults import settle_faults
 from datasets.loader import (
     ClipStream,
     EpochSampler,
@@ -112,14 +112,14 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     source = Source(clips, index, FinetuneTransform(32, views=views))
     dataset = WindowDataset([source], seed=7, targets=True)
     sampler.set_epoch(epoch)
-    return list(checked(train_loader(dataset, sampler, num_workers=workers, pin_memory=False)))
+    return list(train_loader(dataset, sampler, num_workers=workers, pin_memory=False))
 
 
-TOLD = {"samples", "skipped", "notes"}  # what became of the samples
+TOLD = {"samples", "skipped", "notes", "weight"}  # what became of the samples
 
 
 def same(a, b):
-    assert a["skipped"] == b["skipped"] == a["notes"] == b["notes"] == []
+    assert a["skipped"] == b["skipped"] == a["notes"] == b["notes"] == [] and a["weight"] == b["weight"] == 1
     tensors = a.keys() - TOLD
     return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
@@ -136,7 +136,7 @@ def test_batches_do_not_depend_on_ranks(dota_root):
     parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
     for a, (first, second) in zip(whole, parts, strict=True):
         joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in TOLD}
-        joined |= {"skipped": [], "notes": [], "samples": first["samples"] + second["samples"]}
+        joined |= {"skipped": [], "notes": [], "weight": 1.0, "samples": first["samples"] + second["samples"]}
         assert same(a, joined) and a["samples"] == joined["samples"] and len(a["samples"]) == 4
 
 
@@ -195,11 +195,17 @@ def test_views_share_the_decoding_but_not_the_augmentation(dota_root):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_clip_is_an_error_that_names_it(dota_root, tmp_path, workers):
+def test_a_batch_of_which_nothing_can_be_read_is_black_and_without_weight(dota_root, tmp_path, workers):
     (tmp_path / "dataset").symlink_to(dota_root / "dataset")
-    message = r"none of the 4 samples of a batch can be read, the first: synthetictr_00000\d: clip \w+: no frames"
-    with pytest.raises(DataError, match=message):
-        training(tmp_path, workers=workers)
+    whole, broken = training(dota_root, workers=workers), training(tmp_path, workers=workers)
+    assert len(whole) == len(broken) == 6
+    for a, b in zip(whole, broken, strict=True):
+        assert b["weight"] == 0 and b["samples"] == [] and a.keys() == b.keys()
+        names = [sample.removeprefix("DoTA ").partition(",")[0] for sample in a["samples"]]
+        assert [fault.name for fault in b["skipped"]] == names and len(names) == 4
+        assert all("no frames: expected" in str(fault) for fault in b["skipped"])
+        for key in a.keys() - TOLD:
+            assert a[key].shape[1:] == b[key].shape[1:] and a[key].dtype == b[key].dtype and len(b[key]) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
