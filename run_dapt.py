@@ -44,8 +44,9 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
-from datasets.loader import EpochSampler, SkipBad, Source, WindowDataset, checked, collate, train_loader
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets.faults import SkipBad
+from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
 from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last
@@ -86,7 +87,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     resolve_schedule(args)
     args.short_side = args.short_side or round(args.input_size * 320 / 224)
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
-    sets = [find_data_set(name) for name in args.data_set]
+    sets = find_data_sets(args.data_set, args.assume_fps)
     args.sampling_rate = args.sampling_rate or [s.dapt_stride for s in sets]
     args.data_split = args.data_split or [s.dapt_split for s in sets]
     per_set = ("data_path", "sampling_rate", "data_split", "batch_size", "total_batch_size")
@@ -115,6 +116,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
     loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
+    batches = SkipBad(loader, limit=args.max_bad_samples)
     ddp_model = data_parallel(model, process)
     defaults = model_defaults(args.model)
     to_input = ToModelInput(defaults.mean, defaults.std)
@@ -125,6 +127,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
     if process.is_main:
@@ -134,6 +137,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
 
     def save() -> None:
+        progress.samples = batches.counts()
         if args.save_ckpt:
             save_last(output_dir, model, optimization, progress, record=vars(args))
 
@@ -143,11 +147,11 @@ def pretrain(args: Namespace, process: Process) -> None:
             pictures.draw(model, process.device, progress.epoch, step=step)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
-        return {}
+        return batches.end_epoch()
 
     train_epochs(
         ddp_model,
-        SkipBad(loader, limit=args.max_bad_samples),
+        batches,
         sampler.set_epoch,
         DaptObjective(model, to_input, process.device),
         optimization,
@@ -161,6 +165,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
     tensorboard.close()
+    batches.log_summary()
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 
 
@@ -210,7 +215,8 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
     ):
-        clips: ClipTable = from_main(lambda name=name, path=path, split=split: build_clips(name, path, split, scan))
+        options = (name, path, split, scan, args.assume_fps)
+        clips: ClipTable = from_main(lambda options=options: build_clips(*options))
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
         with config_errors():
@@ -272,7 +278,7 @@ class Pictures:
             num_workers=min(args.num_workers, 1),
             generator=torch.Generator(),
         )
-        (self.batch,) = checked(loader)
+        (self.batch,) = loader
 
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
         """Write pictures/epoch-<epoch>.png."""

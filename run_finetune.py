@@ -46,11 +46,11 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import DataError, build_clips
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.faults import Fault, SkipBad, settle_faults
 from datasets.loader import (
     ClipStream,
     EpochSampler,
-    SkipBad,
     Source,
     WindowDataset,
     eval_loader,
@@ -63,9 +63,11 @@ from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, res
 from engine.evaluate import (
     EvaluationError,
     Predictions,
+    coverage,
     gather_predictions,
     score_windows,
     summary,
+    within,
     write_metrics,
     write_predictions,
 )
@@ -80,6 +82,7 @@ from utils.distributed import (
     Process,
     broadcast,
     data_parallel,
+    from_main,
     local_main_first,
     process_group,
     seed_everything,
@@ -111,6 +114,11 @@ def resolve(args: Namespace, world_size: int) -> None:
     if args.model.startswith("pretrain_"):
         raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes one of the vit_ models")
     fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
+    (data_set,) = find_data_sets([args.data_set], args.assume_fps)
+    if not data_set.labelled:
+        raise ConfigError(f"{args.data_set} has no labels to fine-tune on; it is for run_dapt.py")
+    args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
+    args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
     if args.eval:
         return
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
@@ -127,6 +135,7 @@ def train(args: Namespace, process: Process) -> None:
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
     loader, sampler = training_data(args, process)
+    batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
 
     model = build_model(args, process, resumed=resumed)
@@ -144,6 +153,7 @@ def train(args: Namespace, process: Process) -> None:
     )
     if resumed:
         restore(resumed, model, optimization, progress, process.rank)
+        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
         del resumed  # three times the weights
         logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     eval_model = optimization.ema.module if optimization.ema else model
@@ -153,6 +163,7 @@ def train(args: Namespace, process: Process) -> None:
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
 
     def save() -> None:
+        progress.samples = batches.counts()
         if args.save_ckpt:
             save_last(output_dir, model, optimization, progress, record=vars(args))
 
@@ -163,11 +174,11 @@ def train(args: Namespace, process: Process) -> None:
             save_best(args, process, eval_model, metrics, progress)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, eval_model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
-        return {f"val_{k}": v for k, v in metrics.items()}
+        return batches.end_epoch() | {f"val_{k}": v for k, v in metrics.items()}
 
     train_epochs(
         ddp_model,
-        SkipBad(loader, limit=args.max_bad_samples),
+        batches,
         sampler.set_epoch,
         FinetuneObjective(LOSSES[args.loss], to_input, process.device),
         optimization,
@@ -181,6 +192,7 @@ def train(args: Namespace, process: Process) -> None:
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
     tensorboard.close()
+    batches.log_summary()
     best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
     logger.info(f"{progress.epoch} of {args.epochs} epochs done{f'; best {best}' * bool(best)}; see {output_dir}")
 
@@ -197,24 +209,26 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if predictions is None:
         return
     metrics = predictions.metrics()
-    about = {
-        "checkpoint": args.finetune,
-        "data_set": args.data_set,
-        "split": args.eval_split,
-        "clips": len(validation.clips),
-        "clips_scored": int((validation.index.counts > 0).sum()),
-        "frames": int(validation.index.frame_counts.sum()),
-    }
+    about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+    about |= coverage(predictions, validation.clips, validation.faults)
     write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     write_metrics(output_dir / "metrics.json", about | metrics)
     save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
-    logger.info(summary(metrics))
+    logger.info(f"{summary(metrics)}  {about['coverage']}")
     logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
+
+
+def build_split(args: Namespace, split: str) -> ClipTable:
+    """The clips of a split, read once for all ranks."""
+    scan = VideoScan(args.scan_cache, workers=args.num_workers)
+    clips = from_main(lambda: build_clips(args.data_set, args.data_path, split, scan, args.assume_fps))
+    clips.require_labels()
+    return clips
 
 
 def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochSampler]:
     """Batches of augmented windows of the train split, and the sampler that orders them."""
-    clips = build_clips(args.data_set, args.data_path, "train")
+    clips = build_split(args, "train")
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
@@ -245,11 +259,12 @@ class Validation:
 
     def __init__(self, args: Namespace, process: Process):
         self.args, self.process = args, process
-        self.clips = build_clips(args.data_set, args.data_path, args.eval_split)
+        self.clips = build_split(args, args.eval_split)
         with config_errors():
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
             )
+        self.faults = settle_faults([], self.clips, allow_missing=args.allow_missing)
         defaults = model_defaults(args.model)
         self.to_input = ToModelInput(defaults.mean, defaults.std)
         self.stream = ClipStream(
@@ -269,16 +284,21 @@ class Validation:
         loader = eval_loader(self.stream, num_workers=args.num_workers, pin_memory=args.pin_mem)
         total = self.stream.num_chunks
         chunks = progress_bar(loader, total=total, description="evaluation", enabled=self.process.is_main)
-        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device)
+        faults: list[Fault] = []
+        missing = {"faults": faults, "allow_missing": args.allow_missing}
+        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device, **missing)
         local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
-        return gather_predictions(local, self.index.locations(), lambda clip: self.clips[clip].labels)
+        self.faults = settle_faults(clips=self.clips, **missing)
+        usable = {fault.number: fault.frames for fault in self.faults}
+        local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
+        return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
     def evaluate(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
         """Metrics, on every rank; scalars and figures to TensorBoard."""
         predictions, metrics = self.predict(model), None
         if predictions:
             metrics = predictions.metrics()
-            logger.info(summary(metrics))
+            logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.faults)['coverage']}")
             tensorboard.scalars("val", metrics, step)
             tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
         return broadcast(metrics)

@@ -1,26 +1,34 @@
 """Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.dada import load_dada
 from datasets.dota import load_dota
 from datasets.scan import VideoScan
+from datasets.video_csv import load_csv
 from datasets.videos import load_bdd100k, load_kinetics, load_videos
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that `build_clips` knows: load(root, split), or load(root, split, scan) for video files.
+    """A data set that `build_clips` knows: load(root, split), with scan=... where it has video files and fps=... where
+    its annotations leave the frame rate open.
 
-    The rest is how DAPT uses it by default: split, step between windows in source frames (between the frames of a clip
-    for Kinetics), whether clips are cropped as fine-tuning sees them, whether small frames are enlarged.
+    labelled: can be fine-tuned and evaluated on. val_stride: published step between the windows evaluated during
+    training, in source frames. The rest is how DAPT uses it by default: split, step between windows in source frames
+    (between the frames of a clip for Kinetics), whether clips are cropped as fine-tuning sees them, whether small
+    frames are enlarged.
     """
 
     load: Callable[..., ClipTable]
     of_videos: bool = False
+    assumes_fps: bool = False
+    labelled: bool = True
+    val_stride: int = 1
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -30,12 +38,13 @@ class DataSet:
 DATA_SETS = {
     "DoTA": DataSet(partial(load_dota, "DoTA")),
     "DoTA_half": DataSet(partial(load_dota, "DoTA_half")),
-    "DADA2K": DataSet(partial(load_dada, "DADA2K")),
-    "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half")),
-    "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), dapt_enlarge=False),
-    "BDD100K": DataSet(load_bdd100k, of_videos=True, dapt_split="all", dapt_stride=16),
-    "Kinetics": DataSet(load_kinetics, of_videos=True, dapt_stride=4, dapt_aligned=False),
-    "videos": DataSet(load_videos, of_videos=True, dapt_split="all", dapt_stride=16),
+    "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
+    "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
+    "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
+    "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
+    "BDD100K": DataSet(load_bdd100k, of_videos=True, labelled=False, dapt_split="all", dapt_stride=16),
+    "Kinetics": DataSet(load_kinetics, of_videos=True, labelled=False, dapt_stride=4, dapt_aligned=False),
+    "videos": DataSet(load_videos, of_videos=True, labelled=False, dapt_split="all", dapt_stride=16),
 }
 
 
@@ -46,18 +55,33 @@ def find_data_set(name: str) -> DataSet:
     return DATA_SETS[name]
 
 
-def build_clips(name: str, root: str, split: str, scan: VideoScan | None = None) -> ClipTable:
-    """The clips of a split of a data set on disk. scan: counts the frames of data sets of video files.
+def find_data_sets(names: Sequence[str], assume_fps: float | None) -> list[DataSet]:
+    """The data sets of a run. Raises DataError for an unknown name, and where assume_fps is given to sets that know."""
+    data_sets = [find_data_set(name) for name in names]
+    if assume_fps is not None and not any(data_set.assumes_fps for data_set in data_sets):
+        open_ = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.assumes_fps)
+        raise DataError(f"the frame rate of {' and '.join(names)} is known; --assume_fps is for {open_}")
+    return data_sets
 
+
+def build_clips(
+    name: str, root: str, split: str, scan: VideoScan | None = None, assume_fps: float | None = None
+) -> ClipTable:
+    """The clips of a split of a data set on disk.
+
+    scan: counts the frames of data sets of video files. assume_fps: frame rate of clips whose annotation has none.
     Raises DataError: unknown name (with the list of known ones) or split, missing or malformed annotation, video files
     without a scan.
     """
     data_set = find_data_set(name)
-    if not data_set.of_videos:
-        return data_set.load(root, split)
-    if scan is None:
-        raise DataError(f"{name} has no labels to fine-tune on; it is for run_dapt.py")
-    return data_set.load(root, split, scan)
+    options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
+    if data_set.of_videos:
+        if scan is None:
+            raise DataError(
+                f"{name} has video files, whose frames are to be counted: build_clips(..., scan=VideoScan())"
+            )
+        options["scan"] = scan
+    return data_set.load(root, split, **options)
 
 
-__all__ = ["Clip", "ClipTable", "DATA_SETS", "DataError", "VideoScan", "build_clips", "find_data_set"]
+__all__ = ["Clip", "ClipTable", "DATA_SETS", "DataError", "VideoScan", "build_clips", "find_data_set", "find_data_sets"]

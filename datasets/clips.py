@@ -54,12 +54,14 @@ class ClipTable(Sequence):
     """The clips of one split of one data set, in the order of its split file.
 
     one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
+    unreadable: clips of the split that are not in `clips`, since their frames cannot be counted: {name: reason}.
     """
 
     name: str
     split: str
     clips: list[Clip] = field(repr=False)
     one_clip_per_video: bool = False
+    unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -69,6 +71,16 @@ class ClipTable(Sequence):
 
     def __iter__(self) -> Iterator[Clip]:
         return iter(self.clips)
+
+    @property
+    def listed(self) -> int:
+        """Clips of the split, with those that are not in the table."""
+        return len(self.clips) + len(self.unreadable)
+
+    def require_labels(self) -> None:
+        """Raises DataError where a clip is unlabelled."""
+        if unlabelled := next((c.name for c in self.clips if c.labels is None), None):
+            raise DataError(f"{self.name}: clip {unlabelled} has no labels to train on or to evaluate with")
 
     @property
     def frame_counts(self) -> np.ndarray:
@@ -107,6 +119,16 @@ def read_split(path: Path, hint: str) -> list[str]:
     if repeated := first_repeated(names):
         raise DataError(f"{path}: clip {repeated} is listed twice")
     return names
+
+
+def whole_number(text: str) -> int:
+    """An integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        if not (value := float(text)).is_integer():
+            raise
+        return int(value)
 
 
 def first_repeated(names: Iterable[Hashable]) -> Hashable | None:

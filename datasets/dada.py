@@ -2,72 +2,113 @@
 
 DADA2K     ROOT/annotation/full_anno.csv                            the annotation sheet, saved as csv
            ROOT/DADA2K_my_split/{training,validation,half_training}.txt     lines "<type>/<video>", e.g. 1/001
-           ROOT/frames/<type>/<video>/images.zip or images/         0001.png, 0002.png, ... at 30 fps
-CAP-DATA   ROOT/annotation/cap_text_annotations.csv
+           ROOT/frames/<type>/<video>/images.zip or images/         0001.png, 0002.png, ...
+CAP-DATA   ROOT/annotation/cap_text_annotations.csv or cap_annotation_file.csv
            ROOT/CAPDATA_my_split/{training,validation}.txt          lines "<type>/<video>", e.g. 10/000001
            ROOT/frames/<type>/<video>/images.zip or images/         000001.jpg, 000002.jpg, ...
 
 Sheets are read by column name. A frame is anomalous from "abnormal start frame" to "abnormal end frame", both included,
-counted from 1; a clip where either is negative has none.
+counted from 1; a clip where either is negative has none. Where the lists of a split are absent, they follow from the
+authors' own list in the same folder: DADA2K's training clips are those of orig_training.txt, CAP-DATA's validation
+clips those of orig_full_testing-text.txt (lines "<type>/<video> <label> <start> <end> <toa>,<text>", a clip on several
+lines), and the rest of the sheet is the other split.
 """
 
 import csv
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_split, read_text
+from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_lines, read_split, read_text, whole_number
+
+logger = logging.getLogger("tad")
 
 EGO_TYPES = frozenset((*range(1, 19), 61, 62))  # accident types the recording car is part of
+FPS = 30.0  # of the frames as they are distributed; neither sheet says
 CCD_FRAMES, CCD_FPS = 50, 10.0  # CAP-DATA's clips of exactly 50 frames come from CCD, which has 10 fps
+Key = tuple[int, int]  # (type, video)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set keeps what: sheet, folder of splits, split -> file, digits of a video, name of a frame."""
+    """Where a data set keeps what: sheets, the first that exists; folder of splits; split -> file; digits of a video;
+    name of a frame; the authors' own list and the split it stands for.
+    """
 
-    sheet: str
+    sheets: tuple[str, ...]
     split_folder: str
     splits: dict[str, str]
     digits: int
     frame_name: str
+    original: str
+    original_split: str
+
+    def clip_name(self, key: Key) -> str:
+        """<type>/<video>."""
+        return f"{key[0]}/{key[1]:0{self.digits}d}"
 
 
 _SPLITS = {"train": "training.txt", "val": "validation.txt"}
+_DADA2K = (3, "{:04d}.png", "orig_training.txt", "train")
 LAYOUTS = {
-    "DADA2K": Layout("full_anno.csv", "DADA2K_my_split", _SPLITS, 3, "{:04d}.png"),
+    "DADA2K": Layout(("full_anno.csv",), "DADA2K_my_split", _SPLITS, *_DADA2K),
     "DADA2K_half": Layout(
-        "full_anno.csv", "DADA2K_my_split", _SPLITS | {"train": "half_training.txt"}, 3, "{:04d}.png"
+        ("full_anno.csv",), "DADA2K_my_split", _SPLITS | {"train": "half_training.txt"}, *_DADA2K
     ),
-    "CAP-DATA": Layout("cap_text_annotations.csv", "CAPDATA_my_split", _SPLITS, 6, "{:06d}.jpg"),
-}
+    "CAP-DATA": Layout(
+        ("cap_text_annotations.csv", "cap_annotation_file.csv"), "CAPDATA_my_split", _SPLITS,
+        6, "{:06d}.jpg", "orig_full_testing-text.txt", "val",
+    ),
+}  # fmt: skip
 
 
-def load_dada(name: str, root: str, split: str) -> ClipTable:
+def load_dada(name: str, root: str, split: str, fps: float | None = None) -> ClipTable:
     """The clips of a split of one of LAYOUTS: train, val, or all, which is every row of the sheet.
 
-    Raises DataError: a file missing or malformed, a clip that the sheet lacks, labels beyond the clip.
+    fps: of the frames, but for those of CCD, which have 10; None: 30, as the published code has it. Raises DataError:
+    a file missing or malformed, a clip that the sheet lacks, labels beyond the clip.
     """
     layout = LAYOUTS[name]
     if split not in (*layout.splits, "all"):
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(layout.splits)}, all")
-    sheet = Path(root, "annotation", layout.sheet)
+    folder = Path(root, "annotation")
+    sheet = next((folder / s for s in layout.sheets if (folder / s).is_file()), folder / layout.sheets[0])
     rows = _read_sheet(sheet)
-    names = list(rows)
-    if split != "all":
-        path = Path(root, layout.split_folder, layout.splits[split])
-        listed = {line: _key(line, path) for line in read_split(path, "huggingface.co/tue-mps/simple-tad (datasets/)")}
-        if unknown := [line for line, key in listed.items() if key not in rows]:
-            raise DataError(f"{path}: clip {unknown[0]} is not in {sheet}")
-        names = list(listed.values())
-        if repeated := first_repeated(names):
+    keys = list(rows) if split == "all" else _split(layout, root, split, rows, sheet)
+    return ClipTable(name, split, [_clip(name, Path(root), key, rows[key], sheet, fps or FPS) for key in keys])
+
+
+def _split(layout: Layout, root: str, split: str, rows: dict[Key, dict[str, int]], sheet: Path) -> list[Key]:
+    """The clips of a split, in the order of its list; from the authors' list, sorted, where that is absent."""
+    folder, file = Path(root, layout.split_folder), layout.splits[split]
+    path, original = folder / file, folder / layout.original
+    derivable = file in _SPLITS.values()
+    built = derivable and not path.exists() and original.is_file()
+    if built:
+        path = original
+        lines = [(line.split(",")[0].split() or [line])[0] for line in read_lines(path)]
+    else:
+        other = f"put {layout.original} there" if derivable else "make it with python -m datasets.prepare half"
+        lines = read_split(path, f"huggingface.co/tue-mps/simple-tad (datasets/); or {other}")
+    keys = [_key(line, path) for line in lines]
+    if unknown := next((key for key in keys if key not in rows), None):
+        raise DataError(f"{path}: clip {layout.clip_name(unknown)} is not in {sheet}")
+    if not built:
+        if repeated := first_repeated(keys):
             raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
-    return ClipTable(name, split, [_clip(name, Path(root), key, rows[key], sheet) for key in names])
+        return keys
+    listed = set(keys)
+    keys = sorted(listed if split == layout.original_split else rows.keys() - listed)
+    if not keys:
+        raise DataError(f"{path}: lists every clip of {sheet}; none is left for {split}")
+    logger.info(f"{folder / file} is absent: {len(keys)} clips, from {path.name} and {sheet.name}")
+    return keys
 
 
-def _key(line: str, path: Path) -> tuple[int, int]:
+def _key(line: str, path: Path) -> Key:
     """(type, video) of "<type>/<video>"."""
     try:
         kind, video = map(int, line.split("/"))
@@ -76,10 +117,10 @@ def _key(line: str, path: Path) -> tuple[int, int]:
     return kind, video
 
 
-def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
+def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
     """{(type, video): {column: value}} of the columns that are used. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"{path}: annotation sheet not found; save the data set's .xlsx or .xls sheet as csv there")
+        raise DataError(f"{path}: annotation sheet not found; python -m datasets.prepare sheet makes it of .xlsx, .xls")
     columns = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
     with io.StringIO(read_text(path), newline="") as f:
         reader = csv.reader(f)
@@ -90,14 +131,14 @@ def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
             if len(found) != 1:
                 raise DataError(f"{path}: {len(found)} columns begin with {column!r}, 1 is needed")
             where[column] = found[0]
-        rows: dict[tuple[int, int], dict[str, int]] = {}
+        rows: dict[Key, dict[str, int]] = {}
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             row = {}
             for column, i in where.items():
                 try:
-                    row[column] = int(cells[i])
+                    row[column] = whole_number(cells[i])
                 except (ValueError, IndexError) as e:
                     raise DataError(f"{path}: line {reader.line_num}: {column!r} is not a whole number: {e}") from e
             key = row["type"], row["video"]
@@ -109,10 +150,9 @@ def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
     return rows
 
 
-def _clip(name: str, root: Path, key: tuple[int, int], row: dict[str, int], sheet: Path) -> Clip:
+def _clip(name: str, root: Path, key: Key, row: dict[str, int], sheet: Path, fps: float) -> Clip:
     layout = LAYOUTS[name]
-    kind, video = key
-    own = f"{kind}/{video:0{layout.digits}d}"
+    kind, own = key[0], layout.clip_name(key)
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
     if not 0 < total < 10**7:
         raise DataError(f"{sheet}: {own} has {total} frames; correct the row")
@@ -123,9 +163,9 @@ def _clip(name: str, root: Path, key: tuple[int, int], row: dict[str, int], shee
         labels[max(start - 1, 0) : end] = 1
     return Clip(
         name=own,
-        source=str(root / "frames" / str(kind) / f"{video:0{layout.digits}d}" / "images"),
+        source=str(root / "frames" / own / "images"),
         num_frames=total,
-        fps=CCD_FPS if name == "CAP-DATA" and total == CCD_FRAMES else 30.0,
+        fps=CCD_FPS if name == "CAP-DATA" and total == CCD_FRAMES else fps,
         frame_name=layout.frame_name,
         first_frame=1,
         labels=labels,

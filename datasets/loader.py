@@ -8,10 +8,12 @@ step t means starting at slice t.
 Evaluation. Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends
 it as uint8; windows are gathered on the device, for one clip at a time, so that the scores of a clip do not depend on
 how many workers or ranks there are.
+
+What cannot be read comes out of the workers as a Fault, not as an exception: training skips the sample and counts it,
+evaluation leaves out the whole clip and, unless it may, refuses.
 """
 
 import heapq
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from datasets.clips import ClipTable, DataError, smooth_labels
+from datasets.clips import Clip, ClipTable, DataError, smooth_labels
+from datasets.faults import Fault
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform
 from datasets.windows import RandomClipIndex, WindowIndex
-
-logger = logging.getLogger("tad")
 
 _ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
 Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)
@@ -111,8 +112,8 @@ class WindowDataset(Dataset):
     """Training windows: (epoch, source, position, window) -> a dictionary of tensors with a leading axis of V views.
 
     What the source's transform returns, with source and window int64 (V,) and, with targets, of the last frame label
-    int64, ttc and soft_label float32 (V,). A DataError is returned, not raised, so that the main process reports it
-    instead of a worker's traceback.
+    int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a Fault where the
+    source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
 
     Raises DataError where targets are asked of unlabelled clips.
     """
@@ -120,41 +121,63 @@ class WindowDataset(Dataset):
     def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool):
         self.sources, self.seed, self.targets = list(sources), seed, targets
         for source in self.sources if targets else ():
-            if unlabelled := next((c.name for c in source.clips if c.labels is None), None):
-                raise DataError(f"{source.clips.name}: clip {unlabelled} has no labels to train on")
+            source.clips.require_labels()
 
-    def __getitem__(self, key: Key) -> dict[str, Tensor] | DataError:
-        epoch, number, position, window = key
-        source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
-        clip_number, frames = source.index.sample(window, rng)
-        clip = source.clips[clip_number]
+    def __getitem__(self, key: Key) -> dict[str, Any] | Fault:
+        source, rng, number, frames = self._draw(key)
+        clip = source.clips[number]
         try:
             with open_clip(clip) as reader:
-                sample = source.transform(reader.frames(frames), rng)
+                mismatch, usable = reader.mismatch(), reader.usable_frames()
+                if frames[-1] >= usable:
+                    raise DataError(mismatch)
+                views = source.transform(reader.frames(frames), rng)
         except DataError as e:
-            return DataError(f"{clip.name}: {e}")
+            return Fault(number, clip.name, str(e))
+        name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
+        notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
+        return self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | Fault]:
+        """The samples of a batch; a black one without a name follows where none can be read."""
+        items = [self[key] for key in keys]
+        if all(isinstance(item, Fault) for item in items):
+            source, rng, number, frames = self._draw(keys[0])
+            views = source.transform([torch.zeros(90, 160, 3, dtype=torch.uint8)] * len(frames), rng)
+            blank = self._complete(views, keys[0], source.clips[number], int(frames[-1]))
+            items.append(blank | {"sample": "", "notes": []})
+        return items
+
+    def _draw(self, key: Key) -> tuple[Source, np.random.Generator, int, np.ndarray]:
+        """The source, the random state of the augmentation, the number of the clip and its frames."""
+        _, number, _, window = key
+        source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
+        return source, rng, *source.index.sample(window, rng)
+
+    def _complete(self, sample: dict[str, Any], key: Key, clip: Clip, last: int) -> dict[str, Any]:
+        """Add to the views of a window what else a batch has."""
         views = len(sample["video"])
-        sample["source"], sample["window"] = torch.full((views,), number), torch.full((views,), window)
+        sample["source"], sample["window"] = torch.full((views,), key[1]), torch.full((views,), key[3])
         if self.targets:
-            last, ttc = frames[-1], clip.ttc
+            ttc = clip.ttc
             sample["label"] = torch.full((views,), int(clip.labels[last]))
             sample["ttc"] = torch.full((views,), float(ttc[last]))
             sample["soft_label"] = torch.full((views,), float(smooth_labels(clip.labels, ttc)[last]))
         return sample
 
 
-def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Any] | DataError:
-    """Samples -> one batch, their views side by side; "skipped" lists the errors of those that could not be read.
+def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any]:
+    """Samples -> one batch, their views side by side.
 
-    A DataError where none could be read: there is nothing to compute a gradient from.
+    "samples" lists which they are, "skipped" the Faults of those that could not be read, "notes" further Faults.
+    "weight" of the loss is 1.0, or 0.0 where none could be read: each process needs a gradient, if of nothing.
     """
-    errors = [item for item in items if isinstance(item, DataError)]
-    samples = [item for item in items if not isinstance(item, DataError)]
-    if not samples:
-        return DataError(f"none of the {len(items)} samples of a batch can be read, the first: {errors[0]}")
-    return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]} | {
-        "skipped": [str(e) for e in errors]
-    }
+    faults = [item for item in items if isinstance(item, Fault)]
+    samples = [item for item in items if not isinstance(item, Fault)]
+    names = [name for sample in samples if (name := sample.pop("sample"))]
+    notes = [note for sample in samples for note in sample.pop("notes")]
+    batch = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+    return batch | {"samples": names, "skipped": faults, "notes": notes, "weight": float(bool(names))}
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -172,37 +195,6 @@ def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: 
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
     )
-
-
-def checked(batches: Iterable) -> Iterator:
-    """Pass batches on; raise the DataError that a worker sent in place of one."""
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
-
-
-class SkipBad:
-    """The batches of a loader, epoch after epoch; of samples that could not be read, the first of each clip is logged.
-
-    Raises DataError for a batch without a readable sample, and after more than `limit` skipped samples.
-    """
-
-    def __init__(self, loader: DataLoader, *, limit: int):
-        self.loader, self.limit = loader, limit
-        self.skipped, self._seen = 0, set()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in checked(self.loader):
-            for message in batch["skipped"]:
-                self.skipped += 1
-                clip = message.partition(": ")[0]
-                if clip not in self._seen:
-                    self._seen.add(clip)
-                    logger.error(f"skipped a sample, {self.skipped} so far: {message}")
-                if self.skipped > self.limit:
-                    raise DataError(f"more than --max_bad_samples {self.limit} samples skipped, the last: {message}")
-            yield batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +236,7 @@ def balance(costs: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
 class ClipStream(IterableDataset):
     """FrameChunks of this rank's clips, each needed frame once, the chunks of a clip in order.
 
-    A DataError is yielded, not raised; the stream of that worker ends there.
+    A clip that cannot be read, or holds more or fewer frames than it should, ends with a Fault.
     """
 
     def __init__(
@@ -266,7 +258,7 @@ class ClipStream(IterableDataset):
         """Chunks this rank will see."""
         return sum(-(-len(self.index.needed_frames(c)) // self.chunk_frames) for c in self.share)
 
-    def __iter__(self) -> Iterator[FrameChunk | DataError]:
+    def __iter__(self) -> Iterator[FrameChunk | Fault]:
         worker = get_worker_info()
         share = self.share
         if worker:
@@ -276,15 +268,20 @@ class ClipStream(IterableDataset):
             try:
                 yield from self._chunks(number)
             except DataError as e:
-                yield e
-                return
+                yield Fault(number, self.clips[number].name, str(e))
 
-    def _chunks(self, number: int) -> Iterator[FrameChunk]:
-        needed = self.index.needed_frames(number)
-        with open_clip(self.clips[number]) as reader:
+    def _chunks(self, number: int) -> Iterator[FrameChunk | Fault]:
+        clip, needed = self.clips[number], self.index.needed_frames(number)
+        with open_clip(clip) as reader:
+            mismatch, usable = reader.mismatch(), reader.usable_frames()
+            if not usable:
+                raise DataError(mismatch)
+            needed = needed[needed < usable]
             for first in range(0, len(needed), self.chunk_frames):
                 ids = needed[first : first + self.chunk_frames]
                 yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
+        if mismatch:
+            yield Fault(number, clip.name, mismatch, usable)
 
 
 def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -294,15 +291,32 @@ def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> Da
 
 
 def window_batches(
-    chunks: Iterable[FrameChunk], index: WindowIndex, *, batch_size: int, device: torch.device | str
+    chunks: Iterable[FrameChunk | Fault],
+    index: WindowIndex,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    faults: list[Fault] | None = None,
+    allow_missing: bool = False,
 ) -> Iterator[WindowBatch]:
     """Gather the windows of a stream of chunks on the device, batch_size at most at a time, each window once.
 
-    Chunks of different clips may alternate. Frames are kept until the last window that needs them.
+    Chunks of different clips may alternate. Frames are kept until the last window that needs them. Faults are added to
+    `faults`; after the first clip that cannot be read, unless allow_missing, the stream is read on to find the others,
+    but no window follows. Without a list for them, a clip that cannot be read raises DataError.
     """
     kept: dict[int, tuple[np.ndarray, Tensor]] = {}
     done: dict[int, int] = {}  # windows of the clip handed out so far
-    for chunk in checked(chunks):
+    for chunk in chunks:
+        if isinstance(chunk, Fault):
+            if faults is None and not chunk.frames:
+                raise DataError(str(chunk))
+            faults = [] if faults is None else faults
+            faults.append(chunk)
+            kept.pop(chunk.number, None)
+            continue
+        if faults and not allow_missing and any(not fault.frames for fault in faults):
+            continue
         ids, frames = chunk.frame_ids, chunk.frames.to(device, non_blocking=True)
         if chunk.clip in kept:
             ids = np.concatenate([kept[chunk.clip][0], ids])

@@ -50,6 +50,28 @@ class Reader:
             raise DataError(f"{self.path}: frames of different sizes: {sorted({tuple(f.shape[:2]) for f in frames})}")
         return torch.stack(frames)
 
+    def _holds(self, frame: int) -> bool:
+        """Whether the source has a frame of this number."""
+        raise NotImplementedError
+
+    def usable_frames(self) -> int:
+        """Frames of the clip up to the last one that the source holds: all, or fewer where it ends early."""
+        count = self.clip.num_frames
+        while count and not self._holds(count - 1):
+            count -= 1
+        return count
+
+    def mismatch(self) -> str:
+        """How the number of frames in the source differs from the clip's; "" where it does not."""
+        expected, usable = self.clip.num_frames, self.usable_frames()
+        if not usable:
+            return f"{self.path}: holds none of the {expected} frames expected, {self.clip.filename(0)} and on"
+        if usable < expected:
+            return f"{self.path}: ends after {usable} of {expected} frames; the labels of the others go unused"
+        if self._holds(expected):
+            return f"{self.path}: goes on after the {expected} frames expected; the rest goes unused"
+        return ""
+
     def close(self) -> None:
         """Release the file."""
 
@@ -107,6 +129,9 @@ class ZipReader(_PictureReader):
                 f"not in the zip, whose {len(held)} files begin with {held[0]}" if held else "the zip is empty"
             ) from e
 
+    def _holds(self, frame: int) -> bool:
+        return self.clip.filename(frame) in self._zip.NameToInfo
+
     def close(self) -> None:
         self._zip.close()
 
@@ -116,6 +141,9 @@ class FolderReader(_PictureReader):
 
     def _bytes(self, name: str) -> bytes:
         return Path(self.path, name).read_bytes()
+
+    def _holds(self, frame: int) -> bool:
+        return os.path.isfile(os.path.join(self.path, self.clip.filename(frame)))
 
 
 class VideoReader(Reader):
@@ -129,6 +157,9 @@ class VideoReader(Reader):
             self._video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         except (RuntimeError, decord.DECORDError) as e:
             raise DataError(f"{path}: not a readable video ({_reason(e)})") from e
+
+    def _holds(self, frame: int) -> bool:
+        return frame < len(self._video)
 
     def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
         yield from self.read(frame_ids)

@@ -190,7 +190,7 @@ def render_clip(frames_dir: Path, scene: Scene, *, packed: bool, name: str = "{:
     encoded = {}
     for t in range(scene.num_frames):
         buffer = io.BytesIO()
-        scene.frame(t).save(buffer, "JPEG", quality=90)
+        scene.frame(t).save(buffer, "PNG" if name.endswith(".png") else "JPEG", quality=90)
         encoded[name.format(first + t)] = buffer.getvalue()
     if packed:
         with zipfile.ZipFile(frames_dir / "images.zip", "w") as z:

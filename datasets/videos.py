@@ -115,18 +115,19 @@ def _table(name: str, split: str, root: Path, videos: Iterable[str], scan: Video
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
     videos = list(videos)
-    clips, problems = [], []
+    clips, unreadable = [], {}
     folder = os.path.abspath(root)
     sources = [os.path.join(folder, video) for video in videos]
     for video, source, info in zip(videos, sources, scan(sources), strict=True):
         if info.problem:
-            problems.append(f"{video} ({info.problem})")
+            unreadable[video] = info.problem
         else:
             clips.append(Clip(name=video, source=source, num_frames=info.frames, fps=info.fps))
-    if problems:
-        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        message = f"{name} {split}: {len(problems)} of {len(videos)} videos cannot be read: {shown}"
+    if unreadable:
+        shown = "; ".join(f"{video} ({why})" for video, why in list(unreadable.items())[:5])
+        shown += "; ..." * (len(unreadable) > 5)
+        message = f"{name} {split}: {len(unreadable)} of {len(videos)} videos cannot be read: {shown}"
         if not clips:
             raise DataError(f"{root}: {message}")
         logger.warning(f"{message}; the run goes on without them; those that exist are in {scan.cache}")
-    return ClipTable(name, split, clips, **options)
+    return ClipTable(name, split, clips, unreadable=unreadable, **options)

@@ -10,7 +10,7 @@ class DaptObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
     Beside "loss" stands "trivial_loss", that of predicting each masked cube's mean colour: below it, more than
-    colours is predicted.
+    colours is predicted. A batch of weight 0, of which nothing could be read, adds nothing to gradients and statistics.
 
     Args:
         autoencoder: the MaskedAutoencoder as it is, not wrapped. to_input: uint8 video on the device -> normalised.
@@ -23,5 +23,5 @@ class DaptObjective:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         video = self.to_input(batch["video"].to(self.device, non_blocking=True))
         target = self.autoencoder.target(video, batch["mask"])
-        loss = model(video, batch["mask"], target)
-        return loss, {"loss": loss, "trivial_loss": self.autoencoder.trivial_loss(target)}
+        loss = batch["weight"] * model(video, batch["mask"], target)
+        return loss, {"loss": loss, "trivial_loss": batch["weight"] * self.autoencoder.trivial_loss(target)}

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ def score_windows(
     return np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()
 
 
+def within(windows: tuple[np.ndarray, ...], usable: Mapping[int, int]) -> tuple[np.ndarray, ...]:
+    """Of columns (clip (n,), last frame (n,), ...) the rows that end within the first usable[clip] frames of the clip.
+
+    A clip that is not in `usable` keeps all its rows.
+    """
+    keep = np.ones(len(windows[0]), dtype=bool)
+    for clip, frames in usable.items():
+        keep &= (windows[0] != clip) | (windows[1] < frames)
+    return tuple(column[keep] for column in windows)
+
+
 def gather_predictions(
     local: tuple[np.ndarray, np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], labels: Callable
 ) -> Predictions | None:
@@ -141,6 +152,22 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
     """metrics.json; what is undefined is null."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(jsonable(metrics), indent=2) + "\n")
+
+
+def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str, Any]:
+    """What of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
+
+    clips: the ClipTable. faults: of its clips, with name and frames, 0 where the clip cannot be read.
+    """
+    scored = len(np.unique(predictions.clip))
+    return {
+        "clips": clips.listed,
+        "clips_scored": scored,
+        "coverage": f"{scored} of {clips.listed} clips",
+        "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
+        "frame_mismatch": [fault.name for fault in faults if fault.frames],
+        "frames": int(clips.frame_counts.sum()),
+    }
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -11,6 +11,8 @@ from engine.losses import Targets
 class FinetuneObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
+    A batch of weight 0, of which nothing could be read, adds nothing to gradients and statistics.
+
     Args:
         loss: one of engine.losses.LOSSES.
         to_input: (uint8 video on the device, boxes, seeds) -> normalised float video with erased boxes.
@@ -28,5 +30,5 @@ class FinetuneObjective:
         logits = model(video).float()  # a half-precision exponential would saturate
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == targets.label).float().mean()
-        loss = self.loss(logits, targets)
-        return loss, {"loss": loss, "accuracy": accuracy}
+        loss = batch["weight"] * self.loss(logits, targets)
+        return loss, {"loss": loss, "accuracy": batch["weight"] * accuracy}

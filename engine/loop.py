@@ -33,14 +33,16 @@ class TrainingError(RuntimeError):
 class Progress:
     """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
 
-    means: of the last epoch trained, for a run that is killed between training and evaluation. steps_per_epoch: what
-    the data and the batch make of an epoch; a resumed run must find the same.
+    means: of the last epoch trained, for a run that is killed between training and evaluation. samples: the counts of
+    what was read and skipped, of all ranks. steps_per_epoch: what the data and the batch make of an epoch; a resumed
+    run must find the same.
     """
 
     epoch: int = 0
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
     steps_per_epoch: int = 0
 
 

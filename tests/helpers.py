@@ -124,3 +124,13 @@ def cut_dota(root, *, clips, frames, size=(1280, 720), quality=92):
         (root / "dataset" / "annotations" / f"{name}.json").write_text(json.dumps(annotation))
     for split, own in (("train", names[:-2]), ("val", names[-2:])):
         (root / "dataset" / f"{split}_split.txt").write_text("\n".join(own) + "\n")
+
+
+def rewrite_zip(path, *, drop=(), add=None) -> None:
+    """Write a zip anew without the members `drop`, and with members {new name: name of the one it copies}."""
+    with zipfile.ZipFile(path) as z:
+        content = {name: z.read(name) for name in z.namelist()}
+    content |= {new: content[name] for new, name in (add or {}).items()}
+    with zipfile.ZipFile(path, "w") as z:
+        for name in sorted(content.keys() - set(drop)):
+            z.writestr(name, content[name])

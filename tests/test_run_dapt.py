@@ -160,7 +160,7 @@ def test_a_video_that_breaks_off_is_skipped(roots, tmp_path, capsys):
     out = capsys.readouterr().out
     assert [r["epoch"] for r in log(tmp_path / "run")] == [0, 1]
     assert "2 of 6 videos cannot be read" in out
-    assert out.count("skipped a sample") == 1 and f"so far: 0.mp4: {path}: frames " in out
+    assert out.count("skipped a sample") == 1 and f"skipped a sample of 0.mp4: {path}: frames " in out
 
 
 @pytest.mark.slow

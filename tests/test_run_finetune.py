@@ -237,9 +237,11 @@ def test_unreadable_samples_are_skipped_up_to_a_limit(dota_root, tmp_path, capsy
     broken.write_bytes(broken.read_bytes()[:1000])
     in_process(*flags(root, tmp_path / "run", *SHORT, "--nb_samples_per_epoch", "64"))
     out = capsys.readouterr().out
-    assert out.count(f"so far: synthetictr_000003: {broken}: not a readable zip") == 1
+    assert out.count(f"skipped a sample of synthetictr_000003: {broken}: not a readable zip") == 1
     assert [r["epoch"] for r in log(tmp_path / "run")] == [0, 1]
-    with pytest.raises(run_finetune.DataError, match="more than --max_bad_samples 2 samples skipped, the last: synth"):
+    with pytest.raises(
+        run_finetune.DataError, match="more than --max_bad_samples 2 samples skipped in an epoch, the last of synth"
+    ):
         in_process(*flags(root, tmp_path / "b", *SHORT, "--nb_samples_per_epoch", "64", "--max_bad_samples", "2"))
 
 

@@ -50,7 +50,7 @@ FREE_ON_RESUME = frozenset(
         *("auto_resume", "resume", "start_epoch", "stop_epoch", "output_dir", "log_dir", "print_freq", "save_ckpt"),
         *("save_ckpt_freq", "data_path", "finetune", "model_key", "model_prefix", "device", "num_workers", "pin_mem"),
         *("compile", "no_flash_attn", "use_checkpoint", "batch_size", "update_freq", "eval", "eval_batch_size"),
-        *("disable_eval_during_finetuning", "max_bad_samples", "from_ckpt", "scan_cache"),
+        *("disable_eval_during_finetuning", "allow_missing", "max_bad_samples", "from_ckpt", "scan_cache"),
     )
 )
 
@@ -198,7 +198,8 @@ def _runtime_flags(parser: Parser, *, seed: int) -> None:
     add("--seed", seed, "seed of weights, data order and augmentation", type=natural)
     add("--num_workers", 8, "loading processes per training process", type=natural)
     _switch(group, "pin_mem", "pin host memory for faster copies to the GPU")
-    add("--max_bad_samples", 100, "unreadable training samples a process may skip before the run stops", type=natural)
+    help = "unreadable training samples a process may skip in an epoch before the run stops"
+    add("--max_bad_samples", 100, help, type=natural)
 
 
 def _file_flags(add: Callable) -> None:
@@ -215,7 +216,10 @@ def _encoder_flags(add: Callable) -> None:
     add("--gelu", None, help, choices=["erf", "tanh"])
 
 
-def _shape_flags(add: Callable) -> None:
+def _clip_flags(add: Callable) -> None:
+    rate = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
+    add("--assume_fps", None, rate, type=positive_float)
+    add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
     add("--num_frames", None, "frames of a window (default: the model's)", type=positive)
     add("--view_fps", None, "frames per second of a window (default: the model's)", type=positive_float)
     add("--input_size", None, "height and width in pixels (default: the model's)", type=positive)
@@ -228,10 +232,10 @@ def _shape_flags(add: Callable) -> None:
 
 def _finetune_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data"))
-    add("--data_set", "DoTA", "data set: DoTA, DoTA_half, DADA2K, DADA2K_half or CAP-DATA")
-    add("--data_path", None, "root folder of the data set", required=True)
+    add("--data_set", "DoTA", "data set: DoTA(_half), DADA2K(_half), CAP-DATA, or csv: your own")
+    add("--data_path", None, "root folder of the data set; of csv the folder of train.csv and val.csv", required=True)
     add("--sampling_rate", 1, "step between training windows, in frames of the source", type=positive)
-    _shape_flags(add)
+    _clip_flags(add)
 
 
 def _finetune_model_flags(parser: Parser) -> None:
@@ -279,8 +283,11 @@ def _evaluation_flags(parser: Parser) -> None:
     add = partial(_flag, group)
     group.add_argument("--eval", action="store_true", help="evaluate only: predictions.csv, metrics.json, plots/")
     add("--eval_split", "val", "split to evaluate, during training too: val, train or all")
-    add("--sampling_rate_val", 1, "step between evaluated windows, in frames of the source", type=positive)
+    step = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
+    add("--sampling_rate_val", None, step, type=positive)
     add("--eval_batch_size", 64, "windows per process and forward pass", type=positive)
+    help = "score the clips that can be read and say how many they are, instead of refusing"
+    group.add_argument("--allow_missing", action="store_true", help=help)
     group.add_argument("--disable_eval_during_finetuning", action="store_true", help="train without evaluating")
 
 
@@ -290,7 +297,7 @@ def _evaluation_flags(parser: Parser) -> None:
 
 def _dapt_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data, a value for each data set of the mix"))
-    sets = "BDD100K, CAP-DATA, Kinetics, DoTA(_half), DADA2K(_half), or videos: any folder of them"
+    sets = "BDD100K, CAP-DATA, Kinetics, DoTA(_half), DADA2K(_half), csv, or videos: any folder of them"
     add("--data_set", ["BDD100K"], f"data sets to mix: {sets}", type=str, nargs="+", metavar="NAME")
     add("--data_path", None, "root folder, or list file, of each data set", nargs="+", required=True, metavar="PATH")
     help = (
@@ -304,8 +311,7 @@ def _dapt_data_flags(parser: Parser) -> None:
         nargs="+",
         metavar="SPLIT",
     )
-    add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
-    _shape_flags(add)
+    _clip_flags(add)
 
 
 def _dapt_model_flags(parser: Parser) -> None:

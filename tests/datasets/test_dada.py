@@ -2,13 +2,14 @@
 
 import csv
 import io
+import logging
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import build_clips
+from datasets import build_clips, find_data_sets
 from datasets.clips import DataError
 from datasets.readers import open_clip
 
@@ -95,6 +96,55 @@ def test_cap_data(tmp_path):
         build_clips("CAP-DATA", str(tmp_path), "train")
 
 
+def test_absent_lists_follow_from_the_authors_own(dada, caplog):
+    lists = dada / "DADA2K_my_split"
+    (lists / "training.txt").unlink()
+    with pytest.raises(DataError, match="training.txt: split file not found; .*; or put orig_training.txt there"):
+        build_clips("DADA2K", str(dada), "train")
+    text = "61/001 1 30 63 44,[CLS]a, b[SEP]\n1/001 0 1 2 3,x\n61/001 1 2 3 4,y\n"
+    (lists / "orig_training.txt").write_text(text)
+    (lists / "validation.txt").unlink()
+    with caplog.at_level(logging.INFO, "tad"):
+        assert [c.name for c in build_clips("DADA2K", str(dada), "train")] == ["1/001", "61/001"]
+    assert "training.txt is absent: 2 clips, from orig_training.txt and full_anno.csv" in caplog.text
+    assert [c.name for c in build_clips("DADA2K", str(dada), "val")] == ["20/012"]
+    assert [c.name for c in build_clips("DADA2K_half", str(dada), "val")] == ["20/012"]
+    (lists / "half_training.txt").unlink()
+    with pytest.raises(DataError, match="half_training.txt: split file not found; .* python -m datasets.prepare half"):
+        build_clips("DADA2K_half", str(dada), "train")
+    (lists / "orig_training.txt").write_text(text + "20/012 0 0 0 0,z\n")
+    with pytest.raises(DataError, match="orig_training.txt: lists every clip of .*full_anno.csv; none is left for val"):
+        build_clips("DADA2K", str(dada), "val")
+    (lists / "orig_training.txt").write_text("5/777 0 0 0 0,z\n")
+    with pytest.raises(DataError, match="orig_training.txt: clip 5/777 is not in"):
+        build_clips("DADA2K", str(dada), "train")
+    (lists / "orig_training.txt").write_text(",z\n")
+    with pytest.raises(DataError, match="orig_training.txt: ',z' is not <type>/<video>"):
+        build_clips("DADA2K", str(dada), "train")
+
+
+def test_cap_data_s_authors_list_is_that_of_the_validation(tmp_path):
+    rows = [
+        row(CAP_HEADER, video=video, type=10, abnormal_start_frame=18, abnormal_end_frame=34, total_frames=90.0)
+        for video in ("000001", "000002", "000003")
+    ]
+    write(tmp_path / "annotation" / "cap_annotation_file.csv", CAP_HEADER, rows)  # its other name
+    (tmp_path / "CAPDATA_my_split").mkdir()
+    (tmp_path / "CAPDATA_my_split" / "orig_full_testing-text.txt").write_text("10/000002 1 18 34 20,[CLS]x[SEP]\n")
+    assert [c.name for c in build_clips("CAP-DATA", str(tmp_path), "val")] == ["10/000002"]
+    assert [c.name for c in build_clips("CAP-DATA", str(tmp_path), "train")] == ["10/000001", "10/000003"]
+
+
+def test_the_assumed_rate_is_that_of_clips_without_one(tmp_path, dada):
+    rows = [row(CAP_HEADER, video=v, type=1, total_frames=n) for v, n in (("000001", 50), ("000002", 51))]
+    write(tmp_path / "cap" / "annotation" / "cap_annotation_file.csv", CAP_HEADER, rows)
+    assert [c.fps for c in build_clips("CAP-DATA", str(tmp_path / "cap"), "all", assume_fps=25)] == [10, 25]
+    assert {c.fps for c in build_clips("DADA2K", str(dada), "all", assume_fps=25)} == {25}
+    with pytest.raises(DataError, match="of DoTA and BDD100K is known; --assume_fps is for DADA2K, DADA2K_half, CAP-"):
+        find_data_sets(["DoTA", "BDD100K"], 25)
+    assert len(find_data_sets(["BDD100K", "CAP-DATA"], 25)) == 2
+
+
 def test_what_is_wrong_is_named(dada):
     sheet, split = dada / "annotation" / "full_anno.csv", dada / "DADA2K_my_split" / "training.txt"
 
@@ -124,4 +174,4 @@ def test_what_is_wrong_is_named(dada):
     write(sheet, DADA_HEADER[:10], [good[:10]])
     refused("0 columns begin with 'total frames', 1 is needed")
     sheet.unlink()
-    refused("full_anno.csv: annotation sheet not found; save the data set's")
+    refused("full_anno.csv: annotation sheet not found; python -m datasets.prepare sheet makes it")

@@ -8,13 +8,13 @@ import torch
 
 from datasets import build_clips
 from datasets.clips import Clip, ClipTable, DataError
+from datasets.faults import settle_faults
 from datasets.loader import (
     ClipStream,
     EpochSampler,
     Source,
     WindowDataset,
     balance,
-    checked,
     eval_loader,
     train_loader,
     window_batches,
@@ -112,12 +112,15 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     source = Source(clips, index, FinetuneTransform(32, views=views))
     dataset = WindowDataset([source], seed=7, targets=True)
     sampler.set_epoch(epoch)
-    return list(checked(train_loader(dataset, sampler, num_workers=workers, pin_memory=False)))
+    return list(train_loader(dataset, sampler, num_workers=workers, pin_memory=False))
+
+
+TOLD = {"samples", "skipped", "notes", "weight"}  # what became of the samples
 
 
 def same(a, b):
-    assert a["skipped"] == b["skipped"] == []
-    tensors = a.keys() - {"skipped"}
+    assert a["skipped"] == b["skipped"] == a["notes"] == b["notes"] == [] and a["weight"] == b["weight"] == 1
+    tensors = a.keys() - TOLD
     return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
 
@@ -132,8 +135,9 @@ def test_batches_do_not_depend_on_ranks(dota_root):
     whole = training(dota_root)
     parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
     for a, (first, second) in zip(whole, parts, strict=True):
-        joined = {k: torch.cat([first[k], second[k]]) for k in first if k != "skipped"}
-        assert same(a, joined | {"skipped": []})
+        joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in TOLD}
+        joined |= {"skipped": [], "notes": [], "weight": 1.0, "samples": first["samples"] + second["samples"]}
+        assert same(a, joined) and a["samples"] == joined["samples"] and len(a["samples"]) == 4
 
 
 def test_the_same_window_looks_different_in_another_epoch(dota_root):
@@ -154,7 +158,7 @@ def test_augmentation_depends_on_epoch_source_and_position(dota_root):
 
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
-    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k != "skipped"} == {
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k not in TOLD} == {
         "video": ((4, 3, 4, 32, 32), torch.uint8),
         "boxes": ((4, 1, 4), torch.int64),
         "seed": ((4,), torch.int64),
@@ -191,11 +195,17 @@ def test_views_share_the_decoding_but_not_the_augmentation(dota_root):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_clip_is_an_error_that_names_it(dota_root, tmp_path, workers):
+def test_a_batch_of_which_nothing_can_be_read_is_black_and_without_weight(dota_root, tmp_path, workers):
     (tmp_path / "dataset").symlink_to(dota_root / "dataset")
-    message = r"none of the 4 samples of a batch can be read, the first: synthetictr_00000\d: clip \w+: no frames"
-    with pytest.raises(DataError, match=message):
-        training(tmp_path, workers=workers)
+    whole, broken = training(dota_root, workers=workers), training(tmp_path, workers=workers)
+    assert len(whole) == len(broken) == 6
+    for a, b in zip(whole, broken, strict=True):
+        assert b["weight"] == 0 and b["samples"] == [] and a.keys() == b.keys()
+        names = [sample.removeprefix("DoTA ").partition(",")[0] for sample in a["samples"]]
+        assert [fault.name for fault in b["skipped"]] == names and len(names) == 4
+        assert all("no frames: expected" in str(fault) for fault in b["skipped"])
+        for key in a.keys() - TOLD:
+            assert a[key].shape[1:] == b[key].shape[1:] and a[key].dtype == b[key].dtype and len(b[key]) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,11 +230,14 @@ def scored(root, *, workers=0, world_size=1, chunk_frames=16, batch_size=8, stri
             clips, index, EvalTransform(32), chunk_frames=chunk_frames, rank=rank, world_size=world_size
         )
         loader = eval_loader(stream, num_workers=workers, pin_memory=False)
-        for batch in window_batches(loader, index, batch_size=batch_size, device="cpu"):
+        faults = []
+        options = {"faults": faults, "allow_missing": False}
+        for batch in window_batches(loader, index, batch_size=batch_size, device="cpu", **options):
             assert len(batch.last) <= batch_size
             for last, video in zip(batch.last.tolist(), batch.video, strict=True):
                 windows[batch.clip, last] = video
                 times[batch.clip, last] += 1
+        settle_faults(faults, clips, allow_missing=False)
     assert set(times) == set(zip(*(a.tolist() for a in index.locations()), strict=True))
     assert set(times.values()) == {1}
     return windows
@@ -283,11 +296,13 @@ def test_clips_without_windows_are_left_out(dota_root):
     index = WindowIndex(table.frame_counts, src_fps=10, num_frames=4, view_fps=10)
     stream = ClipStream(table, index, EvalTransform(32), chunk_frames=64)
     assert stream.share == [1, 2, 3, 4, 5]
-    assert len(list(checked(eval_loader(stream, num_workers=0, pin_memory=False)))) == stream.num_chunks == 5
+    assert len(list(eval_loader(stream, num_workers=0, pin_memory=False))) == stream.num_chunks == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_clip_stops_evaluation_and_is_named(dota_root, tmp_path, workers):
     (tmp_path / "dataset").symlink_to(dota_root / "dataset")
-    with pytest.raises(DataError, match=r"syntheticva_00000\d: no frames"):
+    with pytest.raises(
+        DataError, match=r"(?s)5 of 5 clips cannot be read.*(\n  syntheticva_00000\d: clip.*no frames.*){5}"
+    ):
         scored(tmp_path, workers=workers)

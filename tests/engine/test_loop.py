@@ -98,6 +98,7 @@ def test_every_loss_trains_the_model(loss):
         "label": label,
         "soft_label": label.float() * 0.9,
         "ttc": torch.tensor([-0.5, 0.0, float("nan"), 0.0]),
+        "weight": 1.0,
     }
     groups = parameter_groups(model, weight_decay=0.05)
     optimization = Optimization(
@@ -109,6 +110,10 @@ def test_every_loss_trains_the_model(loss):
     reporting = Reporting(TensorBoard(None), clips_per_step=4)
     objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
     train_one_epoch(model, [batch] * 40, objective, optimization, Progress(), reporting, steps_per_epoch=40, device=CPU)
+    before = [p.clone() for p in model.parameters()]
+    objective(model, batch | {"weight": 0.0})[0].backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters()), "nothing was read, nothing is learnt"
+    assert all(map(torch.equal, before, model.parameters()))
     risk = model.eval()(to_input(batch["video"], None, None)).softmax(1)[:, 1]
     assert risk[label == 1].min() > risk[label == 0].max()
 

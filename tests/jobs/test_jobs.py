@@ -7,12 +7,17 @@ import subprocess
 import pytest
 from helpers import ROOT
 
+import run_finetune
 from utils.flags import dapt_parser, finetune_parser
 
 FINETUNE = sorted((ROOT / "jobs" / "finetune").glob("*.sh"))
 DAPT = sorted((ROOT / "jobs" / "dapt").glob("*.sh"))
 PATHS = {"DATA_PATH": "/data/Do TA", "BDD_PATH": "/data/b dd", "CAP_PATH": "/data/cap", "MODEL_PATH": "w.pth"}
-PUBLISHED = {"VideoMAE-S_DoTA": "AUC_ROC 83.7, AUC_MCC 46.9", "VideoMAE-B_DoTA": "AUC_ROC 86.3, AUC_MCC 54.8"}
+PUBLISHED = {
+    "VideoMAE-S_DoTA": "AUC_ROC 83.7, AUC_MCC 46.9",
+    "VideoMAE-B_DoTA": "AUC_ROC 86.3, AUC_MCC 54.8",
+    "VideoMAE-L_D2K": "AUC_ROC 87.2, AUC_MCC 55.4",
+}
 SRUN = 'echo "srun: $SRUN_CPUS_PER_TASK CPUs per task, $1" >&2; shift; exec "$@"'
 every_job = pytest.mark.parametrize("job", FINETUNE + DAPT, ids=lambda job: job.stem)
 every_finetune_job = pytest.mark.parametrize("job", FINETUNE, ids=lambda job: job.stem)
@@ -39,7 +44,7 @@ def run_flags(done):
 
 
 def test_there_are_jobs():
-    assert len(FINETUNE) >= 3 and len(DAPT) == 5
+    assert len(FINETUNE) >= 5 and len(DAPT) == 5
 
 
 @pytest.mark.parametrize(
@@ -84,12 +89,23 @@ def test_several_nodes_meet_at_the_first(launch):
 
 @every_finetune_job
 def test_settings_are_the_published_ones(job, launch):
-    args = run_flags(launch(job, **PATHS))
+    args, dada, half = run_flags(launch(job, **PATHS)), "_D2K" in job.stem, job.stem.endswith("half")
     assert (args.data_path, args.finetune, args.output_dir) == ("/data/Do TA", "w.pth", f"runs/{job.stem}")
-    assert args.data_set == ("DoTA_half" if job.stem.endswith("half") else "DoTA")
-    assert args.total_batch_size * args.num_sample == 56
-    assert args.nb_samples_per_epoch * args.num_sample == 50000
+    assert args.model == f"vit_{ {'S': 'small', 'B': 'base', 'L': 'large'}[job.stem[len('VideoMAE-')]] }_patch16_224"
+    assert args.data_set == ("DADA2K" if dada else "DoTA") + "_half" * half
+    assert args.total_batch_size * args.num_sample == 56 and args.num_sample == 1 + half
+    assert args.nb_samples_per_epoch == (25000 if half and not dada else 50000)
     assert args.lr == (1e-3 if job.stem == "VideoMAE-S_DoTA" else 5e-4)
+    assert (args.epochs, args.warmup_epochs, args.layer_decay, args.drop_path) == (50, 5, 0.6, 0.2)
+
+
+@every_finetune_job
+def test_windows_are_evaluated_as_published_in_training_and_all_of_them_with_eval(job, launch):
+    step = 3 if "_D2K" in job.stem else 1
+    for words, expected in (([], step), (["--eval"], 1), (["--eval", "--sampling_rate_val", "5"], 5)):
+        args = run_flags(launch(job, *words, **PATHS))
+        run_finetune.resolve(args, 1)
+        assert args.sampling_rate == 1 and args.sampling_rate_val == expected
 
 
 @every_job

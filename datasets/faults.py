@@ -1,0 +1,117 @@
+"""What cannot be read: in training skipped, counted and named; in evaluation an error, or left out and counted."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets.clips import ClipTable, DataError
+from utils.distributed import broadcast, gather
+
+logger = logging.getLogger("tad")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a clip: its number in its table, its name, the reason, how many of its frames can be used."""
+
+    number: int
+    name: str
+    reason: str
+    frames: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class SkipBad:
+    """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
+
+    The first fault of each clip is logged. Raises DataError after more than `limit` samples skipped by this process in
+    an epoch, and after an epoch without a readable sample.
+    """
+
+    def __init__(self, loader: Iterable[dict[str, Any]], *, limit: int):
+        self.loader, self.limit = loader, limit
+        self._samples, self._skipped, self._bad_clips = 0, 0, Counter()
+        self._own, self._seen = 0, set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: {"samples", "skipped", of the epoch, "bad_clips": {clip: skipped in the run}}."""
+        return {"samples": self._samples, "skipped": self._skipped, "bad_clips": dict(self._bad_clips)}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of one or several ranks of an interrupted run; from nothing if there are none."""
+        self._samples, self._skipped = (sum(state[name] for state in states) for name in ("samples", "skipped"))
+        self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            for fault in batch["notes"]:
+                self._log_once(logger.warning, fault, str(fault))
+            for fault in batch["skipped"]:
+                self._own, self._skipped = self._own + 1, self._skipped + 1
+                self._bad_clips[fault.name] += 1
+                self._log_once(logger.error, fault, f"skipped a sample of {fault}")
+                if self._own > self.limit:
+                    raise DataError(
+                        f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
+                        f"so far of {_named(self._bad_clips)}"
+                    )
+            self._samples += len(batch["samples"])
+            yield batch
+
+    def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
+        kind = fault.name, fault.frames > 0
+        if kind not in self._seen:
+            self._seen.add(kind)
+            log(message)
+
+    def counts(self) -> dict[str, Any]:
+        """The state of all ranks, summed up, on rank 0. Every rank calls it."""
+        states = gather(self.state_dict()) or [self.state_dict()]
+        total = SkipBad([], limit=0)
+        total.load_state_dicts(states)
+        return total.state_dict()
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Start counting anew; returns the counts of the epoch, for log.txt. Every rank calls it."""
+        counts = self.counts()
+        self._own = self._samples = self._skipped = 0
+        if counts["skipped"] and not counts["samples"]:
+            raise DataError(f"no sample of the epoch could be read, of {_named(counts['bad_clips'])}")
+        if counts["skipped"]:
+            logger.warning(f"{counts['samples']} samples of the epoch were read, {counts['skipped']} skipped")
+        if not counts["bad_clips"]:
+            del counts["bad_clips"]
+        return {f"train_{name}": value for name, value in counts.items()}
+
+    def log_summary(self) -> None:
+        """Name the clips that samples of the run were skipped of. Every rank calls it."""
+        if bad := self.counts()["bad_clips"]:
+            logger.warning(f"{sum(bad.values())} samples of the run were skipped, of {_named(bad)}")
+
+
+def _named(clips: Mapping[str, int]) -> str:
+    return f"{len(clips)} clips: " + ", ".join(f"{name} ({n})" for name, n in sorted(clips.items()))
+
+
+def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> list[Fault]:
+    """The faults that all ranks met, sorted by clip, on every rank; each rank calls it. They are logged.
+
+    Raises DataError that names every clip that cannot be read, unless allow_missing and there are others.
+    """
+    found = sorted(broadcast(sum(gather(faults) or [], [])), key=lambda fault: fault.number)
+    for fault in found:
+        if fault.frames:
+            logger.warning(str(fault))
+    bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
+    bad += [str(fault) for fault in found if not fault.frames]
+    if bad:
+        message = f"{clips.name} {clips.split}: {len(bad)} of {clips.listed} clips cannot be read"
+        if not allow_missing or len(bad) == clips.listed:
+            lines = "\n  ".join(bad)
+            raise DataError(f"{message}; repair them, or evaluate the others with --allow_missing:\n  {lines}")
+        logger.warning(f"{message} and go unscored: {'; '.join(bad)}")
+    return found

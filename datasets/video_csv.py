@@ -1,0 +1,268 @@
+"""A user's own data, as data set "csv": videos, folders or zips of pictures, with a row for each anomaly or frame.
+
+ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT, which is split "all" alone.
+
+path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder
+clip            name of the clip (default: its path); a clip with several anomalies has several rows
+fps             frames per second of the source; videos know it themselves
+start_frame     first and last anomalous frame, counted from 0, both included; empty: none
+end_frame
+category, ego, night        of the clip, optional; ego and night: 1 or 0
+
+Or a row for each frame: frame (from 0, each frame of a clip once) and label (1 anomalous, 0 safe) in place of
+start_frame and end_frame. Without either pair clips are unlabelled, for DAPT. Pictures are one numbered sequence, as in
+img_0001.png, img_0002.png; the first is frame 0, whatever its number.
+"""
+
+import csv
+import io
+import logging
+import math
+import os
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from datasets.clips import Clip, ClipTable, DataError, read_text, whole_number
+from datasets.scan import VideoInfo, VideoScan
+from datasets.videos import SUFFIXES
+
+logger = logging.getLogger("tad")
+
+PICTURES = (".jpg", ".jpeg", ".png")
+INTERVAL, PER_FRAME = ("start_frame", "end_frame"), ("frame", "label")
+OF_CLIP = ("path", "fps", "category", "ego", "night")
+_YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
+
+
+@dataclass
+class _Entry:
+    """What the rows of a clip say; row: the first of them."""
+
+    row: int
+    values: dict[str, str]
+    intervals: list[tuple[int, int, int]] = field(default_factory=list)  # first, last, row
+    labels: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What the source of a clip holds, or why that is unknown."""
+
+    count: int = 0
+    fps: float = 0.0
+    name: str = "{:06d}.jpg"
+    first: int = 0
+    problem: str = ""
+
+
+def load_csv(root: str, split: str, scan: VideoScan, fps: float | None = None) -> ClipTable:
+    """The clips of ROOT/<split>.csv, or, split "all", of a csv file; fps: of pictures whose row has none.
+
+    Clips whose frames cannot be counted are named in the log and left to ClipTable.unreadable. Raises DataError naming
+    row and column: a missing column, a value that is none, rows that contradict each other, labels beyond the clip.
+    """
+    path = Path(root) if Path(root).is_file() else Path(root, f"{split}.csv")
+    if path == Path(root) and split != "all":
+        raise DataError(f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it")
+    if not path.is_file():
+        raise DataError(f"{path}: not found; the data set csv has a table for each split, see datasets/video_csv.py")
+    columns, entries = _read(path)
+    frames = _count_frames(path, entries, scan)
+    clips, unreadable = [], {}
+    for name, entry in entries.items():
+        if frames[name].problem:
+            unreadable[name] = f"{entry.values['path']}: {frames[name].problem}"
+        else:
+            clips.append(_clip(path, columns, name, entry, frames[name], fps))
+    if unreadable:
+        shown = "; ".join(f"{name} ({why})" for name, why in unreadable.items())
+        message = f"{path}: {len(unreadable)} of {len(entries)} clips cannot be read: {shown}"
+        if not clips:
+            raise DataError(message)
+        logger.warning(message)
+    return ClipTable("csv", split, clips, unreadable=unreadable)
+
+
+def _fail(path: Path, row: int, column: str, problem: str) -> NoReturn:
+    raise DataError(f"{path}: row {row}, column {column}: {problem}")
+
+
+def _read(path: Path) -> tuple[set[str], dict[str, _Entry]]:
+    """The known columns there are, and what the rows say: {clip: entry}."""
+    with io.StringIO(read_text(path), newline="") as f:
+        reader = csv.reader(f)
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        columns = _check_header(path, header)
+        entries: dict[str, _Entry] = {}
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if len(cells) > len(header):
+                raise DataError(f"{path}: row {reader.line_num} has {len(cells)} cells, the header {len(header)}")
+            _add_row(path, entries, dict(zip(header, cells, strict=False)), reader.line_num)
+    if not entries:
+        raise DataError(f"{path}: no rows")
+    return columns, entries
+
+
+def _check_header(path: Path, header: list[str]) -> set[str]:
+    known = {"clip", *OF_CLIP, *INTERVAL, *PER_FRAME}
+    columns = known & set(header)
+    if "path" not in columns:
+        raise DataError(f"{path}: row 1 has no column path; it names the columns: path, clip, fps, start_frame, ...")
+    if twice := [c for c in columns if header.count(c) > 1]:
+        raise DataError(f"{path}: row 1 has the column {twice[0]} twice")
+    for pair in (INTERVAL, PER_FRAME):
+        if len(columns & set(pair)) == 1:
+            raise DataError(f"{path}: row 1 has one of the columns {' and '.join(pair)}; both are needed")
+    if columns >= {*INTERVAL, *PER_FRAME}:
+        raise DataError(f"{path}: row 1 has {' and '.join(INTERVAL)} and {' and '.join(PER_FRAME)}; use one pair")
+    if unknown := [c for c in header if c and c not in known]:
+        logger.warning(f"{path}: columns that are not used: {', '.join(unknown)}")
+    return columns
+
+
+def _add_row(path: Path, entries: dict[str, _Entry], row: dict[str, str], number: int) -> None:
+    def whole(column: str) -> int:
+        try:
+            value = whole_number(row.get(column, ""))
+        except ValueError:
+            value = -1
+        if value < 0:
+            _fail(path, number, column, f"{row.get(column, '')!r} is not a whole number, 0 or above")
+        return value
+
+    name = row.get("clip") or row.get("path") or _fail(path, number, "path", "empty")
+    values = {column: row[column] for column in OF_CLIP if row.get(column)}
+    entry = entries.setdefault(name, _Entry(number, values))
+    for column, value in values.items():
+        if entry.values.setdefault(column, value) != value:
+            other = entry.values[column]
+            _fail(path, number, column, f"{value!r} for clip {name}, {other!r} in row {entry.row} or after")
+    if row.get("start_frame") or row.get("end_frame"):
+        start, end = whole("start_frame"), whole("end_frame")
+        if end < start:
+            _fail(path, number, "end_frame", f"{end} is before start_frame {start}; both are part of the anomaly")
+        entry.intervals.append((start, end, number))
+    if "frame" in row:
+        frame, label = whole("frame"), whole("label")
+        if label > 1:
+            _fail(path, number, "label", f"{label} is neither 0 nor 1")
+        if frame in entry.labels:
+            _fail(path, number, "frame", f"frame {frame} of clip {name} has a label already")
+        entry.labels[frame] = label
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def _source(path: Path, entry: _Entry) -> str:
+    """The source of a Clip: the absolute path without the .zip of a packed folder."""
+    own = os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
+    return own[: -len(".zip")] if own.lower().endswith(".zip") else own
+
+
+def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> dict[str, _Frames]:
+    """{clip: its frames}; videos go through the scan."""
+    sources: dict[str, str] = {}
+    for name, entry in entries.items():
+        if "path" not in entry.values:
+            _fail(path, entry.row, "path", f"empty, in every row of clip {name}")
+        source = _source(path, entry)
+        if other := sources.get(source):
+            _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
+        sources[source] = name
+    videos = [source for source in sources if Path(source).suffix.lower() in SUFFIXES and not os.path.isdir(source)]
+    frames = {sources[v]: _of_video(info) for v, info in zip(videos, scan(videos), strict=True)}
+    return frames | {name: _of_pictures(source) for source, name in sources.items() if name not in frames}
+
+
+def _of_video(info: VideoInfo) -> _Frames:
+    return _Frames(info.frames, info.fps, problem=info.problem)
+
+
+def _of_pictures(source: str) -> _Frames:
+    """The numbered pictures of <source>.zip or of the folder."""
+    try:
+        if os.path.isfile(f"{source}.zip"):
+            with zipfile.ZipFile(f"{source}.zip") as z:
+                names = z.namelist()
+        elif os.path.isfile(source):
+            return _Frames(problem=f"neither a zip nor a video with a suffix of {' '.join(sorted(SUFFIXES))}")
+        else:
+            names = os.listdir(source)
+        return _numbered(names)
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
+
+
+def _numbered(names: list[str]) -> _Frames:
+    """Pictures of one numbered sequence. Raises ValueError where they are none, or one is missing."""
+    pictures = [n for n in names if n.lower().endswith(PICTURES) and not n.startswith(("__MACOSX/", "."))]
+    parts = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", n) for n in pictures]
+    kinds = {p.group(1, 3) if p else None for p in parts}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(
+            f"not one numbered sequence of pictures: {', '.join(sorted(pictures)[:3]) or 'there are none'}"
+        )
+    ((before, after),) = kinds
+    numbers, width = [int(p.group(2)) for p in parts], min(len(p.group(2)) for p in parts)
+    before, after = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
+    name, first, last = f"{before}{{:0{width}d}}{after}", min(numbers), max(numbers)
+    if gap := sorted({name.format(i) for i in range(first, last + 1)} - set(pictures)):
+        raise ValueError(f"picture {gap[0]} is missing")
+    return _Frames(last - first + 1, name=name, first=first)
+
+
+def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Frames, assumed_fps: float | None) -> Clip:
+    values = entry.values
+    try:
+        fps = float(values.get("fps") or frames.fps or assumed_fps or math.nan)
+    except ValueError:
+        fps = -1.0
+    if math.isnan(fps):
+        _fail(path, entry.row, "fps", "empty; pictures do not know their frame rate: fill it in or give --assume_fps")
+    if not 0 < fps < 1000:
+        _fail(path, entry.row, "fps", f"{values['fps']!r} is not a frame rate")
+    flags: dict[str, bool | None] = {}
+    for column in ("ego", "night"):
+        flags[column] = _YES_NO.get(values.get(column, "").lower())
+        if column in values and flags[column] is None:
+            _fail(path, entry.row, column, f"{values[column]!r} is neither 1 nor 0")
+    return Clip(
+        name=name,
+        source=_source(path, entry),
+        num_frames=frames.count,
+        fps=fps,
+        frame_name=frames.name,
+        first_frame=frames.first,
+        labels=_labels(path, columns, name, entry, frames.count),
+        category=values.get("category"),
+        **flags,
+    )
+
+
+def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int) -> np.ndarray | None:
+    """(count,) uint8, or None where the csv has no labels."""
+    labels = np.zeros(count, dtype=np.uint8)
+    if columns.issuperset(INTERVAL):
+        for start, end, row in entry.intervals:
+            if end >= count:
+                _fail(path, row, "end_frame", f"{end}, but clip {name} has {count} frames, 0 to {count - 1}")
+            labels[start : end + 1] = 1
+        return labels
+    if columns.issuperset(PER_FRAME):
+        if entry.labels.keys() != set(range(count)):
+            odd = min(entry.labels.keys() ^ set(range(count)))
+            problem = "has no label" if odd < count else f"has a label, but there are {count} frames"
+            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}")
+        labels[list(entry.labels)] = list(entry.labels.values())
+        return labels
+    return None

@@ -1,0 +1,155 @@
+"""A user's own table: what it may hold, and what its mistakes are answered with."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from helpers import write_video
+from PIL import Image
+
+from datasets import VideoScan, build_clips
+from datasets.clips import DataError
+from datasets.readers import open_clip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """a.mp4 and b.mov of 20 frames at 25 fps, folder f of 12 PNGs, broken.mp4 and gap/ that miss something."""
+    root = tmp_path_factory.mktemp("own")
+    write_video(root / "a.mp4", frames=20, fps=25)
+    write_video(root / "b.mov", frames=20, fps=25)
+    for folder, numbers in (("f", range(8, 20)), ("gap", (1, 2, 4)), ("mixed", ())):
+        (root / folder).mkdir()
+        for i in numbers:
+            Image.new("RGB", (8, 8), (i,) * 3).save(root / folder / f"frame-{i}.PNG")
+    Image.new("RGB", (8, 8)).save(root / "mixed" / "a1.jpg")
+    Image.new("RGB", (8, 8)).save(root / "mixed" / "b1.jpg")
+    (root / "broken.mp4").write_bytes(b"no video")
+    (root / "page.zip").write_text("<html>")
+    (root / "notes.txt").write_text("no video")
+    return root
+
+
+@pytest.fixture
+def table(sources, tmp_path):
+    """table(text, fps=None, split="train") reads the text as own/<split>.csv."""
+
+    def read(text, fps=None, split="train"):
+        (sources / f"{split}.csv").write_text(text)
+        return build_clips("csv", str(sources), split, VideoScan(tmp_path / "scan.json", workers=1), fps)
+
+    return read
+
+
+def test_everything_but_the_path_may_be_left_out(table):
+    (clip,) = table("path\na.mp4\n")
+    assert (clip.name, clip.num_frames, clip.fps, clip.labels, clip.category) == ("a.mp4", 20, 25.0, None, None)
+
+
+def test_rows_of_a_clip_add_up(table, sources):
+    text = "clip,Path ,fps,start_frame,end_frame,category,ego,night,remark\n"
+    text += f"one,{sources}/a.mp4,,2,3,side,1,no,x\ntwo,f,10,,,,,,\n\none,,,10.0,10,,,,y\n"
+    one, two = table(text)
+    assert np.flatnonzero(one.labels).tolist() == [2, 3, 10] and one.labels.dtype == np.uint8
+    assert (one.category, one.ego, one.night) == ("side", True, False)
+    assert (two.fps, two.ego, two.night, two.labels.tolist()) == (10.0, None, None, [0] * 12)
+    assert (two.filename(0), two.filename(11)) == ("frame-8.PNG", "frame-19.PNG")
+    with open_clip(two) as reader:
+        assert reader.read([0, 11])[:, 0, 0, 0].tolist() == [8, 19]
+
+
+def test_columns_that_are_not_used_are_named(table, caplog):
+    table("path,start,end_frames\na.mp4,1,2\n")
+    assert "columns that are not used: start, end_frames" in caplog.text
+
+
+def test_pictures_need_a_frame_rate_and_videos_may_be_given_another(table):
+    with pytest.raises(DataError, match="train.csv: row 2, column fps: empty; pictures do not .* give --assume_fps"):
+        table("path\nf\n")
+    assert [c.fps for c in table("path,fps\nf,\na.mp4,\nb.mov,5\n", fps=12.5)] == [12.5, 25.0, 5.0]
+
+
+def test_zips_with_folders_inside(table, sources):
+    with zipfile.ZipFile(sources / "z.zip", "w") as z:
+        for i in range(3):
+            z.write(sources / "f" / f"frame-{i + 10}.PNG", f"in/frame_{i:03d}.png")
+        z.writestr("in/Thumbs.db", "x")
+        z.writestr("__MACOSX/._frame_000.png", "x")
+    (clip,) = table("path,fps\nz.zip,10\n")
+    assert clip.num_frames == 3
+    with open_clip(clip) as reader:
+        assert reader.read([2])[0, 0, 0, 0] == 12
+
+
+def test_a_csv_in_place_of_the_folder_is_all_there_is(table, sources, tmp_path):
+    table("path\na.mp4\n", split="own")
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    assert len(build_clips("csv", str(sources / "own.csv"), "all", scan)) == 1
+    with pytest.raises(DataError, match="own.csv is one file, without splits: give the folder of train.csv"):
+        build_clips("csv", str(sources / "own.csv"), "train", scan)
+    with pytest.raises(DataError, match="val.csv: not found; the data set csv has a table for each split"):
+        build_clips("csv", str(sources), "val", scan)
+
+
+def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
+    clips = table("path,fps\na.mp4,\nbroken.mp4,\ngone.mp4,\ngap,10\nmixed,10\npage.zip,10\nnowhere,10\nnotes.txt,10\n")
+    assert [c.name for c in clips] == ["a.mp4"] and clips.listed == 8
+    reasons = {
+        "broken.mp4": "Error reading",
+        "gone.mp4": "no such file",
+        "gap": "picture frame-3.PNG is missing",
+        "mixed": "not one numbered sequence of pictures: a1.jpg, b1.jpg",
+        "page.zip": "File is not a zip file",
+        "nowhere": "no such file",
+        "notes.txt": "neither a zip nor a video with a suffix of .avi",
+    }
+    assert clips.unreadable.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in clips.unreadable[name] and f"{name} ({clips.unreadable[name]})" in caplog.text
+    assert "7 of 8 clips cannot be read" in caplog.text
+    with pytest.raises(DataError, match="1 of 1 clips cannot be read: gone.mp4"):
+        table("path\ngone.mp4\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip\nx\n", "row 1 has no column path"),
+        ("", "row 1 has no column path"),
+        ("path,path\na.mp4,b.mov\n", "row 1 has the column path twice"),
+        ("path,start_frame\na.mp4,1\n", "row 1 has one of the columns start_frame and end_frame; both are needed"),
+        ("path,start_frame,end_frame,frame,label\n", "use one pair"),
+        ("path\n", "no rows"),
+        ("path\na.mp4,1\n", "row 2 has 2 cells, the header 1"),
+        ("path,start_frame,end_frame\na.mp4,1,x\n", "row 2, column end_frame: 'x' is not a whole number, 0 or above"),
+        ("path,start_frame,end_frame\na.mp4,-1,3\n", "row 2, column start_frame: '-1' is not a whole number"),
+        ("path,start_frame,end_frame\na.mp4,1.5,3\n", "row 2, column start_frame: '1.5' is not a whole number"),
+        ("path,start_frame,end_frame\na.mp4,3,\n", "row 2, column end_frame: '' is not a whole number"),
+        ("path,start_frame,end_frame\na.mp4,5,4\n", "row 2, column end_frame: 4 is before start_frame 5"),
+        (
+            "path,start_frame,end_frame\nb.mov,,\na.mp4,5,20\n",
+            "row 3, column end_frame: 20, but clip a.mp4 has 20 frames, 0 to 19",
+        ),
+        ("clip,path\nx,a.mp4\nx,b.mov\n", "row 3, column path: 'b.mov' for clip x, 'a.mp4' in row 2 or after"),
+        ("clip,path\nx,a.mp4\ny,./a.mp4\n", "row 3, column path: './a.mp4' belongs to clip x already"),
+        ("clip,path\nx,\n", "row 2, column path: empty, in every row of clip x"),
+        ("clip,path\n,\nx,a.mp4\n,\n", None),
+        ("path,fps\na.mp4,fast\n", "row 2, column fps: 'fast' is not a frame rate"),
+        ("path,fps\na.mp4,-3\n", "row 2, column fps: '-3' is not a frame rate"),
+        ("path,ego\na.mp4,maybe\n", "row 2, column ego: 'maybe' is neither 1 nor 0"),
+        ("path,frame,label\na.mp4,0,2\n", "row 2, column label: 2 is neither 0 nor 1"),
+        ("path,frame,label\na.mp4,0,1\na.mp4,0,1\n", "row 3, column frame: frame 0 of clip a.mp4 has a label already"),
+        ("path,frame,label\na.mp4,0,1\n", "row 2, column frame: frame 1 of clip a.mp4 has no label"),
+        (
+            "path,frame,label\n" + "".join(f"a.mp4,{i},1\n" for i in range(21)),
+            "row 2, column frame: frame 20 of clip a.mp4 has a label, but there are 20 frames",
+        ),
+    ],
+)
+def test_mistakes_name_row_and_column(table, text, message):
+    if message is None:
+        assert len(table(text)) == 1
+        return
+    with pytest.raises(DataError) as caught:
+        table(text)
+    assert message in str(caught.value)

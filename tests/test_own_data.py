@@ -1,0 +1,96 @@
+"""A user's own csv through the real scripts: training, evaluation, DAPT, and what they refuse."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_video
+from PIL import Image
+
+import run_dapt
+import run_finetune
+from datasets import DataError
+from models import create_model
+from utils.config import ConfigError
+from utils.flags import dapt_parser, finetune_parser
+
+TINY = ["--data_set", "csv", "--device", "cpu", "--num_workers", "0", "--aa", "none"]
+SHORT = ["--epochs", "1", "--warmup_epochs", "0", "--nb_samples_per_epoch", "8", "--total_batch_size", "4"]
+
+
+def finetune(*words):
+    words = ["--model", "vit_tiny_patch16_64", *TINY, *words]
+    run_finetune.main(finetune_parser("").parse_args([str(w) for w in words]))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """train.csv: a video at 30 fps, a folder at 10; val.csv: a video at 25, labelled by frame, and a broken one."""
+    root = tmp_path_factory.mktemp("own")
+    write_video(root / "a.mp4", frames=60, fps=30)
+    write_video(root / "c.mp4", frames=50, fps=25)
+    (root / "broken.mov").write_bytes(b"no video")
+    (root / "b").mkdir()
+    for i in range(30):
+        Image.fromarray(np.full((48, 64, 3), 8 * i, np.uint8)).save(root / "b" / f"{i:04d}.png")
+    rows = "clip,path,fps,start_frame,end_frame\nA,a.mp4,,10,25\nA,a.mp4,,40,50\nB,b,10,,\n"
+    (root / "train.csv").write_text(rows)
+    labels = "".join(f"C,c.mp4,{t},{int(20 <= t < 40)}\n" for t in range(50))
+    (root / "val.csv").write_text("clip,path,frame,label\n" + labels + "D,broken.mov,0,0\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(create_model("vit_tiny_patch16_64", init_scale=30.0).state_dict(), path)
+    return path
+
+
+def test_training_and_evaluation(own, weights, tmp_path):
+    finetune(*SHORT, "--data_path", own, "--output_dir", tmp_path / "run", "--allow_missing")
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert (record["train_samples"], record["train_skipped"]) == (8, 0) and 0 <= record["val_auroc"] <= 1
+    assert json.loads((tmp_path / "run" / "videos.json").read_text()).keys() >= {str(own / "a.mp4"), str(own / "c.mp4")}
+    words = ["--eval", "--data_path", own, "--finetune", weights, "--scan_cache", tmp_path / "scan.json"]
+    finetune(*words, "--output_dir", tmp_path / "eval", "--allow_missing")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert (metrics["coverage"], metrics["unreadable"]) == ("1 of 2 clips", ["D"]) and (tmp_path / "scan.json").exists()
+    with (tmp_path / "eval" / "predictions.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    first = round(3 * 25 / 5)  # 4 frames at 5 fps of a video at 25
+    assert [int(r["frame"]) for r in rows] == list(range(first, 50)) and {r["clip"] for r in rows} == {"C"}
+    assert [int(r["label"]) for r in rows] == [int(20 <= t < 40) for t in range(first, 50)]
+    assert float(rows[17 - first]["ttc"]) == pytest.approx(-3 / 25)
+
+
+def test_a_broken_video_in_the_evaluated_split_is_refused_at_once(own, weights, tmp_path):
+    for words in (["--eval", "--finetune", weights], SHORT):
+        with pytest.raises(DataError, match=r"(?s)csv val: 1 of 2 clips cannot be read; repair.*\n  D: broken.mov: "):
+            finetune(*words, "--data_path", own, "--output_dir", tmp_path)
+
+
+def test_labels_and_frame_rates_are_asked_for(own, tmp_path):
+    (own / "bare.csv").write_text("path\na.mp4\n")
+    with pytest.raises(DataError, match="csv: clip a.mp4 has no labels to train on or to evaluate with"):
+        finetune("--eval", "--data_path", own / "bare.csv", "--eval_split", "all", "--output_dir", tmp_path)
+    with pytest.raises(DataError, match="the frame rate of DoTA is known; --assume_fps is for DADA2K, DADA2K_half"):
+        finetune("--data_set", "DoTA", "--data_path", own, "--output_dir", tmp_path, "--assume_fps", "25")
+    with pytest.raises(ConfigError, match="BDD100K has no labels to fine-tune on; it is for run_dapt.py"):
+        finetune("--data_set", "BDD100K", "--data_path", own, "--output_dir", tmp_path)
+
+
+def test_dapt(own, tmp_path, monkeypatch):
+    (own / "unlabelled.csv").write_text("path\na.mp4\nb\nc.mp4\n")
+    words = ["--model", "pretrain_videomae_tiny_patch16_64", *TINY, *SHORT, "--data_path", own / "unlabelled.csv"]
+    words += ["--data_split", "all", "--output_dir", tmp_path, "--assume_fps", "20"]
+    seen = []
+    original = run_dapt.build_clips
+    monkeypatch.setattr(run_dapt, "build_clips", lambda *a: seen.append(original(*a)) or seen[-1])
+    run_dapt.main(dapt_parser("").parse_args([str(w) for w in words]))
+    assert [(c.name, c.fps, c.num_frames) for c in seen[0]] == [("a.mp4", 30, 60), ("b", 20, 30), ("c.mp4", 25, 50)]
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert record["train_samples"] == 8 and 0 < record["train_loss"] < 2
