@@ -25,6 +25,7 @@ from datasets.clips import ClipTable, DataError, smooth_labels
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform
 from datasets.windows import RandomClipIndex, WindowIndex
+from utils.preemption import shield_worker
 
 logger = logging.getLogger("tad")
 
@@ -111,8 +112,8 @@ class WindowDataset(Dataset):
     """Training windows: (epoch, source, position, window) -> a dictionary of tensors with a leading axis of V views.
 
     What the source's transform returns, with source and window int64 (V,) and, with targets, of the last frame label
-    int64, ttc and soft_label float32 (V,). A DataError is returned, not raised, so that the main process reports it
-    instead of a worker's traceback.
+    int64, ttc and soft_label float32 (V,); and which sample it is, in words. A DataError is returned, not raised, so
+    that the main process reports it instead of a worker's traceback.
 
     Raises DataError where targets are asked of unlabelled clips.
     """
@@ -134,6 +135,7 @@ class WindowDataset(Dataset):
         except DataError as e:
             return DataError(f"{clip.name}: {e}")
         views = len(sample["video"])
+        sample["sample"] = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
         sample["source"], sample["window"] = torch.full((views,), number), torch.full((views,), window)
         if self.targets:
             last, ttc = frames[-1], clip.ttc
@@ -144,7 +146,9 @@ class WindowDataset(Dataset):
 
 
 def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Any] | DataError:
-    """Samples -> one batch, their views side by side; "skipped" lists the errors of those that could not be read.
+    """Samples -> one batch, their views side by side.
+
+    "samples" lists which they are, "skipped" the errors of those that could not be read.
 
     A DataError where none could be read: there is nothing to compute a gradient from.
     """
@@ -152,8 +156,10 @@ def collate(items: Sequence[dict[str, Tensor] | DataError]) -> dict[str, Any] | 
     samples = [item for item in items if not isinstance(item, DataError)]
     if not samples:
         return DataError(f"none of the {len(items)} samples of a batch can be read, the first: {errors[0]}")
+    names = [sample.pop("sample") for sample in samples]
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]} | {
-        "skipped": [str(e) for e in errors]
+        "samples": names,
+        "skipped": [str(e) for e in errors],
     }
 
 
@@ -171,6 +177,7 @@ def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: 
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=shield_worker,
     )
 
 
@@ -191,6 +198,15 @@ class SkipBad:
     def __init__(self, loader: DataLoader, *, limit: int):
         self.loader, self.limit = loader, limit
         self.skipped, self._seen = 0, set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "seen": sorted(self._seen)}
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the counts of one or several processes."""
+        self.skipped = sum(state["skipped"] for state in states)
+        self._seen = {clip for state in states for clip in state["seen"]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in checked(self.loader):
@@ -290,7 +306,14 @@ class ClipStream(IterableDataset):
 def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
     """The FrameChunks of a ClipStream, read by workers."""
     workers = min(num_workers, max(len(stream.share), 1))
-    return DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator())
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=shield_worker,
+    )
 
 
 def window_batches(
