@@ -70,8 +70,9 @@ def train_epochs(
 
     Raises Preempted where a signal stops the run.
     """
-    preemption.stop_if_asked("before the first step", saved=False)
+    saved = False
     while progress.epoch < stop_epoch:
+        preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=saved)
         started = time.perf_counter()
         if progress.step < steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
             set_epoch(progress.epoch, progress.step)
@@ -88,14 +89,17 @@ def train_epochs(
                 after_step=preemption.after_step,
             )
             preemption.save()
-            preemption.stop_if_asked(f"epoch {progress.epoch} is trained", saved=True)
+            preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=True)
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()} | after_epoch()
         if log_file:
             append_json_line(log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
         progress.epoch, progress.step = progress.epoch + 1, 0
         preemption.save()
-        if progress.epoch < stop_epoch:
-            preemption.stop_if_asked(f"epoch {progress.epoch - 1} is done", saved=True)
+        saved = True
+
+
+def _place(progress: Progress, steps_per_epoch: int) -> str:
+    return f"epoch {progress.epoch}, {progress.step} of {steps_per_epoch} steps"
 
 
 def train_one_epoch(
@@ -144,7 +148,7 @@ def train_one_epoch(
         elif guard.unread >= _READ_EVERY:
             guard.read()
         if progress.step < steps_per_epoch:
-            after_step(f"epoch {progress.epoch}, {progress.step} of {steps_per_epoch} steps")
+            after_step(_place(progress, steps_per_epoch))
     return averages.read_total()
 
 

@@ -13,6 +13,7 @@ torchrun passes TERM on; for USR1 and USR2 it needs --signals-to-handle=SIGTERM,
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -71,12 +72,12 @@ def shield_worker(_number: int = 0) -> None:
 
     Slurm sends them to every process of a job, and a run whose workers die cannot reach the end of its step.
     """
-    training = os.getppid()
+    training = multiprocessing.parent_process()
     signal.set_wakeup_fd(-1)  # that of the training process
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def wait() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != training == os.getppid():
+        while signal.sigwaitinfo(SIGNALS).si_pid != training.pid and training.is_alive():
             pass
         os._exit(0)
 
