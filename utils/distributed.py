@@ -128,6 +128,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from utils.config import ConfigError
-from utils.distributed import all_sum
+from utils.distributed import all_sum, world_size
 from utils.files import replaced
 
 
@@ -85,16 +85,20 @@ class Averages:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, on the CPU."""
-        return {"names": self.names, "window": self._window.cpu(), "total": self._total.cpu()}
+        sums = {"window": self._window.cpu(), "total": self._total.cpu()}
+        return {"names": self.names, "world_size": world_size(), **sums}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the sums of one or several ranks; from nothing if there are none."""
+        """Go on from the sums of one or several ranks; from nothing if there are none.
+
+        Each step keeps its weight where the ranks were more or fewer.
+        """
         self.reset()
         for state in (state for state in states if state["names"]):
-            first = not self.names
-            self.names = list(state["names"])
-            self._window = state["window"] if first else self._window + state["window"]
-            self._total = state["total"] if first else self._total + state["total"]
+            parts = [state[name] * (world_size() / state["world_size"]) for name in ("window", "total")]
+            if self.names:
+                parts = [self._window + parts[0], self._total + parts[1]]
+            self.names, (self._window, self._total) = list(state["names"]), parts
 
 
 def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
