@@ -18,7 +18,7 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 
 import sys
 
-from utils.config import ConfigError, config_errors, split_batch, write_run_record
+from utils.config import ConfigError, config_errors, split_batch
 from utils.flags import (
     FREE_ON_RESUME,
     OPTIMIZER,
@@ -30,12 +30,15 @@ from utils.flags import (
     resolve_runtime,
     resolve_schedule,
 )
+from utils.preemption import Preemption, catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
+    catch_signals()
 
 import logging
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,17 +52,27 @@ from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last
+from engine.checkpoint import CheckpointWriteError, claim, find_resume, keep_epoch, restore, save_last
 from engine.dapt import DaptObjective
-from engine.loop import Progress, Reporting, TrainingError, train_epochs
+from engine.guard import NonFinite, Progress, TrainingError
+from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
 from models import create_model, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained
-from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
-from utils.logging import TensorBoard, drop_epochs_from, setup_logging
+from utils.distributed import (
+    Agreement,
+    Process,
+    data_parallel,
+    from_main,
+    local_main_first,
+    process_group,
+    seed_everything,
+)
+from utils.logging import Averages, TensorBoard, setup_logging
 
+ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
 PICTURES = 4  # clips drawn after each epoch
 logger = logging.getLogger("tad")
 
@@ -67,7 +80,7 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Pre-train."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device) as process:
+    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
         setup_logging(process.rank)
         resolve(args, process.world_size)
         seed_everything(args.seed)
@@ -108,6 +121,8 @@ def resolve(args: Namespace, world_size: int) -> None:
 def pretrain(args: Namespace, process: Process) -> None:
     """The DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
+    if process.is_main:
+        remove_marker(output_dir)
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
@@ -125,21 +140,28 @@ def pretrain(args: Namespace, process: Process) -> None:
     logger.info(f"clips per step: {shares}")
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
+    parts = {"statistics": Averages(), "samples": batches}
     if resumed:
-        restore(resumed, model, optimization, progress, process.rank)
-        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
+        restore(resumed, model, optimization, progress, parts=parts, rank=process.rank, world_size=process.world_size)
         del resumed  # three times the weights
-        logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}")
     if process.is_main:
-        write_run_record(output_dir / "args.json", vars(args), process.world_size)
-        drop_epochs_from(output_dir / "log.txt", progress.epoch)
+        claim(output_dir, progress, record=vars(args), world_size=process.world_size)
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
     pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
 
+    guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)
+
     def save() -> None:
-        progress.samples = batches.counts()
-        if args.save_ckpt:
-            save_last(output_dir, model, optimization, progress, record=vars(args))
+        guard.read()
+        save_last(output_dir, model, optimization, progress, parts=parts, record=vars(args))
+
+    preemption = Preemption(
+        output_dir,
+        Agreement(process, questions=2),
+        save if args.save_ckpt else None,
+        is_main=process.is_main,
+        save_every_minutes=args.save_every_minutes,
+    )
 
     def after_epoch() -> dict[str, float]:
         if pictures:
@@ -156,11 +178,12 @@ def pretrain(args: Namespace, process: Process) -> None:
         DaptObjective(model, to_input, process.device),
         optimization,
         progress,
-        Reporting(tensorboard, sum(args.total_batch_size), args.print_freq, process.is_main),
+        Reporting(tensorboard, sum(args.total_batch_size), args.print_freq, process.is_main, parts["statistics"]),
         steps_per_epoch=sampler.steps_per_epoch,
         stop_epoch=args.stop_epoch,
         device=process.device,
-        save=save,
+        preemption=preemption,
+        guard=guard,
         after_epoch=after_epoch,
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
@@ -294,5 +317,5 @@ class Pictures:
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError) as e:
+    except ERRORS as e:
         sys.exit(f"error: {e}")

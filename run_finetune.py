@@ -31,14 +31,18 @@ from utils.flags import (
     resolve_runtime,
     resolve_schedule,
 )
+from utils.preemption import Preemption, catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
+    if not ARGS.eval:
+        catch_signals()
 
 import copy
 import logging
 import math
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,7 +63,15 @@ from datasets.loader import (
 )
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, restore, save_last, save_weights
+from engine.checkpoint import (
+    CheckpointWriteError,
+    claim,
+    find_resume,
+    keep_epoch,
+    restore,
+    save_last,
+    save_weights,
+)
 from engine.evaluate import (
     EvaluationError,
     Predictions,
@@ -72,13 +84,15 @@ from engine.evaluate import (
     write_predictions,
 )
 from engine.finetune import FinetuneObjective
-from engine.loop import Progress, Reporting, TrainingError, train_epochs
+from engine.guard import NonFinite, Progress, TrainingError
+from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
 from utils.distributed import (
+    Agreement,
     Process,
     broadcast,
     data_parallel,
@@ -87,8 +101,9 @@ from utils.distributed import (
     process_group,
     seed_everything,
 )
-from utils.logging import TensorBoard, drop_epochs_from, progress_bar, setup_logging
+from utils.logging import Averages, TensorBoard, progress_bar, setup_logging
 
+ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
 logger = logging.getLogger("tad")
 
@@ -96,7 +111,7 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Train, or evaluate with --eval."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device) as process:
+    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
         setup_logging(process.rank)
         resolve(args, process.world_size)
         seed_everything(args.seed)
@@ -131,6 +146,8 @@ def resolve(args: Namespace, world_size: int) -> None:
 def train(args: Namespace, process: Process) -> None:
     """The fine-tuning recipe, top to bottom."""
     output_dir = Path(args.output_dir)
+    if process.is_main:
+        remove_marker(output_dir)
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
@@ -151,26 +168,33 @@ def train(args: Namespace, process: Process) -> None:
     progress = Progress(
         epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf), steps_per_epoch=sampler.steps_per_epoch
     )
+    parts = {"statistics": Averages(), "samples": batches}
     if resumed:
-        restore(resumed, model, optimization, progress, process.rank)
-        batches.load_state_dicts([progress.samples] if process.is_main else [])  # it is of all ranks
+        restore(resumed, model, optimization, progress, parts=parts, rank=process.rank, world_size=process.world_size)
         del resumed  # three times the weights
-        logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}; best so far: {progress.best}")
     eval_model = optimization.ema.module if optimization.ema else model
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
-        write_run_record(output_dir / "args.json", vars(args), process.world_size)
-        drop_epochs_from(output_dir / "log.txt", progress.epoch)
+        claim(output_dir, progress, record=vars(args), world_size=process.world_size)
     tensorboard = TensorBoard(args.log_dir if process.is_main else None)
+    guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)
 
     def save() -> None:
-        progress.samples = batches.counts()
-        if args.save_ckpt:
-            save_last(output_dir, model, optimization, progress, record=vars(args))
+        guard.read()
+        save_last(output_dir, model, optimization, progress, parts=parts, record=vars(args))
+
+    preemption = Preemption(
+        output_dir,
+        Agreement(process, questions=2),
+        save if args.save_ckpt else None,
+        is_main=process.is_main,
+        save_every_minutes=args.save_every_minutes,
+    )
 
     def after_epoch() -> dict[str, float]:
         metrics = {}
         if validation:
-            metrics = validation.evaluate(eval_model, tensorboard, (progress.epoch + 1) * sampler.steps_per_epoch)
+            step = (progress.epoch + 1) * sampler.steps_per_epoch
+            metrics = validation.evaluate(eval_model, tensorboard, step, preemption)
             save_best(args, process, eval_model, metrics, progress)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, eval_model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
@@ -183,11 +207,14 @@ def train(args: Namespace, process: Process) -> None:
         FinetuneObjective(LOSSES[args.loss], to_input, process.device),
         optimization,
         progress,
-        Reporting(tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main),
+        Reporting(
+            tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main, parts["statistics"]
+        ),
         steps_per_epoch=sampler.steps_per_epoch,
         stop_epoch=args.stop_epoch,
         device=process.device,
-        save=save,
+        preemption=preemption,
+        guard=guard,
         after_epoch=after_epoch,
         log_file=output_dir / "log.txt" if process.is_main else None,
     )
@@ -276,8 +303,8 @@ class Validation:
             world_size=process.world_size,
         )
 
-    def predict(self, model: nn.Module) -> Predictions | None:
-        """Scores of every window on rank 0, None on the others."""
+    def predict(self, model: nn.Module, preemption: Preemption | None = None) -> Predictions | None:
+        """Scores of every window on rank 0, None on the others; preemption may end it."""
         args, device = self.args, self.process.device
         if next(model.parameters()).device != device:  # an average kept on the CPU
             model = copy.deepcopy(model).to(device)
@@ -287,15 +314,21 @@ class Validation:
         faults: list[Fault] = []
         missing = {"faults": faults, "allow_missing": args.allow_missing}
         batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device, **missing)
+        if preemption:
+            batches = preemption.until_asked(batches)
         local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
+        if preemption:
+            preemption.stop_if_asked("in an evaluation, which will be repeated", saved=True)
         self.faults = settle_faults(clips=self.clips, **missing)
         usable = {fault.number: fault.frames for fault in self.faults}
         local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
         return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
-    def evaluate(self, model: nn.Module, tensorboard: TensorBoard, step: int) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, tensorboard: TensorBoard, step: int, preemption: Preemption
+    ) -> dict[str, float]:
         """Metrics, on every rank; scalars and figures to TensorBoard."""
-        predictions, metrics = self.predict(model), None
+        predictions, metrics = self.predict(model, preemption), None
         if predictions:
             metrics = predictions.metrics()
             logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.faults)['coverage']}")
@@ -373,5 +406,5 @@ def save_best(args: Namespace, process: Process, model: nn.Module, metrics: dict
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError) as e:
+    except ERRORS as e:
         sys.exit(f"error: {e}")

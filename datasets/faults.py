@@ -44,6 +44,7 @@ class SkipBad:
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the states of one or several ranks of an interrupted run; from nothing if there are none."""
         self._samples, self._skipped = (sum(state[name] for state in states) for name in ("samples", "skipped"))
+        self._own = self._skipped
         self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

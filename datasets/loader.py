@@ -28,6 +28,7 @@ from datasets.faults import Fault
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform
 from datasets.windows import RandomClipIndex, WindowIndex
+from utils.preemption import shield_worker
 
 _ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
 Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)
@@ -194,6 +195,7 @@ def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: 
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=shield_worker,
     )
 
 
@@ -287,7 +289,14 @@ class ClipStream(IterableDataset):
 def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
     """The FrameChunks of a ClipStream, read by workers."""
     workers = min(num_workers, max(len(stream.share), 1))
-    return DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator())
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=shield_worker,
+    )
 
 
 def window_batches(

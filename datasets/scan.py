@@ -19,6 +19,7 @@ from pathlib import Path
 from datasets.clips import DataError
 from utils.files import replaced
 from utils.logging import progress_bar
+from utils.preemption import shield_worker
 
 logger = logging.getLogger("tad")
 
@@ -93,7 +94,7 @@ class VideoScan:
         logger.info(f"counting the frames of {len(stamps)} videos with {workers} processes; kept in {self.cache}")
         saved, chunk = time.monotonic(), max(1, min(64, len(stamps) // (4 * workers)))
         # In processes of their own: decord must not live through the forks of the data loader.
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=shield_worker) as pool:
             results = pool.map(probe, stamps, chunksize=chunk)
             bar = progress_bar(results, description="videos", total=len(stamps))
             done = 0

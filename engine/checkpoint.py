@@ -2,7 +2,8 @@
 
     OUTPUT_DIR/
         checkpoint-last/                  everything needed to go on: model, optimizer, scaler, EMA, epoch, step in the
-            state.pth                     epoch, best values, random states of every rank, arguments
+            state.pth                     epoch, best values, arguments; of every rank its random states, the sums of
+                                          the epoch's statistics and the count of skipped samples
         checkpoint-last.new/              being written; never read
         checkpoint-last.old/              the one before, for the instant between two renames
         checkpoint-<epoch>.pth            weights alone: flat, published keys, loadable by the reference too
@@ -13,32 +14,45 @@ A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, a
 rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them.
 """
 
+import logging
 import math
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from engine.loop import Progress
+from engine.guard import Progress
 from engine.optim import Optimization
-from utils.config import ConfigError, differing, read_run_record
+from utils.config import ConfigError, differing, read_run_record, write_run_record
 from utils.distributed import gather
 from utils.files import replaced, sync
+from utils.logging import drop_records_from
 
 LAST = "checkpoint-last"
 _STATE = "state.pth"
+logger = logging.getLogger("tad")
 
 
 class CheckpointWriteError(RuntimeError):
     """A checkpoint that could not be written; the message names it and why."""
+
+
+class Part(Protocol):
+    """Something of a rank's own that a checkpoint keeps: sums and counts."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state, in tensors and plain types."""
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of one or several ranks of the run to continue; from nothing if there are none."""
 
 
 def find_last(output_dir: str | Path) -> Path | None:
@@ -76,7 +90,25 @@ def find_resume(
                 f"{folder or output_dir} belongs to a run with other arguments ({'; '.join(changes)}): "
                 "use those or another --output_dir"
             )
+    if origin.exists() and not state:
+        logger.info(f"{output_dir} holds a run that ended before a state was saved: starting from the beginning")
     return state
+
+
+def claim(output_dir: str | Path, progress: Progress, *, record: Mapping[str, Any], world_size: int) -> None:
+    """Make output_dir this run's, from where progress stands: args.json, and nothing left of what comes after.
+
+    Called by rank 0. Raises ConfigError where it cannot be written.
+    """
+    folder = Path(output_dir)
+    write_run_record(folder / "args.json", record, world_size)
+    drop_records_from(folder / "log.txt", progress.epoch)
+    drop_records_from(folder / "nonfinite.jsonl", progress.epoch, progress.step)
+    shutil.rmtree(folder / f"{LAST}.new", ignore_errors=True)  # what a killed process was writing
+    if (folder / LAST / _STATE).is_file():
+        shutil.rmtree(folder / f"{LAST}.old", ignore_errors=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def save_last(
@@ -85,14 +117,18 @@ def save_last(
     optimization: Optimization,
     progress: Progress,
     *,
+    parts: Mapping[str, Part],
     record: Mapping[str, Any],
 ) -> None:
     """Replace checkpoint-last/ by the present state; every rank calls it.
 
-    model: unwrapped. record: the run's arguments, plain types, kept under "args".
+    Args:
+        model: unwrapped. parts: by name, kept for each rank. record: the run's arguments, plain types, under "args".
+
+    Raises CheckpointWriteError where it cannot be written; the one before stays.
     """
-    rng = gather(_rng_state())
-    if rng is None:
+    ranks = gather({"rng": _rng_state()} | {name: part.state_dict() for name, part in parts.items()})
+    if ranks is None:
         return
     state = {
         "model": model.state_dict(),
@@ -100,16 +136,20 @@ def save_last(
         "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
         "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
         **asdict(progress),
-        "rng": rng,
+        "ranks": ranks,
         "args": dict(record),
     }
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
-    with _explained(last):
-        new.mkdir(parents=True)
-        torch.save(state, new / _STATE)
-        sync(new / _STATE)
-        sync(new)
+    try:
+        with _explained(last):
+            new.mkdir(parents=True)
+            torch.save(state, new / _STATE)
+            sync(new / _STATE)
+            sync(new)
+    except CheckpointWriteError:
+        shutil.rmtree(new, ignore_errors=True)  # the disk may be full of it
+        raise
     if last.exists():
         shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
         os.rename(last, old)
@@ -143,10 +183,18 @@ def load_last(folder: str | Path) -> dict[str, Any]:
 
 
 def restore(
-    state: Mapping[str, Any], model: nn.Module, optimization: Optimization, progress: Progress, rank: int
+    state: Mapping[str, Any],
+    model: nn.Module,
+    optimization: Optimization,
+    progress: Progress,
+    *,
+    parts: Mapping[str, Part],
+    rank: int,
+    world_size: int,
 ) -> None:
-    """Set model, optimizer, scaler, EMA, progress and this rank's random states to a loaded state, in place.
+    """Set model, optimizer, scaler, EMA, progress, this rank's parts and random states to a loaded state, in place.
 
+    On another number of ranks, parts are shared out anew and a rank that did not exist keeps its fresh random states.
     Raises ConfigError where an epoch had another number of steps than progress says it has now.
     """
     if progress.steps_per_epoch and progress.steps_per_epoch != state["steps_per_epoch"]:
@@ -162,8 +210,18 @@ def restore(
         optimization.ema.module.load_state_dict(state["model_ema"])
     for field in fields(progress):
         setattr(progress, field.name, state[field.name])
-    if rank < len(state["rng"]):  # a rank that did not exist keeps its fresh seed
-        _restore_rng(state["rng"][rank])
+    ranks = state["ranks"]
+    for name, part in parts.items():
+        part.load_state_dicts([ranks[r][name] for r in range(rank, len(ranks), world_size)])
+    if rank < len(ranks):
+        _restore_rng(ranks[rank]["rng"])
+    best = f"; best so far: {progress.best}" if progress.best else ""
+    logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}{best}")
+    if len(ranks) != world_size:
+        logger.info(
+            f"{len(ranks)} processes saved it, {world_size} go on: with the same batches in other shares, so rounding "
+            "and dropout differ from a run that was not interrupted"
+        )
 
 
 def save_weights(path: str | Path, model: nn.Module) -> None:

@@ -1,13 +1,13 @@
 """Epochs of training, for any objective.
 
-Nothing in the loop waits for the device, but for GradScaler's overflow check under fp16 and for an average of the
-weights kept on the CPU: statistics add up there and are read every `log_every` steps.
+Nothing in the loop waits for the device, but for optimizers without a fused step and for an average of the weights kept
+on the CPU: statistics add up there and are read every `log_every` steps.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,44 +16,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.guard import NonFinite, Progress, contagious, step_if_finite
 from engine.optim import Optimization, set_schedule
 from utils.logging import Averages, TensorBoard, append_json_line, progress_bar
+from utils.preemption import Preemption
 
 logger = logging.getLogger("tad")
+
+_READ_EVERY = 20  # steps at most until one that was left out is noticed
 
 # (model, batch) -> (loss, statistics with "loss" among them)
 Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message says where and what to try."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
-
-    means: of the last epoch trained, for a run that is killed between training and evaluation. samples: the counts of
-    what was read and skipped, of all ranks. steps_per_epoch: what the data and the batch make of an epoch; a resumed
-    run must find the same.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    means: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, Any] = field(default_factory=dict)
-    steps_per_epoch: int = 0
-
-
 @dataclass(frozen=True)
 class Reporting:
-    """Where statistics go. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal."""
+    """Where statistics go. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal.
+
+    averages: of the epoch in progress.
+    """
 
     tensorboard: TensorBoard
     clips_per_step: int
     log_every: int = 20
     progress_bar: bool = False
+    averages: Averages = field(default_factory=Averages)
 
 
 def train_epochs(
@@ -68,7 +55,8 @@ def train_epochs(
     steps_per_epoch: int,
     stop_epoch: int,
     device: torch.device,
-    save: Callable[[], None],
+    preemption: Preemption,
+    guard: NonFinite,
     after_epoch: Callable[[], dict[str, float]],
     log_file: Path | None,
 ) -> None:
@@ -76,11 +64,15 @@ def train_epochs(
 
     Args:
         loader: the batches of the epoch that set_epoch(epoch, first step) announced.
-        save: writes checkpoint-last; called after the training of an epoch and after what follows it.
+        preemption: saves after the training of an epoch, after what follows it, and when it is asked or due.
         after_epoch: evaluates or draws, once the epoch is trained; what it returns goes to the log.
         log_file: a line of JSON for each epoch, or None.
+
+    Raises Preempted where a signal stops the run.
     """
+    saved = False
     while progress.epoch < stop_epoch:
+        preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=saved)
         started = time.perf_counter()
         if progress.step < steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
             set_epoch(progress.epoch, progress.step)
@@ -93,13 +85,21 @@ def train_epochs(
                 reporting,
                 steps_per_epoch=steps_per_epoch,
                 device=device,
+                guard=guard,
+                after_step=preemption.after_step,
             )
-            save()
+            preemption.save()
+            preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=True)
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()} | after_epoch()
         if log_file:
             append_json_line(log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
         progress.epoch, progress.step = progress.epoch + 1, 0
-        save()
+        preemption.save()
+        saved = True
+
+
+def _place(progress: Progress, steps_per_epoch: int) -> str:
+    return f"epoch {progress.epoch}, {progress.step} of {steps_per_epoch} steps"
 
 
 def train_one_epoch(
@@ -112,54 +112,65 @@ def train_one_epoch(
     *,
     steps_per_epoch: int,
     device: torch.device,
+    guard: NonFinite,
+    after_step: Callable[[str], None] = lambda where: None,
 ) -> dict[str, float]:
     """Train from progress.step to the end of the epoch; progress.step follows.
 
     Args:
         model: as wrapped (DDP or not). batches: the remaining ones of the epoch, `accumulate` for each step.
+        after_step: called with the place in the run after every step but the last.
 
-    Returns the means of the objective's statistics and of grad_norm over these steps and all ranks. Raises
-    TrainingError where the loss is not finite.
+    Returns the means of the objective's statistics and of grad_norm over the steps of the epoch and all ranks, those
+    left out excepted. Raises TrainingError where too many steps in a row are not finite.
     """
     model.train()
-    averages, clock = Averages(device), _Clock()
+    averages, clock = reporting.averages, _Clock()
+    if progress.step == 0:
+        averages.reset()
     batches = clock.waiting_for(batches)
     before = progress.epoch * steps_per_epoch
     steps = range(progress.step, steps_per_epoch)
     for step in progress_bar(steps, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
         lr, weight_decay = optimization.lr(before + step), optimization.weight_decay(before + step)
         set_schedule(optimization.optimizer, lr=lr, weight_decay=weight_decay)
-        averages.update(_optimizer_step(model, batches, objective, optimization, device))
+        statistics, left_out, samples = _optimizer_step(model, batches, objective, optimization, device)
+        averages.update(statistics, leave_out=left_out)
+        guard.note(samples, statistics["loss"], left_out)
         if optimization.ema:
             optimization.ema.update(getattr(model, "module", model), step=before + step)
         progress.step += 1
         clock.steps += 1
         if progress.step % reporting.log_every == 0 or progress.step == steps_per_epoch:
-            means = averages.read_window()
-            if not math.isfinite(means["loss"]):
-                raise TrainingError(
-                    f"epoch {progress.epoch}: the loss became {means['loss']} between steps "
-                    f"{progress.step - clock.steps} and {progress.step}; try a lower --lr, --clip_grad 1 or "
-                    "--precision fp32"
-                )
-            _report(means | {"lr": lr}, weight_decay, clock, progress, steps_per_epoch, reporting)
+            guard.read()
+            _report(averages.read_window() | {"lr": lr}, weight_decay, clock, progress, steps_per_epoch, reporting)
             clock.restart()
+        elif guard.unread >= _READ_EVERY:
+            guard.read()
+        if progress.step < steps_per_epoch:
+            after_step(_place(progress, steps_per_epoch))
     return averages.read_total()
 
 
 def _optimizer_step(
     model: nn.Module, batches: Iterator, objective: Objective, optimization: Optimization, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Forward and backward passes, then one step; the means of the statistics over the passes, and grad_norm."""
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
+    """Forward and backward passes, then one step unless something is not finite.
+
+    Returns the means of the statistics over the passes, and grad_norm; bool (), whether the step was left out; the
+    samples.
+    """
     optimizer, scaler, passes = optimization.optimizer, optimization.scaler, optimization.accumulate
     means: dict[str, torch.Tensor] = {}
+    samples: list[str] = []
     for i in range(passes):
         batch = next(batches)
+        samples += batch.get("samples", []) if isinstance(batch, Mapping) else []
         last = i == passes - 1
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
             with torch.autocast(device.type, optimization.dtype, enabled=optimization.dtype != torch.float32):
                 loss, statistics = objective(model, batch)
-            loss = loss / passes
+            loss = contagious(loss / passes)
             (scaler.scale(loss) if scaler else loss).backward()
         for name, value in statistics.items():
             means[name] = means.get(name, 0) + value.detach() / passes
@@ -167,14 +178,11 @@ def _optimizer_step(
         scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     means["grad_norm"] = nn.utils.clip_grad_norm_(trained, optimization.clip_grad or math.inf)
+    left_out = step_if_finite(optimization, means["loss"], means["grad_norm"])
     if scaler:
         means["grad_norm"] = means["grad_norm"].nan_to_num(0, 0, 0)  # the scaler leaves such a step out
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return means
+    return means, left_out, samples
 
 
 class _Clock:

@@ -3,6 +3,9 @@
 import inspect
 import os
 import random
+import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +23,16 @@ from utils.config import ConfigError
 
 @dataclass(frozen=True)
 class Process:
-    """This process among `world_size`: its global rank, its rank on the node, its device."""
+    """This process among `world_size`: its global rank, its rank on the node, its device.
+
+    timeout: for how long it waits for the others.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def is_main(self) -> bool:
@@ -34,25 +41,71 @@ class Process:
 
 
 @contextmanager
-def process_group(device: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Process]:
+def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Exception], ...] = ()) -> Iterator[Process]:
     """Join the group that torchrun announces in the environment (NCCL on CUDA, gloo on the CPU); leave it at the end.
 
-    Without torchrun: a single process. device: "cuda" or "cpu". Raises ConfigError where CUDA is asked for and absent.
+    Without torchrun: a single process. An exception is reported before the group ends, because that makes the others
+    fail; then the process exits with code 1, and torchrun ends the others.
+
+    Args:
+        device: "cuda" or "cpu". timeout: of every wait for the others. expected: exceptions whose message says all.
+
+    Raises ConfigError where CUDA is asked for and absent.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    launched = "WORLD_SIZE" in os.environ
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     own = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    process = Process(rank, local_rank, world_size, own, timeout)
     if device == "cuda":
         torch.cuda.set_device(own)
-    if launched:
-        backend, bound = ("nccl", own) if device == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timeout, device_id=bound)
-    yield Process(rank, local_rank, world_size, own)
-    if launched:  # not after an exception: leaving could wait for ranks that wait for this one
+    if "WORLD_SIZE" not in os.environ:
+        yield process
+        return
+    backend, bound = ("nccl", own) if device == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    together = False  # whether the others leave now, too
+    try:
+        yield process
+        together = True
+    except SystemExit:  # agreed upon
+        together = True
+        raise
+    except Exception as e:
+        _report(e, process, expected)
+        sys.exit(1)
+    finally:
+        _leave(together)
+
+
+def _report(error: Exception, process: Process, expected: tuple[type[Exception], ...]) -> None:
+    """Say on stderr why this process ends: an expected error, the loss of the others, or a traceback."""
+    prefix = "" if process.is_main else f"[rank {process.rank}] "
+    lines = traceback.format_exception(error)
+    if isinstance(error, expected):
+        lines = [f"error: {error}\n"]
+    elif isinstance(error, RuntimeError) and re.search(r"gloo|Timed out|Connection (closed|reset)|NCCL", str(error)):
+        reason = str(error).strip().splitlines()[0]
+        lines = [
+            "error: lost the other processes: one has ended, and says why in its own message, or did not come within "
+            f"--dist_timeout {process.timeout.total_seconds() / 60:g} minutes ({reason})\n"
+        ]
+    sys.stdout.flush()
+    sys.stderr.write("".join(prefix + line for line in "".join(lines).splitlines(keepends=True)))
+    sys.stderr.flush()
+
+
+def _leave(together: bool) -> None:
+    """End the process group. Alone, NCCL's is aborted: destroying it would wait for the others, and they for this one.
+
+    That of gloo ends without waiting.
+    """
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)  # not in every torch; experimental
+    if abort and not together and dist.get_backend() == "nccl":
+        abort()
+    else:
         dist.destroy_process_group()
 
 
@@ -73,6 +126,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
@@ -117,6 +175,38 @@ def from_main(build: Callable[[], Any], timeout: timedelta = timedelta(days=1)) 
     if error:
         raise error
     return value
+
+
+class Agreement:
+    """Yes-no questions to all processes: asked at one point of a run, answered at a later one.
+
+    They travel through the CPU, between the steps of a GPU: whoever asks does not wait, and the answer has usually
+    arrived when it is fetched. Every process must ask and fetch at the same points. A single process agrees with
+    itself.
+    """
+
+    def __init__(self, process: Process, questions: int):
+        self._votes = torch.zeros(questions, dtype=torch.int32)
+        self._group = dist.new_group(backend="gloo", timeout=process.timeout) if dist.is_initialized() else None
+        self._work: dist.Work | None = None
+
+    def ask(self, *votes: bool) -> None:
+        """Give this process's vote on each question."""
+        self._votes = torch.tensor(votes, dtype=torch.int32)
+        if self._group:
+            self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def answer(self) -> tuple[bool, ...]:
+        """For each question last asked, whether any process voted yes; all no if none is open. An answer is given once.
+
+        Waits for processes that have not asked yet; raises RuntimeError where they do not within the timeout.
+        """
+        if self._work:
+            self._work.wait()
+            self._work = None
+        answers = tuple(bool(vote) for vote in self._votes)
+        self._votes = torch.zeros_like(self._votes)
+        return answers
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ FREE_ON_RESUME = frozenset(
         *("save_ckpt_freq", "data_path", "finetune", "model_key", "model_prefix", "device", "num_workers", "pin_mem"),
         *("compile", "no_flash_attn", "use_checkpoint", "batch_size", "update_freq", "eval", "eval_batch_size"),
         *("disable_eval_during_finetuning", "allow_missing", "max_bad_samples", "from_ckpt", "scan_cache"),
+        *("save_every_minutes", "dist_timeout", "max_nonfinite"),
     )
 )
 
@@ -184,6 +185,8 @@ def _output_flags(parser: Parser, *, save_ckpt_freq: int) -> None:
     _switch(group, "save_ckpt", "write checkpoints")
     help = "keep checkpoint-<epoch>.pth every N epochs, and of the last; 0: of the last only"
     add("--save_ckpt_freq", save_ckpt_freq, help, type=natural, metavar="N")
+    add("--save_every_minutes", None, "also save checkpoint-last when so many minutes have passed since it was saved",
+        type=positive_float, metavar="M")  # fmt: skip
     add("--print_freq", 20, "optimizer steps between log lines", type=positive)
 
 
@@ -198,6 +201,10 @@ def _runtime_flags(parser: Parser, *, seed: int) -> None:
     add("--seed", seed, "seed of weights, data order and augmentation", type=natural)
     add("--num_workers", 8, "loading processes per training process", type=natural)
     _switch(group, "pin_mem", "pin host memory for faster copies to the GPU")
+    add("--dist_timeout", 30.0, "minutes a process waits for the others before the run ends", type=positive_float)
+    add(
+        "--max_nonfinite", 5, "steps in a row with a loss or gradient not finite, at which the run stops", type=positive
+    )
     help = "unreadable training samples a process may skip in an epoch before the run stops"
     add("--max_bad_samples", 100, help, type=natural)
 

@@ -1,22 +1,26 @@
 """What a run tells: console lines, averages that do not stall the device, log.txt, TensorBoard, progress bars."""
 
+import atexit
 import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.config import ConfigError
-from utils.distributed import all_sum
+from utils.distributed import all_sum, world_size
 from utils.files import replaced
 
 
 def setup_logging(rank: int) -> None:
-    """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank."""
+    """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank.
+
+    What the others would warn of, rank 0 warns of too.
+    """
     logger = logging.getLogger("tad")
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     handler = _AboveBar() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
@@ -36,42 +40,65 @@ class _AboveBar(logging.Handler):
 
 
 class Averages:
-    """Running means of scalars that stay on the device until they are asked for.
+    """Running means of scalars that stay on their device until they are asked for.
 
-    `window` covers the updates since it was last read, `totals` all of them.
+    `window` covers the updates since it was last read, `total` all of them. Both are sums, the count in the last place.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.names: list[str] = []
-        self._window = self._total = torch.zeros(0, device=device, dtype=torch.float64)
-        self._window_count = self._count = 0
+    def __init__(self):
+        self.reset()
 
-    def update(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Add one value of each name; no synchronisation. The names are those of the first call."""
+    def reset(self) -> None:
+        """Forget everything."""
+        self.names: list[str] = []
+        self._window = self._total = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, values: Mapping[str, torch.Tensor], leave_out: torch.Tensor | None = None) -> None:
+        """Add one value of each name; no synchronisation. The names are those of the first call.
+
+        leave_out: bool () on the values' device: whether to leave these out.
+        """
+        row = torch.stack([value.detach().to(torch.float64) for value in self._ordered(values)])
+        row = torch.cat([row, torch.ones_like(row[:1])])
+        if leave_out is not None:
+            row = torch.where(leave_out, 0.0, row)
+        self._window = self._window.to(row.device) + row
+        self._total = self._total.to(row.device) + row
+
+    def _ordered(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         if not self.names:
             self.names = list(values)
-            self._window = torch.zeros(len(values), device=self.device, dtype=torch.float64)
-            self._total = self._window.clone()
-        row = torch.stack([values[name].detach().to(torch.float64) for name in self.names])
-        self._window += row
-        self._total += row
-        self._window_count += 1
-        self._count += 1
+            self._window = self._total = torch.zeros(len(values) + 1, dtype=torch.float64)
+        return [values[name] for name in self.names]
 
     def read_window(self) -> dict[str, float]:
-        """Means since the last call, of this rank; waits for the device."""
-        means = (self._window / max(self._window_count, 1)).tolist()
-        self._window = torch.zeros_like(self._window)
-        self._window_count = 0
-        return dict(zip(self.names, means, strict=True))
+        """Means since the last call, of this rank, NaN where there was nothing; waits for the device."""
+        sums, self._window = self._window.tolist(), torch.zeros_like(self._window)
+        return self._means(sums)
 
     def read_total(self) -> dict[str, float]:
         """Means since the start, over all ranks; waits for the device. Empty before the first update."""
-        if not self.names:
-            return {}
-        sums = all_sum(torch.cat([self._total, self._total.new_tensor([self._count])])).tolist()
-        return {name: value / sums[-1] for name, value in zip(self.names, sums, strict=False)}
+        return self._means(all_sum(self._total.clone()).tolist()) if self.names else {}
+
+    def _means(self, sums: list[float]) -> dict[str, float]:
+        return {n: value / sums[-1] if sums[-1] else math.nan for n, value in zip(self.names, sums, strict=False)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, on the CPU."""
+        sums = {"window": self._window.cpu(), "total": self._total.cpu()}
+        return {"names": self.names, "world_size": world_size(), **sums}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the sums of one or several ranks; from nothing if there are none.
+
+        Each step keeps its weight where the ranks were more or fewer.
+        """
+        self.reset()
+        for state in (state for state in states if state["names"]):
+            parts = [state[name] * (world_size() / state["world_size"]) for name in ("window", "total")]
+            if self.names:
+                parts = [self._window + parts[0], self._total + parts[1]]
+            self.names, (self._window, self._total) = list(state["names"]), parts
 
 
 def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -80,15 +107,19 @@ def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
         f.write(json.dumps(jsonable(record)) + "\n")
 
 
-def drop_epochs_from(path: str | Path, epoch: int) -> None:
-    """Remove the records of `epoch` and later ones from a log.txt: a resumed run writes them again."""
+def drop_records_from(path: str | Path, epoch: int, step: int = 0) -> None:
+    """Remove the records of (epoch, step) and later ones from a file of JSON lines: a resumed run writes them again.
+
+    Records without a step are of the end of their epoch.
+    """
     path = Path(path)
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["epoch"] < epoch:
+            record = json.loads(line)
+            if (record["epoch"], record.get("step", math.inf)) < (epoch, step):
                 kept.append(line + "\n")
         except ValueError:  # the kill came in the middle of the line
             continue
@@ -119,6 +150,7 @@ class TensorBoard:
                 self._writer = SummaryWriter(log_dir=str(folder))
             except OSError as e:
                 raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
+            atexit.register(self._writer.close)  # for a run that does not come to its end
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write values under "<group>/<name>"."""

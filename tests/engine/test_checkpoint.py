@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 
 from engine import checkpoint
 from engine.checkpoint import find_last, load_last, restore, save_last, save_weights
-from engine.loop import Progress
+from engine.guard import Progress
 from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
 from models.weights import load_pretrained
@@ -43,14 +43,19 @@ def test_everything_comes_back(tmp_path):
     model, state = trained()
     np.random.randn()  # leaves a cached second normal, which is part of the state
     save_last(
-        tmp_path, model, state, Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5}), record={"lr": 1}
+        tmp_path,
+        model,
+        state,
+        Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5}),
+        parts={},
+        record={"lr": 1},
     )
     expected = draws()
 
     other, fresh = trained(seed=1)
     draws()
     loaded, progress = load_last(find_last(tmp_path)), Progress()
-    restore(loaded, other, fresh, progress, rank=0)
+    restore(loaded, other, fresh, progress, parts={}, rank=0, world_size=1)
     assert draws() == expected
     assert progress == Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5})
     assert loaded["args"] == {"lr": 1}
@@ -74,7 +79,7 @@ def test_a_save_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypat
     instants = 0
     while True:
         folder = tmp_path / str(instants)
-        save_last(folder, model, state, Progress(epoch=1), record={})
+        save_last(folder, model, state, Progress(epoch=1), parts={}, record={})
         calls = 0
 
         def guarded(function, limit=instants):
@@ -93,12 +98,14 @@ def test_a_save_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypat
             patch.setattr(checkpoint, "sync", guarded(checkpoint.sync))
             patch.setattr(checkpoint.torch, "save", guarded(torch.save))
             try:
-                save_last(folder, model, state, Progress(epoch=2), record={})
+                save_last(folder, model, state, Progress(epoch=2), parts={}, record={})
                 finished = True
             except Killed:
                 finished = False
         assert load_last(find_last(folder))["epoch"] in ((2,) if finished else (1, 2))
-        save_last(folder, model, state, Progress(epoch=3), record={})  # and what is left over is in nobody's way
+        save_last(
+            folder, model, state, Progress(epoch=3), parts={}, record={}
+        )  # and what is left over is in nobody's way
         assert load_last(find_last(folder))["epoch"] == 3 and os.listdir(folder) == ["checkpoint-last"]
         if finished:
             break
@@ -146,14 +153,14 @@ def test_each_rank_gets_its_own_random_state_and_the_scaler_its_scale(tmp_path, 
 
     def two_ranks(own):
         torch.manual_seed(5)
-        return [own, checkpoint._rng_state()]
+        return [own, {"rng": checkpoint._rng_state()}]
 
     monkeypatch.setattr(checkpoint, "gather", two_ranks)
-    save_last(tmp_path, model, state, Progress(), record={})
+    save_last(tmp_path, model, state, Progress(), parts={}, record={})
     torch.manual_seed(5)
     expected = torch.rand(3)
     other = optimization(model, scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
-    restore(load_last(find_last(tmp_path)), model, other, Progress(), rank=1)
+    restore(load_last(find_last(tmp_path)), model, other, Progress(), parts={}, rank=1, world_size=2)
     assert torch.equal(torch.rand(3), expected) and other.scaler.get_scale() == 512.0
 
 
@@ -168,7 +175,7 @@ def find(folder, **kwargs):
 
 def test_best_values_stay_with_their_files(tmp_path):
     model, state = trained()
-    save_last(tmp_path / "a", model, state, Progress(2, 0, {"auroc": 0.9}), record=record())
+    save_last(tmp_path / "a", model, state, Progress(2, 0, {"auroc": 0.9}), parts={}, record=record())
     assert find(tmp_path / "a")["best"] == {"auroc": 0.9}
     assert find(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-last"))["best"] == {"auroc": -math.inf}
 
@@ -192,7 +199,7 @@ def test_damaged_or_foreign_states_are_named(tmp_path):
 
 def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
     model, state = trained()
-    save_last(tmp_path, model, state, Progress(1), record={})
+    save_last(tmp_path, model, state, Progress(1), parts={}, record={})
     save_weights(tmp_path / "w.pth", model)
     before = (tmp_path / "w.pth").read_bytes()
 
@@ -202,7 +209,7 @@ def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(checkpoint.CheckpointWriteError, match="checkpoint-last: cannot be written .*No space .*intact"):
-        save_last(tmp_path, model, state, Progress(2), record={})
+        save_last(tmp_path, model, state, Progress(2), parts={}, record={})
     with pytest.raises(checkpoint.CheckpointWriteError, match="w.pth: cannot be written"):
         save_weights(tmp_path / "w.pth", model)
     assert load_last(find_last(tmp_path))["epoch"] == 1 and (tmp_path / "w.pth").read_bytes() == before

@@ -5,18 +5,18 @@ import sys
 
 import torch
 
-from utils.logging import Averages, append_json_line, drop_epochs_from, progress_bar, setup_logging
+from utils.logging import Averages, append_json_line, drop_records_from, progress_bar, setup_logging
 
 
 def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
     path = tmp_path / "log.txt"
-    drop_epochs_from(path, 0)
+    drop_records_from(path, 0)
     assert not path.exists()
     for epoch in range(3):
         append_json_line(path, {"epoch": epoch, "train_loss": float("nan") if epoch else 0.1 + 0.2})
     with path.open("a") as f:
         f.write('{"epoch": 3, "trai')
-    drop_epochs_from(path, 2)
+    drop_records_from(path, 2)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"epoch": 0, "train_loss": 0.1 + 0.2},
         {"epoch": 1, "train_loss": None},
@@ -24,13 +24,45 @@ def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
 
 
 def test_averages_are_exact_and_read_late():
-    averages = Averages(torch.device("cpu"))
+    averages = Averages()
     assert averages.read_total() == {}
     for value in (1.0, 2.0, 6.0):
         averages.update({"loss": torch.tensor(value)})
     assert averages.read_window() == {"loss": 3.0}
     averages.update({"loss": torch.tensor(7.0)})
     assert averages.read_window() == {"loss": 7.0} and averages.read_total() == {"loss": 4.0}
+
+
+def averages_of(*values):
+    averages = Averages()
+    for value in values:
+        averages.update({"loss": torch.tensor(value)})
+    return averages
+
+
+def test_averages_go_on_from_a_checkpoint_of_any_number_of_ranks(monkeypatch):
+    averages = averages_of(1.0, 2.0)
+    averages.read_window()
+    averages.update({"loss": torch.tensor(6.0)})
+    resumed = Averages()
+    resumed.load_state_dicts([averages.state_dict()])
+    assert resumed.read_window() == {"loss": 6.0} and resumed.read_total() == {"loss": 3.0}
+
+    with monkeypatch.context() as patch:  # two ranks saved two steps, one rank does the third
+        patch.setattr("utils.logging.world_size", lambda: 2)
+        states = [averages_of(1.0, 3.0).state_dict(), averages_of(2.0, 4.0).state_dict()]
+    resumed.load_state_dicts(states)
+    resumed.update({"loss": torch.tensor(8.5)})
+    assert resumed.read_total() == {"loss": (1.5 + 3.5 + 8.5) / 3}
+    resumed.load_state_dicts([])
+    assert resumed.read_total() == {}
+
+
+def test_averages_leave_out_what_they_are_told_to():
+    averages = averages_of(1.0)
+    averages.update({"loss": torch.tensor(float("nan"))}, leave_out=torch.tensor(True))
+    averages.update({"loss": torch.tensor(2.0)}, leave_out=torch.tensor(False))
+    assert averages.read_window() == averages.read_total() == {"loss": 1.5}
 
 
 class Terminal(io.StringIO):

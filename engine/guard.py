@@ -1,0 +1,123 @@
+"""Steps whose loss or gradient is not finite: left out on every rank, recorded, and an end of the run if they persist.
+
+Whether a step is left out is decided on the device; the host learns of it when it reads the statistics.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.optim import Optimization
+from utils.distributed import all_sum, gather
+from utils.logging import append_json_line
+
+logger = logging.getLogger("tad")
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on; the message says where and what to try."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
+
+    means: of the last epoch trained, for a run that is killed between training and evaluation. steps_per_epoch: what
+    the data and the batch make of an epoch; a resumed run must find the same. left_out: steps in a row, up to the last,
+    that were not finite.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
+    steps_per_epoch: int = 0
+    left_out: int = 0
+
+
+def contagious(loss: Tensor) -> Tensor:
+    """The loss; if it is not finite, one that makes every gradient NaN, and through their mean those of all ranks."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) -> Tensor:
+    """One optimizer step, unless the loss or gradient norm is not finite; returns bool (), whether it was left out.
+
+    loss: () of this rank, its backward pass made through `contagious`. grad_norm: () of the gradients that all ranks
+    share, so the ranks decide alike. With a scaler, overflow is its affair and only the loss counts here. The host
+    waits for the device where neither a scaler nor a fused optimizer can leave out a step by itself.
+    """
+    optimizer, scaler = optimization.optimizer, optimization.scaler
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+        return all_sum((~loss.isfinite()).float()) > 0
+    bad = ~grad_norm.isfinite()
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # as GradScaler does it: the kernel reads found_inf
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif not bad:
+        optimizer.step()
+    return bad
+
+
+class NonFinite:
+    """The steps that were left out, and the end of the run after `limit` of them in a row.
+
+    Args:
+        progress: of the run; its left_out counts them up to the last step read.
+        file: gets a line of JSON for each: epoch and step (from 0), the losses of all ranks, and the samples of the
+            ranks whose loss was not finite, or of all ranks if only the gradient was not. None: no file.
+    """
+
+    def __init__(self, progress: Progress, file: Path | None = None, *, limit: int = 5):
+        self.progress, self.file, self.limit = progress, file, limit
+        self._steps: list[dict] = []
+        self._values: list[Tensor] = []
+
+    @property
+    def unread(self) -> int:
+        """Steps noted since they were last read."""
+        return len(self._steps)
+
+    def note(self, samples: Sequence[str], loss: Tensor, left_out: Tensor) -> None:
+        """Keep the present step until `read`, without waiting for the device. loss, left_out: () of this rank."""
+        self._steps.append({"epoch": self.progress.epoch, "step": self.progress.step, "samples": list(samples)})
+        self._values.append(torch.stack([loss.float(), left_out.float()]))
+
+    def read(self) -> None:
+        """Record the steps noted; every rank calls it at the same step. Waits for the device. Raises TrainingError."""
+        if not self._steps:
+            return
+        steps, values = self._steps, torch.stack(self._values).tolist()
+        self._steps, self._values = [], []
+        found = [step | {"loss": loss} for step, (loss, left_out) in zip(steps, values, strict=True) if left_out]
+        if found and (ranks := gather(found)):
+            for records in zip(*ranks, strict=True):
+                self._record(records)
+        for step, (_, left_out) in zip(steps, values, strict=True):
+            self.progress.left_out = self.progress.left_out + 1 if left_out else 0
+            if self.progress.left_out >= self.limit:
+                raise TrainingError(
+                    f"loss or gradient not finite in {self.limit} steps in a row, up to epoch {step['epoch']}, step "
+                    f"{step['step']}; nonfinite.jsonl names the samples; try a lower --lr, --clip_grad 1, --precision "
+                    "fp32, or a higher --max_nonfinite"
+                )
+
+    def _record(self, ranks: Sequence[dict]) -> None:
+        losses = [rank["loss"] if math.isfinite(rank["loss"]) else str(rank["loss"]) for rank in ranks]
+        guilty = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
+        samples = [sample for rank in guilty for sample in rank["samples"]]
+        place = {name: ranks[0][name] for name in ("epoch", "step")}
+        if self.file:
+            append_json_line(self.file, place | {"losses": losses, "samples": samples})
+        logger.warning(
+            f"epoch {place['epoch']}, step {place['step']} left out: the loss is {', '.join(map(str, losses))}, the "
+            f"gradient not finite; samples: {', '.join(samples[:3])}{', ...' * (len(samples) > 3)}"
+        )

@@ -1,0 +1,113 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine.guard import NonFinite, Progress, TrainingError
+from engine.loop import Reporting, train_one_epoch
+from engine.optim import Optimization
+from utils.logging import TensorBoard
+
+CPU = torch.device("cpu")
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0),
+    "fused adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True),  # leaves a step out by itself
+}
+
+
+def run(values, *, optimizer="sgd", log_every=3, guard=None, objective=None, accumulate=1, scaler=None):
+    """Train a linear model on batches full of `values`; returns it, the optimizer's state and the means."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.1}]
+    optimization = Optimization(
+        OPTIMIZERS[optimizer](groups),
+        lr=lambda step: 0.1,
+        weight_decay=lambda step: 0.1,
+        accumulate=accumulate,
+        scaler=scaler,
+    )
+    batches = [{"x": torch.full((2, 3), v), "samples": [f"clip {i}a", f"clip {i}b"]} for i, v in enumerate(values)]
+    guard = guard or NonFinite(Progress())
+    means = train_one_epoch(
+        model,
+        batches,
+        objective or squared,
+        optimization,
+        guard.progress,
+        Reporting(TensorBoard(None), clips_per_step=2, log_every=log_every),
+        steps_per_epoch=len(values) // accumulate,
+        device=CPU,
+        guard=guard,
+    )
+    return model, optimization.optimizer.state_dict()["state"], means
+
+
+def squared(model, batch):
+    loss = model(batch["x"]).square().mean()
+    return loss, {"loss": loss}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_leaves_no_trace_in_weights_moments_and_means(tmp_path, optimizer, bad):
+    guard = NonFinite(Progress(), tmp_path / "nonfinite.jsonl")
+    clean = run([1.0, 2.0, 3.0, 4.0], optimizer=optimizer)
+    planted = run([1.0, 2.0, bad, 3.0, bad, 4.0], optimizer=optimizer, guard=guard)
+    assert torch.equal(clean[0].weight, planted[0].weight) and clean[2] == planted[2]
+    for parameter, moments in clean[1].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(planted[1][parameter][k])) for k, v in moments.items()
+        )
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"], line["samples"]) for line in lines] == [
+        (0, step, [f"clip {step}a", f"clip {step}b"]) for step in (2, 4)
+    ]
+    assert all(line["losses"][0] in ("nan", "inf") for line in lines)
+
+
+def test_all_samples_of_an_accumulated_step_are_named(tmp_path):
+    guard = NonFinite(Progress(), tmp_path / "nonfinite.jsonl")
+    run([1.0, math.nan, 1.0, 1.0], guard=guard, accumulate=2)
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["samples"] == ["clip 0a", "clip 0b", "clip 1a", "clip 1b"]
+
+
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(tmp_path):
+    def root(model, batch):  # sqrt(0): a loss of 0, a gradient of NaN
+        loss = (model(batch["x"]) * 0).square().sum().sqrt()
+        return loss, {"loss": loss}
+
+    guard = NonFinite(Progress(), tmp_path / "nonfinite.jsonl")
+    before, _, _ = run([], optimizer="sgd")
+    model, _, means = run([1.0], objective=root, guard=guard)
+    assert torch.equal(model.weight, before.weight) and math.isnan(means["loss"])
+    assert json.loads((tmp_path / "nonfinite.jsonl").read_text())["losses"] == [0.0]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_five_in_a_row_end_the_run_four_do_not(log_every):
+    nan = math.nan
+    run([1.0, nan, nan, nan, nan, 1.0, nan, nan, nan, nan], log_every=log_every)
+    with pytest.raises(TrainingError, match="not finite in 5 steps in a row, up to epoch 0, step 6; nonfinite.jsonl"):
+        run([1.0, 1.0] + [nan] * 5 + [1.0], log_every=log_every)
+    with pytest.raises(TrainingError, match="in 5 steps in a row, up to epoch 0, step 1"):  # after a restart
+        run([nan, nan, 1.0], guard=NonFinite(Progress(left_out=3)))
+
+
+def test_many_steps_between_log_lines_do_not_hide_it():
+    progress = Progress()
+    with pytest.raises(TrainingError):
+        run([math.nan] * 60, log_every=1000, guard=NonFinite(progress))
+    assert progress.step == 20
+
+
+def test_with_a_scaler_the_loss_counts_and_overflow_does_not(tmp_path):
+    guard = NonFinite(Progress(), tmp_path / "nonfinite.jsonl")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1000)
+    run([1e3, math.inf, 1e3], guard=guard, scaler=scaler)
+    (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1 and scaler.get_scale() < 1e38

@@ -1,0 +1,222 @@
+"""Runs that are killed or signalled lose nothing."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from background import EVERY_STEP, USR2_PASSES, Run, dapt, finetune, log, state
+from helpers import run
+
+import run_finetune
+from utils.flags import finetune_parser
+
+KILLS = 20
+
+
+def same(a, b):
+    """Whether two nested states are equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Everything two finished runs leave is bit-identical, times and arguments aside."""
+    assert log(a) == log(b)
+    one, two = state(a), state(b)
+    one.pop("args"), two.pop("args")
+    for key in one:
+        assert same(one[key], two[key]), key
+    assert same(one, two)
+    weights = sorted(path.name for path in a.glob("*.pth"))
+    assert weights == sorted(path.name for path in b.glob("*.pth")) and weights
+    for name in weights:
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (a, b))), name
+    assert not [p.name for p in b.iterdir() if p.name.endswith((".tmp", ".new", ".old"))]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """{script: the folder of a run that was left alone}."""
+    root = tmp_path_factory.mktemp("whole")
+    for name, words in (("finetune", finetune(data)), ("dapt", dapt(data))):
+        done = run(*words, "--output_dir", root / name, processes=2)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SIGKILL
+
+
+def killed_until_it_finishes(words, folder, seed):
+    """Start a run again and again, each time killed at a random moment, KILLS times; then let it finish.
+
+    Every fourth time it is killed while it starts, else within a second after it has saved again. Returns how many of
+    the kills came in the middle of a save.
+    """
+    rng, in_saves = random.Random(seed), 0
+    last = folder / "checkpoint-last" / "state.pth"
+    for kill in range(KILLS):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        attempt = Run([*words, *EVERY_STEP], folder)
+        if kill % 4 == 3:
+            time.sleep(rng.uniform(0, 6))
+        else:
+            saved = attempt.until(lambda before=before: last.exists() and last.stat().st_mtime_ns != before)
+            assert saved, attempt.output
+            time.sleep(rng.uniform(0, 1))
+        assert attempt.process.poll() is None, f"kill {kill} came too late: {attempt.output}"
+        attempt.kill()
+        in_saves += any((folder / f"checkpoint-last.{part}").exists() for part in ("new", "old"))
+    final = Run(words, folder)
+    assert final.end(300) == 0, final.output
+    return in_saves
+
+
+@pytest.mark.slow
+def test_forty_kills_change_nothing(data, whole, tmp_path, capsys):
+    runs = {"finetune": finetune(data), "dapt": dapt(data)}
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        results = [
+            pool.submit(killed_until_it_finishes, words, tmp_path / name, seed)
+            for seed, (name, words) in enumerate(runs.items())
+        ]
+        in_saves = sum(result.result() for result in results)
+    for name in runs:
+        assert_same_run(whole / name, tmp_path / name)
+    assert in_saves > 0
+    with capsys.disabled():
+        print(
+            f"\n{KILLS * len(runs)} of {KILLS * len(runs)} kills survived, {in_saves} of them in a save, "
+            f"in {time.monotonic() - started:.0f} s"
+        )
+
+
+def test_what_a_killed_save_leaves_is_removed(data, tmp_path):
+    """Half checkpoints and temporary files of a killed process, and a run that was killed before its first save."""
+    words = finetune(data, "--epochs", 1, "--warmup_epochs", 0, "--nb_samples_per_epoch", 4, "--output_dir", tmp_path)
+    args = finetune_parser("").parse_args([str(w) for w in words[1:]])
+    run_finetune.main(args)
+    shutil.rmtree(tmp_path / "checkpoint-last")
+    (tmp_path / "checkpoint-last.new").mkdir()
+    for name in ("checkpoint-last.new/state.pth", ".args.json.7.tmp", ".checkpoint-0.pth.7.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path} holds a run that ended before a state was saved: starting from the beginning" in done.stdout
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".new"))] and len(log(tmp_path)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def steps_of(folder):
+    """(epoch, steps done) of the saved state, after a look at whether all ranks stopped after the same step."""
+    saved = state(folder)
+    counts = {int(rank["statistics"]["total"][-1:].sum()) for rank in saved["ranks"]}
+    assert counts == {saved["step"]}
+    return saved["epoch"], saved["step"]
+
+
+@pytest.mark.slow
+def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(data, whole, tmp_path):
+    """USR2 to torchrun, then TERM to torchrun, then USR1 to one rank alone, then the end."""
+    folder, marker = tmp_path / "run", tmp_path / "run" / "REQUEUE"
+    seen = []
+    for number in [signal.SIGUSR2] * USR2_PASSES + [signal.SIGTERM, signal.SIGUSR1]:
+        attempt = Run(finetune(data), folder)
+        attempt.until_said(f"epoch {len(seen)}  step 14/")
+        assert not marker.exists()
+        os.kill(attempt.ranks()[1] if number == signal.SIGUSR1 else attempt.process.pid, number)
+        asked = time.monotonic()
+        attempt.until(marker.exists, seconds=10)
+        assert time.monotonic() - asked < 10 and marker.exists()
+        assert attempt.end(30) != 0
+        name = "a signal to another process" if number == signal.SIGUSR1 else number.name
+        seen.append(steps_of(folder))
+        place = f"epoch {seen[-1][0]}, {seen[-1][1]} of 96 steps"
+        assert f"stopped on {name}: {place}; the state is saved; the same command continues" in attempt.output
+        assert marker.read_text() == f"{name}, {place}\n"
+        assert "Traceback" not in attempt.output.partition("torch/distributed")[0]
+    assert seen == sorted(set(seen)) and all(14 <= step < 96 for _, step in seen)
+    done = run(*finetune(data), "--output_dir", folder, processes=2)
+    assert done.returncode == 0 and f"resuming at epoch {seen[-1][0]}, step {seen[-1][1]}" in done.stdout
+    assert not marker.exists()
+    assert_same_run(whole / "finetune", folder)
+
+
+@pytest.mark.slow
+def test_signals_to_a_single_process(data, tmp_path):
+    """To the whole process group, as Slurm does it, loading processes included; while it starts; in an evaluation."""
+    folder, marker = tmp_path / "run", tmp_path / "run" / "REQUEUE"
+    words = finetune(data, "--num_workers", 2, "--sampling_rate_val", 1, "--eval_batch_size", 1)
+    attempt = Run(words, folder, processes=0)
+    attempt.until_said("DoTA train")
+    os.kill(attempt.process.pid, signal.SIGUSR1)
+    assert attempt.end(60) == 75 and steps_of(folder) == (0, 0)
+    assert "stopped on SIGUSR1: epoch 0, 0 of 96 steps" in attempt.output and marker.exists()
+
+    attempt = Run(words, folder, processes=0)
+    attempt.until_said("epoch 0  step 21/")
+    for pid in attempt.tree():
+        os.kill(pid, signal.SIGTERM)
+    assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 96 and marker.exists()
+
+    attempt = Run(words, folder, processes=0)
+    attempt.until_said("epoch 0  step 96/")
+    attempt.until(lambda: state(folder)["step"] == 96)
+    time.sleep(0.3)
+    for _ in range(2):  # the second does no harm
+        os.kill(attempt.process.pid, signal.SIGUSR2)
+        time.sleep(0.05)
+    assert attempt.end(60) == 75 and steps_of(folder) == (0, 96) and marker.exists()
+    assert "stopped on SIGUSR2: in an evaluation, which will be repeated; the state is saved" in attempt.output
+
+    attempt = Run(words, folder, processes=0)
+    attempt.until_said("epoch 1  step 7/")
+    assert not marker.exists() and [r["epoch"] for r in log(folder)] == [0]
+    for _ in range(3):
+        os.kill(attempt.process.pid, signal.SIGUSR1)
+        time.sleep(0.002)
+    assert attempt.end(10) == 128 + signal.SIGUSR1 and not marker.exists()
+    assert "the third signal within 5 seconds: leaving at once" in attempt.output
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_state_writes_no_marker(data, tmp_path):
+    attempt = Run(finetune(data, "--no_save_ckpt"), tmp_path / "run", processes=0)
+    attempt.until_said("epoch 0  step 7/")
+    os.kill(attempt.process.pid, signal.SIGTERM)
+    assert attempt.end(60) == 75 and not (tmp_path / "run" / "REQUEUE").exists()
+    assert "nothing is saved (--no_save_ckpt)" in attempt.output
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_the_same_batches(data, dota_root, tmp_path):
+    words = finetune(data, "--drop", 0, "--drop_path", 0, "--epochs", 2, "--data_path", dota_root)
+    attempt = Run(words, tmp_path / "two")
+    attempt.until_said("epoch 0  step 49/")
+    os.kill(attempt.process.pid, signal.SIGTERM)
+    attempt.end(30)
+    _, step = steps_of(tmp_path / "two")
+    done = run(*words, "--output_dir", tmp_path / "two")
+    assert f"resuming at epoch 0, step {step}; best so far" in done.stdout
+    assert "2 processes saved it, 1 go on: with the same batches in other shares" in done.stdout
+    done = run(*words, "--output_dir", tmp_path / "one")
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=2e-3)
+    one, two = (state(tmp_path / name)["model"] for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-3)
