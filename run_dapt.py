@@ -19,18 +19,9 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 import sys
 
 from utils.config import ConfigError, config_errors, split_batch
-from utils.flags import (
-    FREE_ON_RESUME,
-    OPTIMIZER,
-    SCHEDULE,
-    dapt_parser,
-    fill,
-    given,
-    picked,
-    resolve_runtime,
-    resolve_schedule,
-)
+from utils.flags import dapt_parser
 from utils.preemption import Preemption, catch_signals, remove_marker
+from utils.resolve import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, fill, given, picked, resolve_runtime, resolve_schedule
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from utils.config import ConfigError, differing, split_batch, write_run_record
-from utils.flags import FREE_ON_RESUME, dapt_parser, finetune_parser
+from utils.flags import dapt_parser, finetune_parser
+from utils.resolve import FREE_ON_RESUME
 
 
 @pytest.mark.parametrize(
