@@ -70,10 +70,9 @@ class SkipBad:
             log(message)
 
     def counts(self) -> dict[str, Any]:
-        """The state of all ranks, summed up, on rank 0. Every rank calls it."""
-        states = gather(self.state_dict()) or [self.state_dict()]
+        """The state of all ranks, summed up, on every rank; each rank calls it."""
         total = SkipBad([], limit=0)
-        total.load_state_dicts(states)
+        total.load_state_dicts(broadcast(gather(self.state_dict())))
         return total.state_dict()
 
     def end_epoch(self) -> dict[str, Any]:
@@ -104,15 +103,15 @@ def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool)
     Raises DataError that names every clip that cannot be read, unless allow_missing and there are others.
     """
     found = sorted(broadcast(sum(gather(faults) or [], [])), key=lambda fault: fault.number)
-    for fault in found:
-        if fault.frames:
-            logger.warning(str(fault))
+    if other := [str(fault) for fault in found if fault.frames]:
+        shown = "; ".join(other[:5]) + "; ..." * (len(other) > 5)
+        logger.warning(f"{len(other)} clips hold more or fewer frames than expected: {shown}")
     bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
     bad += [str(fault) for fault in found if not fault.frames]
     if bad:
         message = f"{clips.name} {clips.split}: {len(bad)} of {clips.listed} clips cannot be read"
         if not allow_missing or len(bad) == clips.listed:
-            lines = "\n  ".join(bad)
-            raise DataError(f"{message}; repair them, or evaluate the others with --allow_missing:\n  {lines}")
+            remedy = "repair them" + ", or evaluate the others with --allow_missing" * (len(bad) < clips.listed)
+            raise DataError("\n  ".join([f"{message}; {remedy}:", *bad]))
         logger.warning(f"{message} and go unscored: {'; '.join(bad)}")
     return found

@@ -95,8 +95,10 @@ def gather_predictions(
         local: from `score_windows`. expected: (clip (n,), frame (n,)) of every window there is, sorted.
         labels: clip number -> (T,) labels.
 
-    Raises EvaluationError unless each expected window was scored exactly once, with finite logits.
+    Raises EvaluationError unless each expected window was scored exactly once, with finite logits, and there are any.
     """
+    if not len(expected[0]):
+        raise EvaluationError("no window can be scored: the frames of every clip end before its first window does")
     parts = gather(local)
     if parts is None:
         return None

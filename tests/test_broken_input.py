@@ -120,11 +120,10 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 2])
-def test_evaluation_refuses_and_names_all(broken, weights, tmp_path, processes):
+def test_evaluation_refuses_and_names_all(broken, weights, tmp_path):
     root, bad = broken
     words = [*FLAGS, "--eval", "--eval_split", "train", "--finetune", weights, "--data_path", root]
-    done = run("run_finetune.py", *words, "--output_dir", tmp_path, processes=processes)
+    done = run("run_finetune.py", *words, "--output_dir", tmp_path, processes=2)
     assert done.returncode != 0 and not (tmp_path / "metrics.json").exists()
     assert "error: DoTA train: 5 of 40 clips cannot be read; repair them, or evaluate the others with" in done.stderr
     for name, frame in bad.items():
@@ -213,3 +212,13 @@ def test_counts_go_on_where_an_interrupted_run_left_off():
     assert second.end_epoch() == {"train_samples": 0, "train_skipped": 0}
     second.load_state_dicts([first.state_dict(), first.state_dict()])  # of two ranks
     assert second.counts()["samples"] == 24
+
+
+def test_clips_that_end_before_their_first_window_leave_nothing_to_score(dota_root, weights, tmp_path):
+    root = tmp_path / "cut"
+    shutil.copytree(dota_root, root)
+    for clip in build_clips("DoTA", str(root), "val"):
+        rewrite_zip(root / "frames" / clip.name / "images.zip", drop=[clip.filename(t) for t in range(3, 70)])
+    words = [*FLAGS, "--eval", "--finetune", weights, "--data_path", root, "--output_dir", tmp_path / "eval"]
+    with pytest.raises(run_finetune.EvaluationError, match="no window can be scored: the frames of every clip end"):
+        in_process(*words)

@@ -327,7 +327,10 @@ def test_errors_name_the_file_and_exit_without_a_traceback(dota_root, tmp_path, 
     broken.write_bytes(broken.read_bytes()[:1000])
     done = run("run_finetune.py", "--eval", *flags(root, tmp_path / "out"), "--num_workers", "1", processes=processes)
     assert done.returncode != 0 and "Traceback" not in done.stdout
-    assert f"error: {broken}: not a readable zip" in done.stderr
+    assert (
+        f"\n  syntheticva_000003: {broken}: not a readable zip" in done.stderr
+        and "error: DoTA val: 1 of 5" in done.stderr
+    )
     assert processes or "Traceback" not in done.stderr  # torchrun adds its own
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
