@@ -137,7 +137,8 @@ def pretrain(args: Namespace, process: Process) -> None:
         del resumed  # three times the weights
     if process.is_main:
         claim(output_dir, progress, record=vars(args), world_size=process.world_size)
-    tensorboard = TensorBoard(args.log_dir if process.is_main else None)
+    steps_done = progress.epoch * sampler.steps_per_epoch + progress.step
+    tensorboard = TensorBoard(args.log_dir if process.is_main else None, steps_done)
     pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
 
     guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)

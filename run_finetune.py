@@ -166,7 +166,8 @@ def train(args: Namespace, process: Process) -> None:
     eval_model = optimization.ema.module if optimization.ema else model
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
         claim(output_dir, progress, record=vars(args), world_size=process.world_size)
-    tensorboard = TensorBoard(args.log_dir if process.is_main else None)
+    steps_done = progress.epoch * sampler.steps_per_epoch + progress.step
+    tensorboard = TensorBoard(args.log_dir if process.is_main else None, steps_done)
     guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)
 
     def save() -> None:

@@ -92,8 +92,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(data, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "one" / "nonfinite.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, step) for step in (3, 50, 51, 52, 53)]
     for line in lines:
-        assert 0 < line["losses"][0] < 10 and line["losses"][1] == "nan" and len(line["samples"]) == 2
-        assert all(sample.startswith("DoTA train synthetictr_") for sample in line["samples"])
+        assert 0 < line["losses"][0] < 10 and line["losses"][1] == "nan"
+        assert line["samples"] and all(sample.startswith("DoTA synthetictr_") for sample in line["samples"])
+    assert sum(len(line["samples"]) for line in lines) > len(lines)  # those of rank 1: two, less unreadable ones
     saved = state(tmp_path / "one")
     assert {int(rank["statistics"]["total"][-1]) for rank in saved["ranks"]} == {91}  # left out on both ranks
     assert all(v.isfinite().all() for v in saved["model"].values())

@@ -139,15 +139,18 @@ def jsonable(value: Any) -> Any:
 
 
 class TensorBoard:
-    """Scalars and figures by optimizer step; silent where folder is None. Raises ConfigError where it cannot write."""
+    """Scalars and figures by optimizer step; silent where folder is None. Raises ConfigError where it cannot write.
 
-    def __init__(self, folder: str | Path | None):
+    steps_done: of the run that is continued; what it wrote of later steps is written again.
+    """
+
+    def __init__(self, folder: str | Path | None, steps_done: int = 0):
         self._writer = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             try:
-                self._writer = SummaryWriter(log_dir=str(folder))
+                self._writer = SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1 if steps_done else None)
             except OSError as e:
                 raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
             atexit.register(self._writer.close)  # for a run that does not come to its end

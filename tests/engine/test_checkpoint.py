@@ -1,6 +1,7 @@
 import math
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -213,3 +214,19 @@ def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointWriteError, match="w.pth: cannot be written"):
         save_weights(tmp_path / "w.pth", model)
     assert load_last(find_last(tmp_path))["epoch"] == 1 and (tmp_path / "w.pth").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-last", "w.pth"]  # the half file does not stay on the full disk
+
+
+def test_a_file_that_cannot_grow_is_a_full_disk(tmp_path):
+    """The kernel itself refuses, at half the size."""
+    model, state = trained()
+    save_last(tmp_path, model, state, Progress(1), parts={}, record={})
+    size = (tmp_path / "checkpoint-last" / "state.pth").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(checkpoint.CheckpointWriteError, match="what was there before is intact"):
+            save_last(tmp_path, model, state, Progress(2), parts={}, record={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_last(find_last(tmp_path))["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint-last"]
