@@ -1,6 +1,6 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ class Clip:
     source: path of a video file, or of a folder of frames that may be packed as "<source>.zip" instead.
     fps: frames per second of the source. labels: (num_frames,) uint8, 1 = anomalous, or None for unlabelled video.
     category: name of the accident type; ego: the recording car is involved; night: filmed at night; None = unknown.
+    pack_step: the source is a zip of `datasets.pack`, which holds every pack_step-th frame, counted back from the last;
+    numbers, rate and labels are those of the original all the same.
     """
 
     name: str
@@ -34,14 +36,25 @@ class Clip:
     category: str | None = None
     ego: bool | None = None
     night: bool | None = None
+    pack_step: int | None = None
 
     def __post_init__(self):
         if self.labels is not None and len(self.labels) != self.num_frames:
             raise ValueError(f"clip {self.name}: {len(self.labels)} labels for {self.num_frames} frames")
 
     def filename(self, frame: int) -> str:
-        """Name of frame i in the source."""
+        """Name of frame i in the original source."""
         return self.frame_name.format(self.first_frame + frame)
+
+    def picture(self, frame: int) -> str:
+        """Name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
+        return f"{self.first_frame + frame:06d}.jpg" if self.pack_step else self.filename(frame)
+
+    @property
+    def stored_frames(self) -> np.ndarray:
+        """Frames that the source holds, ascending int64: all of them, or what the pack kept."""
+        step = self.pack_step or 1
+        return np.arange((self.num_frames - 1) % step, self.num_frames, step)
 
     @property
     def ttc(self) -> np.ndarray:
@@ -54,12 +67,14 @@ class ClipTable(Sequence):
     """The clips of one split of one data set, in the order of its split file.
 
     one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
+    left_out: names of the split's clips that are not in the table, because a list of bad clips says so.
     """
 
     name: str
     split: str
     clips: list[Clip] = field(repr=False)
     one_clip_per_video: bool = False
+    left_out: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -71,6 +86,11 @@ class ClipTable(Sequence):
         return iter(self.clips)
 
     @property
+    def listed(self) -> int:
+        """Clips of the split, with those left out."""
+        return len(self.clips) + len(self.left_out)
+
+    @property
     def frame_counts(self) -> np.ndarray:
         """(clips,) int64."""
         return np.array([c.num_frames for c in self.clips], dtype=np.int64)
@@ -79,6 +99,53 @@ class ClipTable(Sequence):
     def fps(self) -> np.ndarray:
         """(clips,) float64, source frames per second."""
         return np.array([c.fps for c in self.clips], dtype=np.float64)
+
+    @property
+    def pack_steps(self) -> np.ndarray:
+        """(clips,) int64: 1, or the pack_step of a packed clip."""
+        return np.array([c.pack_step or 1 for c in self.clips], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which clips of a split are wanted, and what becomes of one that cannot be made.
+
+    leave_out: names of clips to pass over. problems: collects {clip: message} of what is raised where it is None.
+    """
+
+    leave_out: Collection[str] = frozenset()
+    problems: dict[str, str] | None = None
+
+    def table(self, name: str, split: str, names: Iterable[str], make: Callable[[str], Clip], **options) -> ClipTable:
+        """The ClipTable of make(clip) for the wanted ones of `names`. options: of ClipTable. Raises as make does."""
+        clips, left_out = [], []
+        for clip in names:
+            if clip in self.leave_out:
+                left_out.append(clip)
+                continue
+            try:
+                clips.append(make(clip))
+            except DataError as e:
+                if self.problems is None:
+                    raise
+                self.problems[clip] = str(e)
+        return ClipTable(name, split, clips, left_out=left_out, **options)
+
+
+ALL_CLIPS = Selection()
+
+
+def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
+    """The clips named in lists of bad ones, as `datasets.check` writes: a name per line, a tab before any remark.
+
+    Raises DataError where a list is missing.
+    """
+    names = set()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise DataError(f"{path}: no such list of bad clips; python -m datasets.check writes one")
+        names |= {line.split("\t")[0].strip() for line in read_lines(path)}
+    return frozenset(names)
 
 
 def read_text(path: Path) -> str:

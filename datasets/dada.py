@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_split, read_text
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, first_repeated, read_split, read_text
 
 EGO_TYPES = frozenset((*range(1, 19), 61, 62))  # accident types the recording car is part of
 CCD_FRAMES, CCD_FPS = 50, 10.0  # CAP-DATA's clips of exactly 50 frames come from CCD, which has 10 fps
@@ -45,7 +45,7 @@ LAYOUTS = {
 }
 
 
-def load_dada(name: str, root: str, split: str) -> ClipTable:
+def load_dada(name: str, root: str, split: str, selection: Selection = ALL_CLIPS) -> ClipTable:
     """The clips of a split of one of LAYOUTS: train, val, or all, which is every row of the sheet.
 
     Raises DataError: a file missing or malformed, a clip that the sheet lacks, labels beyond the clip.
@@ -59,12 +59,11 @@ def load_dada(name: str, root: str, split: str) -> ClipTable:
     if split != "all":
         path = Path(root, layout.split_folder, layout.splits[split])
         listed = {line: _key(line, path) for line in read_split(path, "huggingface.co/tue-mps/simple-tad (datasets/)")}
-        if unknown := [line for line, key in listed.items() if key not in rows]:
-            raise DataError(f"{path}: clip {unknown[0]} is not in {sheet}")
         names = list(listed.values())
         if repeated := first_repeated(names):
             raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
-    return ClipTable(name, split, [_clip(name, Path(root), key, rows[key], sheet) for key in names])
+    keys = {f"{kind}/{video:0{layout.digits}d}": (kind, video) for kind, video in names}
+    return selection.table(name, split, keys, lambda own: _clip(name, Path(root), own, rows.get(keys[own]), sheet))
 
 
 def _key(line: str, path: Path) -> tuple[int, int]:
@@ -109,10 +108,10 @@ def _read_sheet(path: Path) -> dict[tuple[int, int], dict[str, int]]:
     return rows
 
 
-def _clip(name: str, root: Path, key: tuple[int, int], row: dict[str, int], sheet: Path) -> Clip:
-    layout = LAYOUTS[name]
-    kind, video = key
-    own = f"{kind}/{video:0{layout.digits}d}"
+def _clip(name: str, root: Path, own: str, row: dict[str, int] | None, sheet: Path) -> Clip:
+    if row is None:
+        raise DataError(f"{sheet}: no row of clip {own}, which a split file lists")
+    kind = row["type"]
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
     if not 0 < total < 10**7:
         raise DataError(f"{sheet}: {own} has {total} frames; correct the row")
@@ -123,10 +122,10 @@ def _clip(name: str, root: Path, key: tuple[int, int], row: dict[str, int], shee
         labels[max(start - 1, 0) : end] = 1
     return Clip(
         name=own,
-        source=str(root / "frames" / str(kind) / f"{video:0{layout.digits}d}" / "images"),
+        source=str(root / "frames" / own / "images"),
         num_frames=total,
         fps=CCD_FPS if name == "CAP-DATA" and total == CCD_FRAMES else 30.0,
-        frame_name=layout.frame_name,
+        frame_name=LAYOUTS[name].frame_name,
         first_frame=1,
         labels=labels,
         category=str(kind),
