@@ -43,7 +43,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, read_bad_clips
 from datasets.loader import EpochSampler, SkipBad, Source, WindowDataset, checked, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
@@ -197,12 +197,14 @@ def build_model(args: Namespace, process: Process, *, pretrained: bool) -> Maske
 
 def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     """The windows of every data set of the mix, each with its augmentation."""
-    scan = VideoScan(args.scan_cache, workers=args.num_workers)
+    scan, bad_clips = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
     sources = []
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
     ):
-        clips: ClipTable = from_main(lambda name=name, path=path, split=split: build_clips(name, path, split, scan))
+        clips: ClipTable = from_main(
+            lambda name=name, path=path, split=split: build_clips(name, path, split, scan, leave_out=bad_clips)
+        )
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
         with config_errors():

@@ -45,7 +45,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import DataError, build_clips
+from datasets import DataError, build_clips, read_bad_clips
 from datasets.loader import (
     ClipStream,
     EpochSampler,
@@ -200,6 +200,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
         "checkpoint": args.finetune,
         "data_set": args.data_set,
         "split": args.eval_split,
+        "coverage": f"{len(validation.clips)} of {validation.clips.listed} clips",
         "clips": len(validation.clips),
         "clips_scored": int((validation.index.counts > 0).sum()),
         "frames": int(validation.index.frame_counts.sum()),
@@ -213,7 +214,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
 
 def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochSampler]:
     """Batches of augmented windows of the train split, and the sampler that orders them."""
-    clips = build_clips(args.data_set, args.data_path, "train")
+    clips = build_clips(args.data_set, args.data_path, "train", leave_out=read_bad_clips(args.bad_clips or ()))
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
@@ -244,7 +245,8 @@ class Validation:
 
     def __init__(self, args: Namespace, process: Process):
         self.args, self.process = args, process
-        self.clips = build_clips(args.data_set, args.data_path, args.eval_split)
+        bad_clips = read_bad_clips(args.bad_clips or ())
+        self.clips = build_clips(args.data_set, args.data_path, args.eval_split, leave_out=bad_clips)
         with config_errors():
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val

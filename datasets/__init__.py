@@ -7,7 +7,7 @@ from functools import partial
 
 from datasets.clips import Clip, ClipTable, DataError, Selection, read_bad_clips
 from datasets.dada import load_dada
-from datasets.dota import load_dota
+from datasets.dota import load_dota, video_of
 from datasets.packed import is_packed, load_packed
 from datasets.scan import VideoScan
 from datasets.videos import load_bdd100k, load_kinetics, load_videos
@@ -19,7 +19,8 @@ logger = logging.getLogger("tad")
 class DataSet:
     """A data set that `build_clips` knows: load(root, split, selection), or (root, split, scan, selection) of videos.
 
-    splits: those to check and to pack. published: {split: (clips, frames)}.
+    splits: those to check and to pack. published: {split: (clips, frames)}. video_of: what tells from a clip's name
+    which video it was cut from.
 
     The rest is how DAPT uses it by default: split, step between windows in source frames (between the frames of a clip
     for Kinetics), whether clips are cropped as fine-tuning sees them, whether small frames are enlarged.
@@ -29,6 +30,7 @@ class DataSet:
     of_videos: bool = False
     splits: tuple[str, ...] = ("train", "val")
     published: dict[str, tuple[int, int]] = field(default_factory=dict)
+    video_of: Callable[[str], str] | None = None
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -36,8 +38,10 @@ class DataSet:
 
 
 DATA_SETS = {
-    "DoTA": DataSet(partial(load_dota, "DoTA"), published={"train": (3275, 334_903), "val": (1402, 142_747)}),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half")),
+    "DoTA": DataSet(
+        partial(load_dota, "DoTA"), published={"train": (3275, 334_903), "val": (1402, 142_747)}, video_of=video_of
+    ),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": (1402, 142_747)}, video_of=video_of),
     "DADA2K": DataSet(partial(load_dada, "DADA2K")),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half")),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), dapt_enlarge=False),

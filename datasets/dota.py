@@ -51,6 +51,11 @@ def load_dota(name: str, root: str, split: str, selection: Selection = ALL_CLIPS
     return selection.table(name, split, names, lambda clip: _clip(Path(root), clip, metadata.get(clip)))
 
 
+def video_of(name: str) -> str:
+    """The YouTube video that a clip was cut from."""
+    return name.rpartition("_")[0]
+
+
 def read_metadata(root: str) -> dict[str, dict]:
     """{clip: {"anomaly_class": "ego: lateral", "anomaly_start", "anomaly_end", "num_frames", ...}} of both subsets.
 

@@ -62,8 +62,6 @@ class Reader:
 
 
 def _decode(data: bytes) -> Tensor:
-    if not data:
-        raise ValueError("the picture is empty, 0 bytes")
     image = Image.open(io.BytesIO(data))
     if image.mode != "RGB":  # convert() would copy even so
         image = image.convert("RGB")
@@ -87,7 +85,10 @@ class PictureReader(Reader):
             if i != previous:  # a window at a higher rate than the source's repeats frames
                 name = self.clip.picture(int(i))
                 try:
-                    picture = decode(self._bytes(name))
+                    data = self._bytes(name)
+                    if not data:
+                        raise ValueError("the picture is empty, 0 bytes")
+                    picture = decode(data)
                 except _UNREADABLE as e:
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i

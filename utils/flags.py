@@ -206,6 +206,11 @@ def _file_flags(add: Callable) -> None:
     add("--model_prefix", None, "read only the keys under this prefix, e.g. student. (default: all keys)")
 
 
+def _bad_clips_flag(add: Callable) -> None:
+    help = "lists of clips to leave out, as python -m datasets.check writes; a name per line"
+    add("--bad_clips", None, help, type=str, nargs="+", metavar="FILE")
+
+
 def _shape_flags(add: Callable) -> None:
     add("--num_frames", None, "frames of a window (default: the model's)", type=positive)
     add("--view_fps", None, "frames per second of a window (default: the model's)", type=positive_float)
@@ -220,7 +225,8 @@ def _shape_flags(add: Callable) -> None:
 def _finetune_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data"))
     add("--data_set", "DoTA", "data set: DoTA, DoTA_half, DADA2K, DADA2K_half or CAP-DATA")
-    add("--data_path", None, "root folder of the data set", required=True)
+    add("--data_path", None, "root folder of the data set, or of a pack of it", required=True)
+    _bad_clips_flag(add)
     add("--sampling_rate", 1, "step between training windows, in frames of the source", type=positive)
     _shape_flags(add)
 
@@ -280,7 +286,9 @@ def _dapt_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data, a value for each data set of the mix"))
     sets = "BDD100K, CAP-DATA, Kinetics, DoTA(_half), DADA2K(_half), or videos: any folder of them"
     add("--data_set", ["BDD100K"], f"data sets to mix: {sets}", type=str, nargs="+", metavar="NAME")
-    add("--data_path", None, "root folder, or list file, of each data set", nargs="+", required=True, metavar="PATH")
+    help = "root folder, list file or pack of each data set"
+    add("--data_path", None, help, nargs="+", required=True, metavar="PATH")
+    _bad_clips_flag(add)
     help = (
         "step between windows, in frames of the source; for Kinetics between frames of a clip (default: as published)"
     )
