@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -104,12 +103,20 @@ def pack_clip(job: Job) -> PackedClip | DataError:
             with zipfile.ZipFile(temporary, "w") as z:
                 for frame, data in zip(frames.tolist(), job.jpegs(frames), strict=True):
                     z.writestr(zipfile.ZipInfo(job.clip.picture(frame)), data)  # of 1980: no time of writing
-            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            digest = _sha256(temporary)
     except DataError as e:
         return e
     own, anomalous = describe(job.clip)
     size = path.stat().st_size
     return PackedClip(own, anomalous, original, asdict(job.settings), job.file, size, digest, len(frames))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def stamp(clip: Clip) -> dict[str, Any]:
@@ -150,10 +157,8 @@ def pack(
         raise DataError(f"{root}: a pack already; pack the original again")
     with _claimed(out, asdict(settings)):
         scan = VideoScan(out / "videos.json", workers=workers)
-        tables = {
-            split: build_clips(name, root, split, scan, leave_out=leave_out)
-            for split in splits or find_data_set(name).splits
-        }
+        splits = splits or find_data_set(name).splits
+        tables = {split: build_clips(name, root, split, scan, leave_out=leave_out) for split in splits}
         jobs = _jobs(tables, out, settings)
         done = {entry.clip["name"]: entry for entry in read_manifest(out)}
         with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
@@ -211,7 +216,7 @@ def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[s
             jobs[clip.name] = job
             steps[clip.fps, clip.pack_step] += 1
     if len({job.file for job in jobs.values()}) < len(jobs):
-        raise DataError("two clips have names that differ by slashes alone; rename one")
+        raise DataError("two clips have names that differ by slashes and dots alone; rename one")
     for (fps, step), count in sorted(steps.items())[:10]:
         kept = f"1 frame in {step}, for windows that end on those" if step > 1 else "every frame"
         logger.info(f"{count} clips at {fps:g} fps: {kept}")
@@ -220,9 +225,7 @@ def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[s
 
 def file_of(name: str) -> str:
     """The zip of a clip in a pack, relative to its root; it stays below it, whatever the name."""
-    parts = [
-        part.replace("..", "%2E%2E") for part in quote(name, safe="/ +,=@()[]").split("/") if part not in ("", ".")
-    ]
+    parts = ["%2E%2E" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
     return "/".join(["frames", *parts]) + ".zip"
 
 
