@@ -3,12 +3,14 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import run, write_video
 
-from datasets import DataError, build_clips, read_bad_clips
-from datasets.check import check
+from datasets import Clip, DataError, build_clips, read_bad_clips
+from datasets.check import Task, check, inspect_clip
 from datasets.pack import Settings, pack
 from datasets.synthetic import render_dota
 
@@ -196,6 +198,24 @@ def test_clips_of_one_video_on_both_sides_are_counted(forty):
     findings, numbers = check("DoTA", str(root), workers=2)
     assert findings == []
     assert [numbers[s]["clips_of_videos_in_earlier_splits"] for s in ("train", "val")] == [0, 1]
+
+
+def test_annotated_videos_are_held_against_their_annotation(whole, tmp_path):
+    video = str(whole / "BDD" / "train" / "0.mov")  # 60 frames at 30 fps
+
+    def kinds(frames, fps, anomalous=(), path=video, deep=False):
+        labels = np.isin(np.arange(frames), anomalous).astype(np.uint8)
+        return [kind for kind, _ in inspect_clip(Task("all", Clip("a", str(path), frames, fps, labels=labels), deep))]
+
+    assert kinds(60, 30) == kinds(60, 30, deep=True) == kinds(50, 29.97) == []
+    assert kinds(64, 30) == ["missing_frames"]
+    assert kinds(64, 30, [20, 61]) == ["label_beyond_end"]
+    assert kinds(60, 25) == ["rate"]
+    damaged = bytearray(Path(video).read_bytes())
+    start = damaged.index(b"mdat") + 400
+    damaged[start : start + 1500] = bytes(1500)
+    (tmp_path / "damaged.mov").write_bytes(damaged)
+    assert kinds(60, 30, path=tmp_path / "damaged.mov", deep=True) == ["unreadable"]
 
 
 def test_a_pack_is_checked_like_its_original(forty, tmp_path):
