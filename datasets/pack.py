@@ -158,7 +158,8 @@ def pack(
     with _claimed(out, asdict(settings)):
         scan = VideoScan(out / "videos.json", workers=workers)
         splits = splits or find_data_set(name).splits
-        tables = {split: build_clips(name, root, split, scan, leave_out=leave_out) for split in splits}
+        failed: dict[str, str] = {}
+        tables = {s: build_clips(name, root, s, scan, leave_out=leave_out, problems=failed) for s in splits}
         jobs = _jobs(tables, out, settings)
         done = {entry.clip["name"]: entry for entry in read_manifest(out)}
         with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
@@ -166,12 +167,12 @@ def pack(
         to_do = [job for job in jobs.values() if not _is_done(job, done.get(job.clip.name))]
         logger.info(f"{name}: {len(jobs)} clips, {len(jobs) - len(to_do)} of them packed already")
         _check_space(to_do, out, workers)
-        failed = _pack_all(to_do, done, out, workers)
+        failed |= _pack_all(to_do, done, out, workers)
         if failed:
             (out / BAD_CLIPS).write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
             first = "; ".join(list(failed.values())[:3])
             raise DataError(
-                f"{len(failed)} of {len(jobs)} clips cannot be packed: {first}; all others are. Repair them and run "
+                f"{len(failed)} clips cannot be packed: {first}; {len(done)} are. Repair them and run "
                 f"this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
             )
         _finish(name, tables, jobs, done, out, settings)

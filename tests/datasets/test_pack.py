@@ -213,21 +213,32 @@ def test_folders_and_videos_are_packed_too(dota_root, tmp_path):
 
 
 def test_unreadable_clips_are_named_and_can_be_left_out(copy, tmp_path):
-    names = ["synthetictr_000002", "syntheticva_000001"]
+    names = ["synthetictr_000002", "syntheticva_000001", "syntheticva_000003"]
     (copy / "frames" / names[0] / "images.zip").write_bytes(b"<!DOCTYPE html><html>quota exceeded</html>")
     (copy / "frames" / names[1] / "images.zip").unlink()
+    (copy / "dataset" / "annotations" / f"{names[2]}.json").unlink()
     out, command = tmp_path / "out", ["-m", "datasets.pack", "DoTA", str(copy), str(tmp_path / "out")]
     done = run(*command, "--short_side", "48")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "2 of 13 clips cannot be packed" in done.stderr and "it is a web page" in done.stderr
+    assert (
+        "3 clips cannot be packed" in done.stderr
+        and "; 10 are. Repair" in done.stderr
+        and "it is a web page" in done.stderr
+    )
     assert sorted(line.split("\t")[0] for line in (out / "bad_clips.txt").read_text().splitlines()) == names
     with pytest.raises(DataError, match="packing is not finished; the same python -m datasets.pack command again"):
         build_clips("DoTA", str(out), "val")
     done = run(*command, "--short_side", "48", "--bad_clips", str(out / "bad_clips.txt"))
-    assert done.returncode == 0 and "11 clips, 11 of them packed already" in done.stdout, done.stderr
+    assert done.returncode == 0 and "10 clips, 10 of them packed already" in done.stdout, done.stderr
     assert not (out / "bad_clips.txt").exists()
     table = build_clips("DoTA", str(out), "val")
-    assert (len(table), table.listed, table.left_out) == (4, 5, [names[1]])
+    assert (len(table), table.listed, table.left_out) == (3, 5, names[1:])
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "broken.mov").write_bytes(b"no video")
+    write_video(tmp_path / "v" / "whole.mov", frames=9, fps=30)
+    with pytest.raises(DataError, match="1 clips cannot be packed: .*; 1 are. Repair them"):
+        pack("videos", str(tmp_path / "v"), tmp_path / "pv", settings=SMALL)
+    assert (tmp_path / "pv" / "bad_clips.txt").read_text().startswith("broken.mov\t")
 
 
 def test_a_later_run_does_what_is_new_alone(copy, tmp_path):
