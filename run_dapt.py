@@ -38,7 +38,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets, read_bad_clips
 from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
@@ -225,13 +225,13 @@ def build_model(args: Namespace, process: Process, resumed: dict | None) -> Mask
 
 def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     """The windows of every data set of the mix, each with its augmentation."""
-    scan = VideoScan(args.scan_cache, workers=args.num_workers)
+    scan, bad_clips = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
     sources = []
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
     ):
         options = (name, path, split, scan, args.assume_fps)
-        clips: ClipTable = from_main(lambda options=options: build_clips(*options))
+        clips: ClipTable = from_main(lambda options=options: build_clips(*options, leave_out=bad_clips))
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
         with config_errors():

@@ -41,17 +41,10 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
-from datasets.faults import Fault, SkipBad, settle_faults
-from datasets.loader import (
-    ClipStream,
-    EpochSampler,
-    Source,
-    WindowDataset,
-    eval_loader,
-    train_loader,
-    window_batches,
-)
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets, read_bad_clips
+from datasets.evaluation import SplitWindows
+from datasets.faults import SkipBad
+from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
 from datasets.windows import index_clips
 from engine.checkpoint import (
@@ -92,7 +85,7 @@ from utils.distributed import (
     process_group,
     seed_everything,
 )
-from utils.logging import Averages, TensorBoard, progress_bar, setup_logging
+from utils.logging import Averages, TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
@@ -229,7 +222,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
         return
     metrics = predictions.metrics()
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
-    about |= coverage(predictions, validation.clips, validation.faults)
+    about |= coverage(predictions, validation.clips, validation.windows.faults)
     write_predictions(output_dir / "predictions.csv", predictions, validation.clips)
     write_metrics(output_dir / "metrics.json", about | metrics)
     save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
@@ -239,8 +232,9 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
 
 def build_split(args: Namespace, split: str) -> ClipTable:
     """The clips of a split, read once for all ranks."""
-    scan = VideoScan(args.scan_cache, workers=args.num_workers)
-    clips = from_main(lambda: build_clips(args.data_set, args.data_path, split, scan, args.assume_fps))
+    scan, bad = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
+    options = (args.data_set, args.data_path, split, scan, args.assume_fps)
+    clips = from_main(lambda: build_clips(*options, leave_out=bad))
     clips.require_labels()
     return clips
 
@@ -283,36 +277,32 @@ class Validation:
             self.index = index_clips(
                 self.clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val
             )
-        self.faults = settle_faults([], self.clips, allow_missing=args.allow_missing)
         defaults = model_defaults(args.model)
         self.to_input = ToModelInput(defaults.mean, defaults.std)
-        self.stream = ClipStream(
+        self.windows = SplitWindows(
             self.clips,
             self.index,
             EvalTransform(args.input_size),
-            chunk_frames=args.eval_batch_size,
+            batch_size=args.eval_batch_size,
             rank=process.rank,
             world_size=process.world_size,
+            num_workers=args.num_workers,
+            pin_memory=args.pin_mem,
+            allow_missing=args.allow_missing,
         )
 
     def predict(self, model: nn.Module, preemption: Preemption | None = None) -> Predictions | None:
         """Scores of every window on rank 0, None on the others; preemption may end it."""
-        args, device = self.args, self.process.device
+        device = self.process.device
         if next(model.parameters()).device != device:  # an average kept on the CPU
             model = copy.deepcopy(model).to(device)
-        loader = eval_loader(self.stream, num_workers=args.num_workers, pin_memory=args.pin_mem)
-        total = self.stream.num_chunks
-        chunks = progress_bar(loader, total=total, description="evaluation", enabled=self.process.is_main)
-        faults: list[Fault] = []
-        missing = {"faults": faults, "allow_missing": args.allow_missing}
-        batches = window_batches(chunks, self.index, batch_size=args.eval_batch_size, device=device, **missing)
+        batches = self.windows.batches(device)
         if preemption:
             batches = preemption.until_asked(batches)
-        local = score_windows(model, batches, self.to_input, dtype=DTYPES[args.precision])
+        local = score_windows(model, batches, self.to_input, dtype=DTYPES[self.args.precision])
         if preemption:
             preemption.stop_if_asked("in an evaluation, which will be repeated", saved=True)
-        self.faults = settle_faults(clips=self.clips, **missing)
-        usable = {fault.number: fault.frames for fault in self.faults}
+        usable = self.windows.settle()
         local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
         return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
@@ -323,7 +313,7 @@ class Validation:
         predictions, metrics = self.predict(model, preemption), None
         if predictions:
             metrics = predictions.metrics()
-            logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.faults)['coverage']}")
+            logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.windows.faults)['coverage']}")
             tensorboard.scalars("val", metrics, step)
             tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
         return broadcast(metrics)

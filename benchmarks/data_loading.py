@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from datasets import build_clips
-from datasets.loader import ClipStream, EpochSampler, Source, WindowDataset, window_batches
+from datasets.evaluation import ClipStream, window_batches
+from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform, FinetuneTransform
 from datasets.windows import WindowIndex

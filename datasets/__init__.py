@@ -1,22 +1,29 @@
 """Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from datasets.clips import Clip, ClipTable, DataError
+from datasets.clips import Clip, ClipTable, DataError, Selection, read_bad_clips
 from datasets.dada import load_dada
-from datasets.dota import load_dota
+from datasets.dota import load_dota, video_of
+from datasets.packed import is_packed, load_packed
 from datasets.scan import VideoScan
 from datasets.video_csv import load_csv
 from datasets.videos import load_bdd100k, load_kinetics, load_videos
 
+logger = logging.getLogger("tad")
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that `build_clips` knows: load(root, split), with scan=... where it has video files and fps=... where
-    its annotations leave the frame rate open.
+    """A data set that `build_clips` knows: load(root, split, selection=...), with scan=... where it has video files and
+    fps=... where its annotations leave the frame rate open.
+
+    splits: those to check and to pack. published: {split: (clips, frames)}. video_of: what tells from a clip's name
+    which video it was cut from.
 
     labelled: can be fine-tuned and evaluated on. val_stride: published step between the windows evaluated during
     training, in source frames. The rest is how DAPT uses it by default: split, step between windows in source frames
@@ -29,6 +36,9 @@ class DataSet:
     assumes_fps: bool = False
     labelled: bool = True
     val_stride: int = 1
+    splits: tuple[str, ...] = ("train", "val")
+    published: dict[str, tuple[int, int]] = field(default_factory=dict)
+    video_of: Callable[[str], str] | None = None
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -36,15 +46,26 @@ class DataSet:
 
 
 DATA_SETS = {
-    "DoTA": DataSet(partial(load_dota, "DoTA")),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half")),
+    "DoTA": DataSet(
+        partial(load_dota, "DoTA"), published={"train": (3275, 334_903), "val": (1402, 142_747)}, video_of=video_of
+    ),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": (1402, 142_747)}, video_of=video_of),
     "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
     "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
-    "BDD100K": DataSet(load_bdd100k, of_videos=True, labelled=False, dapt_split="all", dapt_stride=16),
-    "Kinetics": DataSet(load_kinetics, of_videos=True, labelled=False, dapt_stride=4, dapt_aligned=False),
-    "videos": DataSet(load_videos, of_videos=True, labelled=False, dapt_split="all", dapt_stride=16),
+    "BDD100K": DataSet(
+        load_bdd100k,
+        of_videos=True,
+        labelled=False,
+        splits=("train", "val", "test"),
+        dapt_split="all",
+        dapt_stride=16,
+    ),
+    "Kinetics": DataSet(
+        load_kinetics, of_videos=True, labelled=False, splits=("train",), dapt_stride=4, dapt_aligned=False
+    ),
+    "videos": DataSet(load_videos, of_videos=True, labelled=False, splits=("all",), dapt_split="all", dapt_stride=16),
 }
 
 
@@ -65,23 +86,51 @@ def find_data_sets(names: Sequence[str], assume_fps: float | None) -> list[DataS
 
 
 def build_clips(
-    name: str, root: str, split: str, scan: VideoScan | None = None, assume_fps: float | None = None
+    name: str,
+    root: str,
+    split: str,
+    scan: VideoScan | None = None,
+    assume_fps: float | None = None,
+    *,
+    leave_out: Collection[str] = frozenset(),
+    problems: dict[str, str] | None = None,
 ) -> ClipTable:
-    """The clips of a split of a data set on disk.
+    """The clips of a split of a data set on disk, or of a pack of it.
 
-    scan: counts the frames of data sets of video files. assume_fps: frame rate of clips whose annotation has none.
+    Args:
+        scan: counts the frames of data sets of video files. assume_fps: frame rate of clips whose annotation has none,
+            not of packed ones. leave_out: names of clips not to use, logged.
+        problems: collects {clip: message} of what is raised for a single clip where it is None.
+
     Raises DataError: unknown name (with the list of known ones) or split, missing or malformed annotation, video files
     without a scan.
     """
-    data_set = find_data_set(name)
-    options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
-    if data_set.of_videos:
-        if scan is None:
-            raise DataError(
-                f"{name} has video files, whose frames are to be counted: build_clips(..., scan=VideoScan())"
-            )
-        options["scan"] = scan
-    return data_set.load(root, split, **options)
+    data_set, selection = find_data_set(name), Selection(leave_out, problems)
+    if is_packed(root):
+        table = load_packed(name, root, split, selection)
+    else:
+        options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
+        if data_set.of_videos:
+            if scan is None:
+                raise DataError(
+                    f"{name} has video files, whose frames are to be counted: build_clips(..., scan=VideoScan())"
+                )
+            options["scan"] = scan
+        table = data_set.load(root, split, selection=selection, **options)
+    if table.left_out:
+        shown = ", ".join(table.left_out[:5]) + ", ..." * (len(table.left_out) > 5)
+        logger.warning(f"{name} {split}: {len(table.left_out)} of {table.listed} clips are left out: {shown}")
+    return table
 
 
-__all__ = ["Clip", "ClipTable", "DATA_SETS", "DataError", "VideoScan", "build_clips", "find_data_set", "find_data_sets"]
+__all__ = [
+    "Clip",
+    "ClipTable",
+    "DATA_SETS",
+    "DataError",
+    "VideoScan",
+    "build_clips",
+    "find_data_set",
+    "find_data_sets",
+    "read_bad_clips",
+]

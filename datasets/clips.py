@@ -1,10 +1,13 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+logger = logging.getLogger("tad")
 
 ANTICIPATION = 2.0  # seconds before an anomaly that time_to_anomaly counts down
 AFTERMATH = 1.0  # seconds after it that it counts up
@@ -15,6 +18,10 @@ class DataError(RuntimeError):
     """Input data that cannot be used; the message names the file, what was expected and the remedy."""
 
 
+class Unreadable(DataError):
+    """A clip whose frames cannot be counted; the others can be used without it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Clip:
     """One clip. Frame i of [0, num_frames) is called frame_name.format(first_frame + i) in its source.
@@ -22,6 +29,8 @@ class Clip:
     source: path of a video file, or of a folder of frames that may be packed as "<source>.zip" instead.
     fps: frames per second of the source. labels: (num_frames,) uint8, 1 = anomalous, or None for unlabelled video.
     category: name of the accident type; ego: the recording car is involved; night: filmed at night; None = unknown.
+    pack_step: the source is a zip of `datasets.pack`, which holds every pack_step-th frame, counted back from the last;
+    numbers, rate and labels are those of the original all the same.
     """
 
     name: str
@@ -34,14 +43,25 @@ class Clip:
     category: str | None = None
     ego: bool | None = None
     night: bool | None = None
+    pack_step: int | None = None
 
     def __post_init__(self):
         if self.labels is not None and len(self.labels) != self.num_frames:
             raise ValueError(f"clip {self.name}: {len(self.labels)} labels for {self.num_frames} frames")
 
     def filename(self, frame: int) -> str:
-        """Name of frame i in the source."""
+        """Name of frame i in the original source."""
         return self.frame_name.format(self.first_frame + frame)
+
+    def picture(self, frame: int) -> str:
+        """Name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
+        return f"{self.first_frame + frame:06d}.jpg" if self.pack_step else self.filename(frame)
+
+    @property
+    def stored_frames(self) -> np.ndarray:
+        """Frames that the source holds, ascending int64: all of them, or what the pack kept."""
+        step = self.pack_step or 1
+        return np.arange((self.num_frames - 1) % step, self.num_frames, step)
 
     @property
     def ttc(self) -> np.ndarray:
@@ -55,6 +75,7 @@ class ClipTable(Sequence):
 
     one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
     unreadable: clips of the split that are not in `clips`, since their frames cannot be counted: {name: reason}.
+    left_out: names of the split's clips that are not in the table, because a list of bad clips says so.
     """
 
     name: str
@@ -62,6 +83,7 @@ class ClipTable(Sequence):
     clips: list[Clip] = field(repr=False)
     one_clip_per_video: bool = False
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
+    left_out: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -75,7 +97,7 @@ class ClipTable(Sequence):
     @property
     def listed(self) -> int:
         """Clips of the split, with those that are not in the table."""
-        return len(self.clips) + len(self.unreadable)
+        return len(self.clips) + len(self.unreadable) + len(self.left_out)
 
     def require_labels(self) -> None:
         """Raises DataError where a clip is unlabelled."""
@@ -91,6 +113,65 @@ class ClipTable(Sequence):
     def fps(self) -> np.ndarray:
         """(clips,) float64, source frames per second."""
         return np.array([c.fps for c in self.clips], dtype=np.float64)
+
+    @property
+    def pack_steps(self) -> np.ndarray:
+        """(clips,) int64: 1, or the pack_step of a packed clip."""
+        return np.array([c.pack_step or 1 for c in self.clips], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which clips of a split are wanted, and what becomes of one that cannot be made.
+
+    leave_out: names of clips to pass over. problems: collects {clip: message} of what is raised where it is None.
+    """
+
+    leave_out: Collection[str] = frozenset()
+    problems: dict[str, str] | None = None
+
+    def table(self, name: str, split: str, names: Iterable[str], make: Callable[[str], Clip], **options) -> ClipTable:
+        """The ClipTable of make(clip) for the wanted ones of `names`. options: of ClipTable.
+
+        Raises as make does; but Unreadable clips are logged and left to ClipTable.unreadable, if there are others.
+        """
+        table = ClipTable(name, split, [], **options)
+        for clip in names:
+            if clip in self.leave_out:
+                table.left_out.append(clip)
+                continue
+            try:
+                table.clips.append(make(clip))
+            except DataError as e:
+                if self.problems is not None:
+                    self.problems[clip] = str(e)
+                elif isinstance(e, Unreadable):
+                    table.unreadable[clip] = str(e)
+                else:
+                    raise
+        if bad := table.unreadable:
+            shown = "; ".join(f"{clip} ({why})" for clip, why in list(bad.items())[:5]) + "; ..." * (len(bad) > 5)
+            message = f"{name} {split}: {len(bad)} of {table.listed} clips cannot be read: {shown}"
+            if not len(table):
+                raise DataError(message)
+            logger.warning(message)
+        return table
+
+
+ALL_CLIPS = Selection()
+
+
+def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
+    """The clips named in lists of bad ones, as `datasets.check` writes: a name per line, a tab before any remark.
+
+    Raises DataError where a list is missing.
+    """
+    names = set()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise DataError(f"{path}: no such list of bad clips; python -m datasets.check writes one")
+        names |= {line.split("\t")[0].strip() for line in read_lines(path)}
+    return frozenset(names)
 
 
 def read_text(path: Path) -> str:

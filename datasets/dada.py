@@ -22,7 +22,18 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_lines, read_split, read_text, whole_number
+from datasets.clips import (
+    ALL_CLIPS,
+    Clip,
+    ClipTable,
+    DataError,
+    Selection,
+    first_repeated,
+    read_lines,
+    read_split,
+    read_text,
+    whole_number,
+)
 
 logger = logging.getLogger("tad")
 
@@ -65,7 +76,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def load_dada(name: str, root: str, split: str, fps: float | None = None) -> ClipTable:
+def load_dada(
+    name: str, root: str, split: str, *, fps: float | None = None, selection: Selection = ALL_CLIPS
+) -> ClipTable:
     """The clips of a split of one of LAYOUTS: train, val, or all, which is every row of the sheet.
 
     fps: of the frames, but for those of CCD, which have 10; None: 30, as the published code has it. Raises DataError:
@@ -78,7 +91,10 @@ def load_dada(name: str, root: str, split: str, fps: float | None = None) -> Cli
     sheet = next((folder / s for s in layout.sheets if (folder / s).is_file()), folder / layout.sheets[0])
     rows = _read_sheet(sheet)
     keys = list(rows) if split == "all" else _split(layout, root, split, rows, sheet)
-    return ClipTable(name, split, [_clip(name, Path(root), key, rows[key], sheet, fps or FPS) for key in keys])
+    own = {layout.clip_name(key): key for key in keys}
+    return selection.table(
+        name, split, own, lambda clip: _clip(name, Path(root), clip, rows.get(own[clip]), sheet, fps or FPS)
+    )
 
 
 def _split(layout: Layout, root: str, split: str, rows: dict[Key, dict[str, int]], sheet: Path) -> list[Key]:
@@ -94,13 +110,13 @@ def _split(layout: Layout, root: str, split: str, rows: dict[Key, dict[str, int]
         other = f"put {layout.original} there" if derivable else "make it with python -m datasets.prepare half"
         lines = read_split(path, f"huggingface.co/tue-mps/simple-tad (datasets/); or {other}")
     keys = [_key(line, path) for line in lines]
-    if unknown := next((key for key in keys if key not in rows), None):
-        raise DataError(f"{path}: clip {layout.clip_name(unknown)} is not in {sheet}")
     if not built:
         if repeated := first_repeated(keys):
             raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
         return keys
     listed = set(keys)
+    if unknown := listed - rows.keys():
+        raise DataError(f"{path}: clip {layout.clip_name(min(unknown))} is not in {sheet}")
     keys = sorted(listed if split == layout.original_split else rows.keys() - listed)
     if not keys:
         raise DataError(f"{path}: lists every clip of {sheet}; none is left for {split}")
@@ -150,9 +166,10 @@ def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
     return rows
 
 
-def _clip(name: str, root: Path, key: Key, row: dict[str, int], sheet: Path, fps: float) -> Clip:
-    layout = LAYOUTS[name]
-    kind, own = key[0], layout.clip_name(key)
+def _clip(name: str, root: Path, own: str, row: dict[str, int] | None, sheet: Path, fps: float) -> Clip:
+    if row is None:
+        raise DataError(f"{sheet}: no row of clip {own}, which a split file lists")
+    layout, kind = LAYOUTS[name], row["type"]
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
     if not 0 < total < 10**7:
         raise DataError(f"{sheet}: {own} has {total} frames; correct the row")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_split
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, first_repeated, read_split
 
 FPS = 10.0
 CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
@@ -34,7 +34,7 @@ _HINT = "DoTA's repository (dataset/)"
 _HINTS = {"half_train_split.txt": "huggingface.co/tue-mps/simple-tad (datasets/DoTA)"}
 
 
-def load_dota(name: str, root: str, split: str) -> ClipTable:
+def load_dota(name: str, root: str, split: str, selection: Selection = ALL_CLIPS) -> ClipTable:
     """The clips of a split: train, val or all (train and val) of "DoTA", train or val of "DoTA_half".
 
     Frame counts and labels come from the annotations (accident_id > 0 is anomalous), the category from the metadata.
@@ -48,7 +48,12 @@ def load_dota(name: str, root: str, split: str) -> ClipTable:
     if repeated := first_repeated(names):
         raise DataError(f"{folder}: clip {repeated} is in {' and in '.join(splits[split])}; it must be in one of them")
     metadata = read_metadata(root)
-    return ClipTable(name, split, [_clip(Path(root), clip, metadata.get(clip)) for clip in names])
+    return selection.table(name, split, names, lambda clip: _clip(Path(root), clip, metadata.get(clip)))
+
+
+def video_of(name: str) -> str:
+    """The YouTube video that a clip was cut from."""
+    return name.rpartition("_")[0]
 
 
 def read_metadata(root: str) -> dict[str, dict]:

@@ -15,8 +15,9 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,35 +83,41 @@ class Reader:
         self.close()
 
 
-class _PictureReader(Reader):
-    """Frames that are picture files (JPEG or PNG)."""
-
-    def _bytes(self, name: str) -> bytes:
-        raise NotImplementedError
-
-    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
-        previous, picture = None, None
-        for i in frame_ids:
-            if i != previous:  # a window at a higher rate than the source's repeats frames
-                name = self.clip.filename(int(i))
-                try:
-                    picture = _decode(self._bytes(name))
-                except _UNREADABLE as e:
-                    raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
-                previous = i
-            yield picture
-
-
 def _decode(data: bytes) -> Tensor:
-    if not data:
-        raise ValueError("the picture is empty, 0 bytes")
     image = Image.open(io.BytesIO(data))
     if image.mode != "RGB":  # convert() would copy even so
         image = image.convert("RGB")
     return torch.from_numpy(np.array(image))
 
 
-class ZipReader(_PictureReader):
+class PictureReader(Reader):
+    """Frames that are picture files (JPEG or PNG)."""
+
+    def _bytes(self, name: str) -> bytes:
+        raise NotImplementedError
+
+    def held(self) -> list[str]:
+        """Names of the files there are."""
+        raise NotImplementedError
+
+    def frames(self, frame_ids: Sequence[int], decode: Callable[[bytes], Any] = _decode) -> Iterator[Tensor]:
+        """The frames, or whatever `decode` makes of the files; a zip has checked their CRC."""
+        previous, picture = None, None
+        for i in frame_ids:
+            if i != previous:  # a window at a higher rate than the source's repeats frames
+                name = self.clip.picture(int(i))
+                try:
+                    data = self._bytes(name)
+                    if not data:
+                        raise ValueError("the picture is empty, 0 bytes")
+                    picture = decode(data)
+                except _UNREADABLE as e:
+                    raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
+                previous = i
+            yield picture
+
+
+class ZipReader(PictureReader):
     """A flat zip of pictures."""
 
     def __init__(self, clip: Clip, path: str):
@@ -118,7 +125,8 @@ class ZipReader(_PictureReader):
         try:
             self._zip = zipfile.ZipFile(path)
         except _UNREADABLE as e:
-            raise DataError(f"{path}: not a readable zip ({_reason(e)}); copy or download it again") from e
+            reason = "it is a web page" if _is_web_page(path) else _reason(e)
+            raise DataError(f"{path}: not a readable zip ({reason}); copy or download it again") from e
 
     def _bytes(self, name: str) -> bytes:
         try:
@@ -129,21 +137,32 @@ class ZipReader(_PictureReader):
                 f"not in the zip, whose {len(held)} files begin with {held[0]}" if held else "the zip is empty"
             ) from e
 
+    def held(self) -> list[str]:
+        return self._zip.namelist()
+
     def _holds(self, frame: int) -> bool:
-        return self.clip.filename(frame) in self._zip.NameToInfo
+        return self.clip.picture(frame) in self._zip.NameToInfo
 
     def close(self) -> None:
         self._zip.close()
 
 
-class FolderReader(_PictureReader):
+def _is_web_page(path: str) -> bool:
+    with open(path, "rb") as f:
+        return b"<html" in f.read(1024).lower()
+
+
+class FolderReader(PictureReader):
     """A folder of pictures."""
 
     def _bytes(self, name: str) -> bytes:
         return Path(self.path, name).read_bytes()
 
+    def held(self) -> list[str]:
+        return os.listdir(self.path)
+
     def _holds(self, frame: int) -> bool:
-        return os.path.isfile(os.path.join(self.path, self.clip.filename(frame)))
+        return os.path.isfile(os.path.join(self.path, self.clip.picture(frame)))
 
 
 class VideoReader(Reader):
@@ -184,16 +203,21 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
 
 
-def open_clip(clip: Clip) -> Reader:
-    """The reader of a clip: its source as "<source>.zip", as a folder, or as a video file, the first that exists.
+def find_source(clip: Clip) -> str:
+    """Where the frames of a clip are: "<source>.zip", a folder, or a video file, the first that exists.
 
-    Raises DataError where none exists or the file cannot be opened.
+    Raises DataError where none does.
     """
     packed = f"{clip.source}.zip"
-    if os.path.isfile(packed):
-        return ZipReader(clip, packed)
-    if os.path.isdir(clip.source):
-        return FolderReader(clip, clip.source)
-    if os.path.isfile(clip.source):
-        return VideoReader(clip, clip.source)
+    for path in (packed, clip.source):
+        if os.path.exists(path):
+            return path
     raise DataError(f"clip {clip.name}: no frames: expected {packed}, a folder {clip.source}/ or a video {clip.source}")
+
+
+def open_clip(clip: Clip) -> Reader:
+    """The reader of a clip. Raises DataError where there are no frames or the file cannot be opened."""
+    path = find_source(clip)
+    if os.path.isdir(path):
+        return FolderReader(clip, path)
+    return ZipReader(clip, path) if path != clip.source else VideoReader(clip, path)

@@ -10,16 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from datasets.clips import DataError
+from datasets.parallel import in_processes
 from utils.files import replaced
-from utils.logging import progress_bar
-from utils.preemption import shield_worker
 
 logger = logging.getLogger("tad")
 
@@ -85,34 +81,21 @@ class VideoScan:
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with replaced(self.cache) as temporary:  # another run may have written meanwhile
-                temporary.write_text(json.dumps(self._load() | known))
+                temporary.write_text(json.dumps(self._load() | known, sort_keys=True))
         except OSError as e:
             raise DataError(f"{self.cache}: cannot be written ({e.strerror}); choose another --scan_cache") from e
 
     def _probe_all(self, stamps: dict[str, list[int]], known: dict[str, list]) -> None:
-        workers = min(self.workers, len(stamps))
-        logger.info(f"counting the frames of {len(stamps)} videos with {workers} processes; kept in {self.cache}")
-        saved, chunk = time.monotonic(), max(1, min(64, len(stamps) // (4 * workers)))
-        # In processes of their own: decord must not live through the forks of the data loader.
-        with ProcessPoolExecutor(workers, mp_context=get_context("fork"), initializer=shield_worker) as pool:
-            results = pool.map(probe, stamps, chunksize=chunk)
-            bar = progress_bar(results, description="videos", total=len(stamps))
-            done = 0
-            try:
-                for (path, stamp), info in zip(stamps.items(), bar, strict=True):
-                    known[path] = [stamp, info.frames, info.fps, info.problem]
-                    done += 1
-                    if time.monotonic() - saved > SAVE_EVERY:
-                        self._save(known)
-                        saved = time.monotonic()
-            except BrokenProcessPool as e:
-                self._save(known)
-                suspects = list(stamps)[done : done + workers * chunk]
-                raise DataError(
-                    f"a video crashed its decoder, one of {suspects[0]} to {suspects[-1]}; "
-                    "try them one at a time with decord and remove the one"
-                ) from e
-        self._save(known)
+        logger.info(f"counting the frames of {len(stamps)} videos; kept in {self.cache}")
+        saved = time.monotonic()
+        try:
+            for path, info in in_processes(probe, stamps, workers=self.workers, description="videos"):
+                known[path] = [stamps[path], info.frames, info.fps, info.problem]
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._save(known)
+                    saved = time.monotonic()
+        finally:
+            self._save(known)
 
 
 def _stamp(path: str) -> list[int] | None:

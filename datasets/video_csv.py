@@ -27,7 +27,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, read_text, whole_number
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, Unreadable, read_text, whole_number
 from datasets.scan import VideoInfo, VideoScan
 from datasets.videos import SUFFIXES
 
@@ -60,7 +60,9 @@ class _Frames:
     problem: str = ""
 
 
-def load_csv(root: str, split: str, scan: VideoScan, fps: float | None = None) -> ClipTable:
+def load_csv(
+    root: str, split: str, scan: VideoScan, fps: float | None = None, selection: Selection = ALL_CLIPS
+) -> ClipTable:
     """The clips of ROOT/<split>.csv, or, split "all", of a csv file; fps: of pictures whose row has none.
 
     Clips whose frames cannot be counted are named in the log and left to ClipTable.unreadable. Raises DataError naming
@@ -72,20 +74,14 @@ def load_csv(root: str, split: str, scan: VideoScan, fps: float | None = None) -
     if not path.is_file():
         raise DataError(f"{path}: not found; the data set csv has a table for each split, see datasets/video_csv.py")
     columns, entries = _read(path)
-    frames = _count_frames(path, entries, scan)
-    clips, unreadable = [], {}
-    for name, entry in entries.items():
+    frames = _count_frames(path, {k: v for k, v in entries.items() if k not in selection.leave_out}, scan)
+
+    def clip(name: str) -> Clip:
         if frames[name].problem:
-            unreadable[name] = f"{entry.values['path']}: {frames[name].problem}"
-        else:
-            clips.append(_clip(path, columns, name, entry, frames[name], fps))
-    if unreadable:
-        shown = "; ".join(f"{name} ({why})" for name, why in unreadable.items())
-        message = f"{path}: {len(unreadable)} of {len(entries)} clips cannot be read: {shown}"
-        if not clips:
-            raise DataError(message)
-        logger.warning(message)
-    return ClipTable("csv", split, clips, unreadable=unreadable)
+            raise Unreadable(f"{entries[name].values['path']}: {frames[name].problem}")
+        return _clip(path, columns, name, entries[name], frames[name], fps)
+
+    return selection.table("csv", split, entries, clip)
 
 
 def _fail(path: Path, row: int, column: str, problem: str) -> NoReturn:

@@ -16,7 +16,17 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from datasets.clips import Clip, ClipTable, DataError, first_repeated, read_lines, read_text
+from datasets.clips import (
+    ALL_CLIPS,
+    Clip,
+    ClipTable,
+    DataError,
+    Selection,
+    Unreadable,
+    first_repeated,
+    read_lines,
+    read_text,
+)
 from datasets.scan import VideoScan
 
 logger = logging.getLogger("tad")
@@ -27,15 +37,15 @@ BDD100K_FOLDERS = {"train": ("train",), "val": ("val",), "test": ("test",), "all
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
-def load_videos(root: str, split: str, scan: VideoScan) -> ClipTable:
+def load_videos(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
     """Every video below a folder or in a list file, sorted; there are no splits but "all"."""
     if split != "all":
         raise DataError(f"a folder of videos has no split {split!r}; it has all")
     folder, videos = _listed(root, search=[""], keep=[])
-    return _table("videos", split, folder, videos, scan)
+    return _table("videos", split, folder, videos, scan, selection)
 
 
-def load_bdd100k(root: str, split: str, scan: VideoScan) -> ClipTable:
+def load_bdd100k(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
     """Videos of a split of BDD100K: train, val, test or all of them; a list file replaces the search, not the split.
 
     Raises DataError: unknown split, none of its folders, no video.
@@ -44,7 +54,7 @@ def load_bdd100k(root: str, split: str, scan: VideoScan) -> ClipTable:
         raise DataError(f"BDD100K has no split {split!r}; it has {', '.join(BDD100K_FOLDERS)}")
     folders = BDD100K_FOLDERS[split]
     folder, videos = _listed(root, search=folders, keep=[] if split == "all" else folders)
-    return _table("BDD100K", split, folder, videos, scan)
+    return _table("BDD100K", split, folder, videos, scan, selection)
 
 
 def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[Path, list[str]]:
@@ -87,7 +97,7 @@ def _find(root: Path, folder: str) -> list[str]:
     return sorted(found)
 
 
-def load_kinetics(root: str, split: str, scan: VideoScan) -> ClipTable:
+def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
     """Videos of ROOT/annotations/<split>.csv; of each, training draws one random clip per epoch, as published.
 
     Raises DataError: annotation missing or without the columns.
@@ -106,28 +116,25 @@ def load_kinetics(root: str, split: str, scan: VideoScan) -> ClipTable:
             ]
         except (TypeError, ValueError) as e:
             raise DataError(f"{path}: line {rows.line_num}: {e}") from e
-    return _table("Kinetics", split, Path(root), videos, scan, one_clip_per_video=True)
+    return _table("Kinetics", split, Path(root), videos, scan, selection, one_clip_per_video=True)
 
 
-def _table(name: str, split: str, root: Path, videos: Iterable[str], scan: VideoScan, **options) -> ClipTable:
+def _table(
+    name: str, split: str, root: Path, videos: Iterable[str], scan: VideoScan, selection: Selection, **options
+) -> ClipTable:
     """The readable ones among videos, which are paths relative to root, as unlabelled clips named by those paths.
 
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
-    videos = list(videos)
-    clips, unreadable = [], {}
-    folder = os.path.abspath(root)
-    sources = [os.path.join(folder, video) for video in videos]
-    for video, source, info in zip(videos, sources, scan(sources), strict=True):
+    videos, folder = list(videos), os.path.abspath(root)
+    sources = {video: os.path.join(folder, video) for video in videos}
+    wanted = [source for video, source in sources.items() if video not in selection.leave_out]
+    found = dict(zip(wanted, scan(wanted), strict=True))
+
+    def clip(video: str) -> Clip:
+        info = found[sources[video]]
         if info.problem:
-            unreadable[video] = info.problem
-        else:
-            clips.append(Clip(name=video, source=source, num_frames=info.frames, fps=info.fps))
-    if unreadable:
-        shown = "; ".join(f"{video} ({why})" for video, why in list(unreadable.items())[:5])
-        shown += "; ..." * (len(unreadable) > 5)
-        message = f"{name} {split}: {len(unreadable)} of {len(videos)} videos cannot be read: {shown}"
-        if not clips:
-            raise DataError(f"{root}: {message}")
-        logger.warning(f"{message}; the run goes on without them; those that exist are in {scan.cache}")
-    return ClipTable(name, split, clips, unreadable=unreadable, **options)
+            raise Unreadable(info.problem)
+        return Clip(name=video, source=sources[video], num_frames=info.frames, fps=info.fps)
+
+    return selection.table(name, split, videos, clip, **options)

@@ -1,6 +1,7 @@
 """Which frames make sample i: window arithmetic in O(clips) memory, without lists of windows."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -133,15 +134,18 @@ def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: i
     """The index of a table; logs how many windows there are and which clips are too short for one.
 
     stride: step between windows, or, where the table is one_clip_per_video, between the frames of a clip.
-    Raises DataError where none is long enough, ValueError for a number that is not positive.
+    Raises DataError where none is long enough or a pack lacks frames, ValueError for a number that is not positive.
     """
     if clips.one_clip_per_video:
         if not len(clips):
             raise DataError(f"{clips.name} {clips.split}: no videos")
+        if (clips.pack_steps > 1).any():
+            raise DataError(f"{clips.name}: clips are drawn from all frames of a video; pack it with --fps 0")
         logger.info(f"{clips.name} {clips.split}: {len(clips)} videos, a random clip of each per epoch")
         return RandomClipIndex(clips.frame_counts, num_frames=num_frames, step=stride)
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
     split = f"{clips.name} {clips.split}"
+    _check_pack(clips, index)
     logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
     if len(short := index.short_clips):
         names = ", ".join(clips[i].name for i in short[:5]) + ", ..." * (len(short) > 5)
@@ -149,3 +153,22 @@ def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: i
     if not len(index):
         raise DataError(f"{split}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
     return index
+
+
+def _check_pack(clips: ClipTable, index: WindowIndex) -> None:
+    """Raise DataError where windows need frames that a pack left out. It keeps every n-th, back from the last one."""
+    steps = clips.pack_steps
+    step = math.lcm(*np.unique(steps).tolist())
+    if index.stride % step:
+        raise DataError(
+            f"{clips.name} {clips.split}: this pack holds 1 frame in {step}, so windows can end on those alone: "
+            f"use a step between windows of {max(round(index.stride / step), 1) * step} (--sampling_rate, "
+            "in evaluation --sampling_rate_val), or pack again with --fps 0"
+        )
+    for clip in np.unique([index.src_fps, steps], axis=1, return_index=True)[1]:
+        if (index.frames(clip, 0) % steps[clip]).any():
+            raise DataError(
+                f"{clips.name} {clips.split}: windows at {index.view_fps:g} fps need frames that this pack left out: "
+                f"it holds 1 in {steps[clip]} of the source's {index.src_fps[clip]:g} per second; pack again with "
+                f"--fps {index.view_fps:g}, or 0 for every frame"
+            )

@@ -167,6 +167,7 @@ def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str
         "clips_scored": scored,
         "coverage": f"{scored} of {clips.listed} clips",
         "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
+        "left_out": clips.left_out,
         "frame_mismatch": [fault.name for fault in faults if fault.frames],
         "frames": int(clips.frame_counts.sum()),
     }

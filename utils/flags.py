@@ -213,6 +213,8 @@ def _encoder_flags(add: Callable) -> None:
 
 
 def _clip_flags(add: Callable) -> None:
+    help = "lists of clips to leave out, as python -m datasets.check writes; a name per line"
+    add("--bad_clips", None, help, type=str, nargs="+", metavar="FILE")
     rate = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
     add("--assume_fps", None, rate, type=positive_float)
     add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
@@ -229,7 +231,12 @@ def _clip_flags(add: Callable) -> None:
 def _finetune_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data"))
     add("--data_set", "DoTA", "data set: DoTA(_half), DADA2K(_half), CAP-DATA, or csv: your own")
-    add("--data_path", None, "root folder of the data set; of csv the folder of train.csv and val.csv", required=True)
+    add(
+        "--data_path",
+        None,
+        "root folder of the data set, or of a pack of it; of csv the folder of train.csv and val.csv",
+        required=True,
+    )
     add("--sampling_rate", 1, "step between training windows, in frames of the source", type=positive)
     _clip_flags(add)
 
@@ -295,7 +302,8 @@ def _dapt_data_flags(parser: Parser) -> None:
     add = partial(_flag, parser.add_argument_group("data, a value for each data set of the mix"))
     sets = "BDD100K, CAP-DATA, Kinetics, DoTA(_half), DADA2K(_half), csv, or videos: any folder of them"
     add("--data_set", ["BDD100K"], f"data sets to mix: {sets}", type=str, nargs="+", metavar="NAME")
-    add("--data_path", None, "root folder, or list file, of each data set", nargs="+", required=True, metavar="PATH")
+    help = "root folder, list file or pack of each data set"
+    add("--data_path", None, help, nargs="+", required=True, metavar="PATH")
     help = (
         "step between windows, in frames of the source; for Kinetics between frames of a clip (default: as published)"
     )

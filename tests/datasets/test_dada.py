@@ -153,7 +153,7 @@ def test_what_is_wrong_is_named(dada):
             build_clips(name, str(dada), "train")
 
     split.write_text("1/001\n5/777\n")
-    refused("training.txt: clip 5/777 is not in .*full_anno.csv")
+    refused("full_anno.csv: no row of clip 5/777, which a split file lists")
     split.write_text("001\n")
     refused("training.txt: '001' is not <type>/<video>, e.g. 1/001")
     split.write_text("1/001\n1/1\n")

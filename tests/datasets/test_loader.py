@@ -8,17 +8,9 @@ import torch
 
 from datasets import build_clips
 from datasets.clips import Clip, ClipTable, DataError
+from datasets.evaluation import ClipStream, balance, eval_loader, window_batches
 from datasets.faults import settle_faults
-from datasets.loader import (
-    ClipStream,
-    EpochSampler,
-    Source,
-    WindowDataset,
-    balance,
-    eval_loader,
-    train_loader,
-    window_batches,
-)
+from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
 from datasets.readers import open_clip
 from datasets.transforms import EvalTransform, FinetuneTransform
 from datasets.windows import WindowIndex

@@ -1,0 +1,116 @@
+"""A packed data set: what `python -m datasets.pack` writes, read in place of the original.
+
+ROOT/pack.json          written last, when all is there: settings; the clips of each split of each data set, in order
+ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it came from, size and SHA-256 of its zip
+ROOT/frames/<clip>.zip  JPEGs, each named by the number of its frame in the original: 000000.jpg, 000003.jpg, ...
+
+A pack at a lower rate keeps every n-th frame, counted back from the clip's last one. A packed Clip has the frame count,
+numbers, rate, labels and names of the original, so windows are those of the original too: those that end on every n-th
+frame, the last of them on the clip's last frame, as `WindowIndex` anchors them at a stride of n.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.clips import Clip, ClipTable, DataError, Selection
+
+logger = logging.getLogger("tad")
+
+INDEX, MANIFEST = "pack.json", "clips.jsonl"
+UNPACKABLE = ("labels", "source")  # fields of a Clip that its entry holds in another form
+
+
+@dataclass(frozen=True)
+class PackedClip:
+    """An entry of the manifest.
+
+    clip: fields of the Clip but for UNPACKABLE. anomalous: [first, one past the last] frames, None without labels.
+    original: path, size in bytes and mtime in ns of the source. settings: those of the pack. file: the zip, relative
+    to the root; bytes, sha256 and frames of it.
+    """
+
+    clip: dict[str, Any]
+    anomalous: list[list[int]] | None
+    original: dict[str, Any]
+    settings: dict[str, Any]
+    file: str
+    bytes: int
+    sha256: str
+    frames: int
+
+    def to_clip(self, root: Path) -> Clip:
+        """The Clip, with its frames in the pack at root."""
+        labels = None
+        if self.anomalous is not None:
+            labels = np.zeros(self.clip["num_frames"], dtype=np.uint8)
+            for first, end in self.anomalous:
+                labels[first:end] = 1
+        return Clip(source=str(root / self.file.removesuffix(".zip")), labels=labels, **self.clip)
+
+
+def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
+    """(clip, anomalous) of the PackedClip of a clip that has its pack_step."""
+    own = {k: v for k, v in asdict(clip).items() if k not in UNPACKABLE}
+    if clip.labels is None:
+        return own, None
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], clip.labels > 0, [0]])))
+    return own, edges.reshape(-1, 2).tolist()
+
+
+def is_packed(root: str | Path) -> bool:
+    """Whether root is a pack, finished or not."""
+    return Path(root, INDEX).is_file() or Path(root, MANIFEST).is_file()
+
+
+def read_manifest(root: Path) -> Iterator[PackedClip]:
+    """Entries of the manifest; of a line that a kill cut short, nothing."""
+    path = root / MANIFEST
+    if path.is_file():
+        with path.open(encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"):
+                    yield PackedClip(**json.loads(line))
+
+
+def read_index(root: Path) -> dict[str, Any] | None:
+    """Content of pack.json; None where there is none."""
+    path = root / INDEX
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_packed(name: str, root: str, split: str, selection: Selection) -> ClipTable:
+    """A split of a packed data set; a split "all" that was not packed is all of the others.
+
+    Raises DataError: packing is not finished, another data set or split, a clip without an entry.
+    """
+    index = read_index(Path(root))
+    if index is None:
+        raise DataError(f"{root}: packing is not finished; the same python -m datasets.pack command again goes on")
+    if name not in index["tables"]:
+        known = ", ".join(index["tables"])
+        raise DataError(f"{root}: a pack of {known}; python -m datasets.pack {name} ROOT {root} adds {name} to it")
+    tables = index["tables"][name]
+    if split != "all" and split not in tables:
+        raise DataError(
+            f"{root}: split {split!r} of {name} is not packed, only {', '.join(tables)}; "
+            f"python -m datasets.pack {name} ROOT {root} --split {split} adds it"
+        )
+    wanted = [tables[split]] if split in tables else list(tables.values())
+    names = dict.fromkeys(clip for table in wanted for clip in table["clips"])
+    left_out = list(dict.fromkeys(clip for table in wanted for clip in table["left_out"]))
+    entries = {entry.clip["name"]: entry for entry in read_manifest(Path(root)) if entry.clip["name"] in names}
+
+    def clip(own: str) -> Clip:
+        if own not in entries:
+            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {own}; run python -m datasets.pack again")
+        return entries[own].to_clip(Path(root))
+
+    table = selection.table(name, split, names, clip, one_clip_per_video=wanted[0]["one_clip_per_video"])
+    table.left_out.extend(left_out)
+    return table
