@@ -117,8 +117,9 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
 
 def same(a, b):
     assert a["skipped"] == b["skipped"] == []
-    tensors = a.keys() - {"skipped"}
-    return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
+    tensors = a.keys() - {"skipped", "samples"}
+    alike = a.keys() == b.keys() and a["samples"] == b["samples"]
+    return alike and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
 
 def test_batches_do_not_depend_on_workers(dota_root):
@@ -132,8 +133,9 @@ def test_batches_do_not_depend_on_ranks(dota_root):
     whole = training(dota_root)
     parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
     for a, (first, second) in zip(whole, parts, strict=True):
-        joined = {k: torch.cat([first[k], second[k]]) for k in first if k != "skipped"}
-        assert same(a, joined | {"skipped": []})
+        lists = {k: first[k] + second[k] for k in ("skipped", "samples")}
+        joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in lists}
+        assert same(a, joined | lists)
 
 
 def test_the_same_window_looks_different_in_another_epoch(dota_root):
@@ -154,7 +156,7 @@ def test_augmentation_depends_on_epoch_source_and_position(dota_root):
 
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
-    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k != "skipped"} == {
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if torch.is_tensor(v)} == {
         "video": ((4, 3, 4, 32, 32), torch.uint8),
         "boxes": ((4, 1, 4), torch.int64),
         "seed": ((4,), torch.int64),
@@ -166,8 +168,9 @@ def test_content_of_a_batch(dota_root):
     }
     clips = build_clips("DoTA", str(dota_root), "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
-    for window, label, ttc in zip(batch["window"], batch["label"], batch["ttc"], strict=True):
+    for window, label, ttc, sample in zip(*(batch[k] for k in ("window", "label", "ttc", "samples")), strict=True):
         clip, frames = index[int(window)]
+        assert sample == f"DoTA {clips[clip].name}, frames {frames[0]} to {frames[-1]}"
         assert label == clips[clip].labels[frames[-1]] and (ttc == 0) == bool(label)
 
 
