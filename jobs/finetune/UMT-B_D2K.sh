@@ -8,7 +8,7 @@
 # command line or in SBATCH_PARTITION, SBATCH_ACCOUNT. Submitting again continues from OUTPUT_DIR/checkpoint-last.
 # Weights: UMT ViT-B/16, pre-trained on Kinetics-710 (b16_ptk710_f8_res224.pth, MIT),
 #   https://github.com/OpenGVLab/unmasked_teacher/blob/main/single_modality/MODEL_ZOO.md
-# There is no published row (simple-tad's MODEL_ZOO.md has none for UMT).
+# There is no published row (simple-tad's MODEL_ZOO.md has none).
 # While it trains, every third frame is evaluated, as published; with --eval every frame is, as its numbers want it.
 #SBATCH --job-name=UMT-B_D2K
 #SBATCH --nodes=1

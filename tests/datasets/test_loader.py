@@ -113,7 +113,8 @@ TOLD = {"samples", "skipped", "notes", "weight"}  # what became of the samples
 def same(a, b):
     assert a["skipped"] == b["skipped"] == a["notes"] == b["notes"] == [] and a["weight"] == b["weight"] == 1
     tensors = a.keys() - TOLD
-    return a.keys() == b.keys() and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
+    alike = a.keys() == b.keys() and a["samples"] == b["samples"]
+    return alike and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
 
 def test_batches_do_not_depend_on_workers(dota_root):
@@ -162,8 +163,9 @@ def test_content_of_a_batch(dota_root):
     }
     clips = build_clips("DoTA", str(dota_root), "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
-    for window, label, ttc in zip(batch["window"], batch["label"], batch["ttc"], strict=True):
+    for window, label, ttc, sample in zip(*(batch[k] for k in ("window", "label", "ttc", "samples")), strict=True):
         clip, frames = index[int(window)]
+        assert sample == f"DoTA {clips[clip].name}, frames {frames[0]} to {frames[-1]}"
         assert label == clips[clip].labels[frames[-1]] and (ttc == 0) == bool(label)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from datasets.clips import Clip, ClipTable
-from datasets.loader import WindowBatch
+from datasets.evaluation import WindowBatch
 from engine.evaluate import (
     EvaluationError,
     Predictions,

@@ -17,6 +17,14 @@ PUBLISHED = {
     "VideoMAE-S_DoTA": "AUC_ROC 83.7, AUC_MCC 46.9",
     "VideoMAE-B_DoTA": "AUC_ROC 86.3, AUC_MCC 54.8",
     "VideoMAE-L_D2K": "AUC_ROC 87.2, AUC_MCC 55.4",
+    "MVD-B_DoTA": "AUC_ROC 86.1, AUC_MCC 54.7",
+    "IV2-S_DoTA": "first version; no row in simple-tad's MODEL_ZOO.md): AUC_MCC 49.7",
+}
+MODELS = {
+    **{f"VideoMAE-{size[0].upper()}": f"vit_{size}_patch16_224" for size in ("small", "base", "large")},
+    "MVD-B": "mvd_vit_base_patch16_224",
+    "UMT-B": "umt_vit_base_patch16_224",
+    "IV2-S": "internvideo2_small_patch14_224",
 }
 SRUN = 'echo "srun: $SRUN_CPUS_PER_TASK CPUs per task, $1" >&2; shift; exec "$@"'
 every_job = pytest.mark.parametrize("job", FINETUNE + DAPT, ids=lambda job: job.stem)
@@ -91,11 +99,14 @@ def test_several_nodes_meet_at_the_first(launch):
 def test_settings_are_the_published_ones(job, launch):
     args, dada, half = run_flags(launch(job, **PATHS)), "_D2K" in job.stem, job.stem.endswith("half")
     assert (args.data_path, args.finetune, args.output_dir) == ("/data/Do TA", "w.pth", f"runs/{job.stem}")
-    assert args.model == f"vit_{ {'S': 'small', 'B': 'base', 'L': 'large'}[job.stem[len('VideoMAE-')]] }_patch16_224"
+    assert args.model == MODELS[job.stem.split("_D")[0]]
     assert args.data_set == ("DADA2K" if dada else "DoTA") + "_half" * half
     assert args.total_batch_size * args.num_sample == 56 and args.num_sample == 1 + half
     assert args.nb_samples_per_epoch == (25000 if half and not dada else 50000)
-    assert args.lr == (1e-3 if job.stem == "VideoMAE-S_DoTA" else 5e-4)
+    assert args.lr == (1e-3 if job.stem in ("VideoMAE-S_DoTA", "IV2-S_DoTA") else 5e-4)
+    run_finetune.resolve(args, 1)
+    frames = (8, 5, 1) if job.stem.startswith(("IV2", "UMT")) else (16, 10, 2)
+    assert (args.num_frames, args.view_fps, args.tubelet_size) == frames
     assert (args.epochs, args.warmup_epochs, args.layer_decay, args.drop_path) == (50, 5, 0.6, 0.2)
 
 
