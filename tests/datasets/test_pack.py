@@ -359,7 +359,7 @@ def test_dapt_runs_on_a_pack_with_a_step_of_its_frames(tmp_path):
     done = run(*common, "--bad_clips", tmp_path / "bad.txt", "--sampling_rate", "3", "--max_bad_samples", "0")
     assert done.returncode == 0, done.stderr
     assert "1 of 3 clips are left out: b.mp4" in done.stdout
-    assert f"2 clips, 140 frames, {2 * ((70 - 43) // 3 + 1)} windows" in done.stdout
+    assert f"2 clips, 140 frames, {2 * ((70 - 19) // 3 + 1)} windows" in done.stdout  # 4 frames at 5 fps
     assert (tmp_path / "run" / "pictures" / "epoch-000.png").exists()
 
 
