@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import ConfigError
 
+# What gloo and NCCL say when another process is gone or late.
+_LOST = r"timed out|timeout|connection (closed|reset)|broken pipe|ncclRemoteError"
+
 
 @dataclass(frozen=True)
 class Process:
@@ -86,7 +89,7 @@ def _report(error: Exception, process: Process, expected: tuple[type[Exception],
     lines = traceback.format_exception(error)
     if isinstance(error, expected):
         lines = [f"error: {error}\n"]
-    elif isinstance(error, RuntimeError) and re.search(r"gloo|Timed out|Connection (closed|reset)|NCCL", str(error)):
+    elif isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE):
         reason = str(error).strip().splitlines()[0]
         lines = [
             "error: lost the other processes: one has ended, and says why in its own message, or did not come within "
@@ -102,11 +105,10 @@ def _leave(together: bool) -> None:
 
     That of gloo ends without waiting.
     """
-    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)  # not in every torch; experimental
-    if abort and not together and dist.get_backend() == "nccl":
-        abort()
-    else:
+    if together or dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    elif abort := getattr(dist.distributed_c10d, "_abort_process_group", None):  # experimental, not in every torch
+        abort()
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
