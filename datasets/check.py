@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set
+from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import PictureReader, Reader, open_clip
 from datasets.scan import probe
@@ -81,15 +81,17 @@ def check(
     deep: bool = False,
     num_frames: int = 16,
     view_fps: float = 10,
+    assume_fps: float | None = None,
     workers: int = 1,
 ) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
     """(findings in the order of splits and clips, {split: its numbers}) of a data set.
 
     splits: default: all there are. deep: decode everything. num_frames, view_fps: the window clips are measured by.
-    Raises DataError for an unknown data set or where no split can be read.
+    assume_fps: as in build_clips. Raises DataError for an unknown data set or where no split can be read.
     """
-    splits = splits or find_data_set(name).splits
-    tables, findings = _read_tables(name, root, splits, workers)
+    (data_set,) = find_data_sets([name], assume_fps)
+    splits = splits or data_set.splits
+    tables, findings = _read_tables(name, root, splits, assume_fps, workers)
     if not tables:
         raise DataError(findings[0].message)
     tasks = [Task(split, clip, deep) for split, table in tables.items() for clip in table]
@@ -110,7 +112,7 @@ def check(
 
 
 def _read_tables(
-    name: str, root: str, splits: Sequence[str], workers: int
+    name: str, root: str, splits: Sequence[str], assume_fps: float | None, workers: int
 ) -> tuple[dict[str, ClipTable], list[Finding]]:
     tables, findings = {}, []
     with tempfile.TemporaryDirectory() as folder:  # a scan of its own: files may have broken since an earlier one
@@ -119,7 +121,7 @@ def _read_tables(
         for split in splits:
             problems: dict[str, str] = {}
             try:
-                tables[split] = build_clips(name, root, split, scan, problems=problems)
+                tables[split] = build_clips(name, root, split, scan, assume_fps, problems=problems)
             except DataError as e:
                 findings.append(Finding(split, "", "annotation", str(e)))
             findings += [Finding(split, clip, kind, message) for clip, message in problems.items()]
@@ -310,13 +312,14 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="decode every frame")
     parser.add_argument("--num_frames", type=positive, default=16, help="frames of a window (default: 16)")
     parser.add_argument("--view_fps", type=positive_float, default=10.0, help="and their rate (default: 10)")
+    parser.add_argument("--assume_fps", type=positive_float, help="as in the run scripts")
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
     parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
     setup_logging(0)
     logging.getLogger("tad").setLevel(logging.WARNING)
     about = {"data_set": args.data_set, "root": os.path.abspath(args.root), "deep": args.deep}
-    window = {"num_frames": args.num_frames, "view_fps": args.view_fps}
+    window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "assume_fps": args.assume_fps}
     try:
         findings, numbers = check(
             args.data_set, args.root, splits=args.split, deep=args.deep, workers=args.workers, **window

@@ -32,13 +32,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, read_bad_clips
+from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets, read_bad_clips
 from datasets.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import find_source, open_clip
 from utils.config import Parser
 from utils.files import replaced
-from utils.flags import natural, positive
+from utils.flags import natural, positive, positive_float
 from utils.logging import setup_logging
 
 logger = logging.getLogger("tad")
@@ -145,10 +145,12 @@ def pack(
     splits: Sequence[str] | None = None,
     settings: Settings,
     leave_out: Collection[str] = frozenset(),
+    assume_fps: float | None = None,
     workers: int = 1,
 ) -> None:
     """Pack splits (default: all there are) of a data set into the folder `out`, or go on with it.
 
+    assume_fps: as in build_clips; the pack keeps it.
     Raises DataError: `out` is another pack or no pack, is being written, is on a disk that is too small; clips that
     cannot be read, after all others are done, named in out/bad_clips.txt.
     """
@@ -157,9 +159,11 @@ def pack(
         raise DataError(f"{root}: a pack already; pack the original again")
     with _claimed(out, asdict(settings)):
         scan = VideoScan(out / "videos.json", workers=workers)
-        splits = splits or find_data_set(name).splits
+        (data_set,) = find_data_sets([name], assume_fps)
+        splits = splits or data_set.splits
         failed: dict[str, str] = {}
-        tables = {s: build_clips(name, root, s, scan, leave_out=leave_out, problems=failed) for s in splits}
+        wanted = {"leave_out": leave_out, "problems": failed}
+        tables = {s: build_clips(name, root, s, scan, assume_fps, **wanted) for s in splits}
         jobs = _jobs(tables, out, settings)
         done = {entry.clip["name"]: entry for entry in read_manifest(out)}
         with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
@@ -320,6 +324,7 @@ def main() -> None:
     parser.add_argument(
         "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
     )
+    parser.add_argument("--assume_fps", type=positive_float, help="as in the run scripts")
     parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
     parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
@@ -334,6 +339,7 @@ def main() -> None:
             splits=args.split,
             settings=Settings(args.short_side, args.fps, args.quality),
             leave_out=read_bad_clips(args.bad_clips),
+            assume_fps=args.assume_fps,
             workers=args.workers,
         )
     except DataError as e:

@@ -11,7 +11,9 @@ from PIL import Image
 
 import run_dapt
 import run_finetune
-from datasets import DataError
+from datasets import DataError, VideoScan, build_clips
+from datasets.check import check
+from datasets.pack import Settings, pack
 from models import create_model
 from utils.config import ConfigError
 from utils.flags import dapt_parser, finetune_parser
@@ -89,8 +91,36 @@ def test_dapt(own, tmp_path, monkeypatch):
     words += ["--data_split", "all", "--output_dir", tmp_path, "--assume_fps", "20"]
     seen = []
     original = run_dapt.build_clips
-    monkeypatch.setattr(run_dapt, "build_clips", lambda *a: seen.append(original(*a)) or seen[-1])
+    monkeypatch.setattr(run_dapt, "build_clips", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     run_dapt.main(dapt_parser("").parse_args([str(w) for w in words]))
     assert [(c.name, c.fps, c.num_frames) for c in seen[0]] == [("a.mp4", 30, 60), ("b", 20, 30), ("c.mp4", 25, 50)]
     record = json.loads((tmp_path / "log.txt").read_text())
     assert record["train_samples"] == 8 and 0 < record["train_loss"] < 2
+
+
+def test_checking_and_packing(own, tmp_path):
+    findings, numbers = check("csv", str(own))
+    assert [(f.split, f.clip, f.kind) for f in findings if f.is_error] == [("val", "D", "unreadable")]
+    assert (numbers["train"]["clips"], numbers["train"]["frames"]) == (2, 90)
+
+    scan = VideoScan(tmp_path / "videos.json", workers=1)
+    for root, split, fps, settings in (
+        (own, "train", None, Settings(0, 0, 95)),
+        (own, "train", 20, Settings(24, 10, 95)),
+    ):
+        out = tmp_path / f"{fps}"
+        pack("csv", str(root), out, splits=[split], settings=settings, assume_fps=fps)
+        original, packed = (build_clips("csv", str(r), split, scan, fps) for r in (root, out))
+        for a, b in zip(original, packed, strict=True):
+            assert (a.name, a.num_frames, a.fps, a.category) == (b.name, b.num_frames, b.fps, b.category)
+            assert np.array_equal(a.labels, b.labels) and np.array_equal(a.ttc, b.ttc, equal_nan=True)
+
+    (own / "bare_b.csv").write_text("path\nb\n")
+    with pytest.raises(DataError, match="column fps: empty; pictures do not know their frame rate"):
+        build_clips("csv", str(own / "bare_b.csv"), "all", scan)
+    pack("csv", str(own / "bare_b.csv"), tmp_path / "b", splits=["all"], settings=Settings(0, 0, 95), assume_fps=20)
+    assert build_clips("csv", str(tmp_path / "b"), "all", scan)[0].fps == 20
+    findings, numbers = check("csv", str(own / "bare_b.csv"), splits=["all"], assume_fps=20, num_frames=8)
+    assert not findings and numbers["all"]["clips"] == 1
+    with pytest.raises(DataError, match="the frame rate of DoTA is known"):
+        check("DoTA", str(own), assume_fps=20)
