@@ -89,7 +89,7 @@ def test_dapt(own, tmp_path, monkeypatch):
     words += ["--data_split", "all", "--output_dir", tmp_path, "--assume_fps", "20"]
     seen = []
     original = run_dapt.build_clips
-    monkeypatch.setattr(run_dapt, "build_clips", lambda *a: seen.append(original(*a)) or seen[-1])
+    monkeypatch.setattr(run_dapt, "build_clips", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     run_dapt.main(dapt_parser("").parse_args([str(w) for w in words]))
     assert [(c.name, c.fps, c.num_frames) for c in seen[0]] == [("a.mp4", 30, 60), ("b", 20, 30), ("c.mp4", 25, 50)]
     record = json.loads((tmp_path / "log.txt").read_text())
