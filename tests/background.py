@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,13 +84,12 @@ class Run:
             pids.setdefault(rank, pid)  # before its loading processes
         return [pids[rank] for rank in sorted(pids)]
 
-    def kill(self):
-        """SIGKILL to every process of the run."""
-        tree = self.tree()
-        for pid in tree:
-            os.kill(pid, signal.SIGSTOP)  # so that none acts on the end of another
-        for pid in tree:
-            os.kill(pid, signal.SIGKILL)
+    def kill(self, tree):
+        """SIGKILL to every process of a `tree` of the run."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # first stopped, so that none acts on the end of another
+            for pid in tree:
+                with suppress(ProcessLookupError):  # a loading process that has ended by itself
+                    os.kill(pid, number)
         self.process.wait()
 
     def until(self, condition, seconds=120):

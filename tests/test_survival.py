@@ -67,8 +67,8 @@ def whole(data, tmp_path_factory):
 def killed_until_it_finishes(words, folder, seed):
     """Start a run again and again, each time killed at a random moment, KILLS times; then let it finish.
 
-    Every fourth time it is killed while it starts, else within a second after it has saved again. Returns how many of
-    the kills came in the middle of a save.
+    Every fourth time it is killed while it starts, else within a second after it has saved again, one of three in the
+    next save. Returns how many of the kills came in the middle of a save.
     """
     rng, in_saves = random.Random(seed), 0
     last = folder / "checkpoint-last" / "state.pth"
@@ -81,11 +81,14 @@ def killed_until_it_finishes(words, folder, seed):
             saved = attempt.until(lambda before=before: last.exists() and last.stat().st_mtime_ns != before)
             assert saved, attempt.output
             time.sleep(rng.uniform(0, 1))
+        tree = attempt.tree()
+        if kill % 4 == 1:
+            attempt.until((folder / "checkpoint-last.new").exists)
         assert attempt.process.poll() is None, f"kill {kill} came too late: {attempt.output}"
-        attempt.kill()
+        attempt.kill(tree)
         in_saves += any((folder / f"checkpoint-last.{part}").exists() for part in ("new", "old"))
     final = Run(words, folder)
-    assert final.end(300) == 0, final.output
+    assert final.end(600) == 0, final.output
     return in_saves
 
 
