@@ -141,7 +141,7 @@ def test_a_run_is_not_continued_on_other_data(roots, tmp_path):
 def test_unreadable_and_short_videos_are_counted_and_the_run_goes_on(roots, tmp_path, capsys):
     in_process(*mix(roots, tmp_path / "run", *SHARES))
     out = capsys.readouterr().out
-    assert out.count("videos all: 2 of 6 videos cannot be read: corrupt.mov (") == 1 and "empty.mov (" in out
+    assert out.count("videos all: 2 of 6 clips cannot be read: corrupt.mov (") == 1 and "empty.mov (" in out
     assert "videos all: 1 clips are shorter than a window and go unused: short.mp4" in out
     assert "clips per step: 4 of videos + 2 of CAP-DATA" in out
     assert len(json.loads((tmp_path / "run" / "videos.json").read_text())) == 6
@@ -159,7 +159,7 @@ def test_a_video_that_breaks_off_is_skipped(roots, tmp_path, capsys):
                tmp_path / "run", "--total_batch_size", 6)  # fmt: skip
     out = capsys.readouterr().out
     assert [r["epoch"] for r in log(tmp_path / "run")] == [0, 1]
-    assert "2 of 6 videos cannot be read" in out
+    assert "2 of 6 clips cannot be read" in out
     assert out.count("skipped a sample") == 1 and f"skipped a sample of 0.mp4: {path}: frames " in out
 
 

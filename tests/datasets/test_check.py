@@ -153,7 +153,8 @@ def test_the_command_reports_and_its_list_goes_into_training_and_evaluation(fort
     assert done.returncode == 0, done.stderr
     assert "DoTA val: 2 of 11 clips are left out: syntheticva_000004, syntheticva_000006" in done.stdout
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert metrics["coverage"] == "9 of 11 clips" and metrics["clips"] == 9
+    assert metrics["coverage"] == "9 of 11 clips" and metrics["clips"] == 11
+    assert metrics["left_out"] == ["syntheticva_000004", "syntheticva_000006"]
     done = run(
         "run_finetune.py", *common, "--output_dir", tmp_path / "run", "--epochs", "1", "--warmup_epochs", "0",
         "--nb_samples_per_epoch", "0", "--total_batch_size", "64", "--disable_eval_during_finetuning",

@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_counted_and_named_once(videos, tmp_path, caplog)
     with caplog.at_level(logging.WARNING, "tad"):
         assert len(load_videos(str(videos), "all", scan)) == 3
     (record,) = caplog.records
-    assert "videos all: 2 of 5 videos cannot be read: empty.mov (" in record.message and "noise.mp4 (" in record.message
+    assert "videos all: 2 of 5 clips cannot be read: empty.mov (" in record.message and "noise.mp4 (" in record.message
 
 
 def test_a_second_scan_opens_nothing_and_a_changed_video_is_opened_alone(videos, tmp_path, opened):
@@ -111,7 +111,7 @@ def test_nothing_readable_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no video below it; known suffixes: .avi"):
         load_videos(str(tmp_path), "all", scan)
     (tmp_path / "a.mov").touch()
-    with pytest.raises(DataError, match=r"videos all: 1 of 1 videos cannot be read: a.mov \(.*Error reading"):
+    with pytest.raises(DataError, match=r"videos all: 1 of 1 clips cannot be read: a.mov \(.*Error reading"):
         load_videos(str(tmp_path), "all", scan)
 
 
@@ -177,7 +177,7 @@ def test_kinetics(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tad"):
         table = build_clips("Kinetics", str(tmp_path), "train", scan)
     missing = "train/driving car/gonegonegon_000000_000010.mp4 (no such file, or no permission to read it)"
-    assert f"1 of 2 videos cannot be read: {missing}" in caplog.text
+    assert f"1 of 2 clips cannot be read: {missing}" in caplog.text
     index = index_clips(table, num_frames=16, view_fps=10, stride=4)
     assert isinstance(index, RandomClipIndex) and len(index) == 1
     starts = {int(index.sample(0, np.random.default_rng(s))[1][0]) for s in range(200)}
