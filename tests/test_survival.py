@@ -9,39 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from background import EVERY_STEP, USR2_PASSES, Run, dapt, finetune, log, state
+from background import EVERY_STEP, USR2_PASSES, Run, assert_same_run, dapt, finetune, log, state
 from helpers import run
 
 import run_finetune
 from utils.flags import finetune_parser
 
 KILLS = 20
-
-
-def same(a, b):
-    """Whether two nested states are equal, tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(a, b):
-    """Everything two finished runs leave is bit-identical, times and arguments aside."""
-    assert log(a) == log(b)
-    one, two = state(a), state(b)
-    one.pop("args"), two.pop("args")
-    for key in one:
-        assert same(one[key], two[key]), key
-    assert same(one, two)
-    weights = sorted(path.name for path in a.glob("*.pth"))
-    assert weights == sorted(path.name for path in b.glob("*.pth")) and weights
-    for name in weights:
-        assert same(*(torch.load(folder / name, weights_only=True) for folder in (a, b))), name
-    assert not [p.name for p in b.iterdir() if p.name.endswith((".tmp", ".new", ".old"))]
 
 
 @pytest.fixture(scope="module")
