@@ -11,6 +11,7 @@ and others: --sbatch, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environmen
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,21 +60,13 @@ class Launch:
 
 def minutes(text: str) -> int:
     """Slurm's notations of time (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in minutes, rounded up."""
-    days, dash, rest = text.rpartition("-")
-    try:
-        parts = [int(part) for part in rest.split(":")]
-        if not 1 <= len(parts) <= 3:
-            raise ValueError
-        if dash:
-            hours, mins, seconds = (parts + [0, 0])[:3]
-        else:
-            hours, mins, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-        total = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds
-        if total <= 0:
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time like 90, 24:00:00 or 2-12:00:00") from None
-    return -(-total // 60)
+    if found := re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", text):
+        parts = [int(part) for part in found[2].split(":")]
+        parts = (parts if found[1] or len(parts) == 3 else [0, *parts]) + [0, 0]
+        seconds = 86400 * int(found[1] or 0) + 3600 * parts[0] + 60 * parts[1] + parts[2]
+    if not found or not seconds:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time like 90, 24:00:00 or 2-12:00:00")
+    return -(-seconds // 60)
 
 
 def option(text: str) -> tuple[str, str]:

@@ -40,6 +40,20 @@ def dapt(data, *more):
     return [*DAPT, "--data_path", data / "dota", data / "videos", "--max_bad_samples", 1000, *more]
 
 
+def tree(pid):
+    """Process ids of a process and everything below it, parents first."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
 class Run:
     """A run of a script in the background, under torchrun if processes > 0; its output goes to OUTPUT_DIR.out."""
 
@@ -62,16 +76,7 @@ class Run:
 
     def tree(self):
         """Process ids of the launcher and everything below it."""
-        parents = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-        found = [self.process.pid]
-        for pid in found:
-            found += [child for child, parent in parents.items() if parent == pid]
-        return found
+        return tree(self.process.pid)
 
     def ranks(self):
         """Process ids of the training processes, by rank."""

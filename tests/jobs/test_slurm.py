@@ -3,18 +3,14 @@
 All jobs go in at once and share the machine; each test looks at its own.
 """
 
-import os
-import signal
-import subprocess
+import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from background import EVERY_STEP, assert_same_run, dapt, finetune, log
-from helpers import ROOT, run
 from slurm import Slurm, missing
 
 from models import create_model
@@ -50,7 +46,7 @@ class Jobs:
     def __init__(self, slurm, folder, data, weights):
         self.slurm, self.folder, self.data = slurm, folder, data
         self.environment = {"MODEL_PATH": weights, "DATA_PATH": data / "dota", "BDD_PATH": data, "CAP_PATH": data}
-        self.words = {FINETUNE: finetune(data)[1:], DAPT: [*dapt(data)[1:], "--decoder_depth", 2, "--stop_epoch", 2]}
+        self.words = {FINETUNE: finetune(data)[1:], DAPT: [*dapt(data)[1:], "--decoder_depth", 1, "--stop_epoch", 2]}
 
     def submit(self, job, name, *more):
         here = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.folder}/{name}.out"]
@@ -65,6 +61,17 @@ class Jobs:
         """Once the job has said text, send USR2 as Slurm does; wait for its end."""
         self.slurm.until(number, lambda job: text in self.said(name) or job["JobState"] in ("COMPLETED", "FAILED"))
         self.slurm.call("scancel", "--signal=USR2", number)
+        return self.slurm.end(number)
+
+    def submitit(self, name):
+        """A job of jobs/submit.py with a time limit of a minute, which it must not end in; then with more."""
+        words = finetune(self.data, "--epochs", 10, "--output_dir", self.folder / name)
+        here = ["--nodes", 2, "--cpus_per_node", 1, "--time", "0:01:00", "--signal_delay", 30, "--sbatch", "chdir=/"]
+        said = self.slurm.call(sys.executable, "jobs/submit.py", *here, words[0], "--", *words[1:])
+        number, path = re.fullmatch(r"job (\d+), its log: (.+)\n", said).groups()
+        assert Path(path).parent == self.folder / name / "submitit"
+        self.slurm.until(number, lambda job: job["Restarts"] == "1" or job["JobState"] in ("COMPLETED", "FAILED"))
+        self.slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=60")
         return self.slurm.end(number)
 
 
@@ -89,6 +96,7 @@ def ended(jobs):
             else pool.submit(jobs.slurm.end, number)
             for name, number in numbers.items()
         }
+        ends["submitit"] = pool.submit(jobs.submitit, "submitit")
         return {name: end.result() for name, end in ends.items()}
 
 
@@ -106,6 +114,14 @@ def test_preempted_job_requeues_itself_and_ends_as_if_left_alone(name, jobs, end
 
 def test_crashed_job_fails_once(jobs, ended):
     job, said = ended["crash"], jobs.said("crash")
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "0")
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert (jobs.folder / "crash" / "checkpoint-last").is_dir() and not (jobs.folder / "crash" / "REQUEUE").exists()
     assert "--max_bad_samples" in said and "requeueing" not in said
+
+
+def test_submitit_job_is_requeued_at_its_time_limit(jobs, ended):
+    job, folder = ended["submitit"], jobs.folder / "submitit"
+    said = Path(folder / "submitit" / f"{job['JobId']}_0_log.out").read_text()
+    assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "1", "n[1-2]"), said
+    assert re.search(r"stopped on SIG(USR2|TERM): ", said) and said.count("requeueing job") == 1
+    assert "resuming at epoch " in said and [record["epoch"] for record in log(folder)] == list(range(10))
