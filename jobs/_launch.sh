@@ -1,11 +1,11 @@
-# The launcher of every job file and of jobs/submit.py: torchrun on each node of the job, and a requeue of a preempted one.
+# The launcher of every job file and of jobs/submit.py: torchrun on each node, and a requeue of a preempted job.
 #
 #   source jobs/_launch.sh
 #   launch run_finetune.py FLAGS...        a bare -- among the flags is dropped
 #
-# In a Slurm job it takes all nodes of the job, elsewhere this machine. It leaves with 0 if the run finished, with 75 if
-# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py) and was requeued, else with the
-# run's own code: a run that crashes fails the job, once.
+# In a Slurm job it takes all nodes of the job, elsewhere this machine. It exits with 0 if the run finished; with 75 if
+# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py), having requeued the job;
+# with another code if it failed: a job that crashes fails once.
 #
 # From the environment:
 #   NPROC_PER_NODE    processes on each node; default: the GPUs of the job there, 1 where there are none
@@ -31,8 +31,8 @@ _share=$((_cpus > NPROC_PER_NODE ? _cpus / NPROC_PER_NODE : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((_gpus > 0 ? 1 : _share))}
 WORKERS=$((_share - 1)) # beside the training process
 
-# Run torchrun so that USR1 and USR2, which Slurm sends to it too, cannot kill it: not while it starts, before it handles
-# them, and not where this torch cannot handle them. There it gets TERM instead, which every torch passes on.
+# Run torchrun so that USR1 and USR2, which Slurm sends to it too, cannot kill it: neither while it starts, before it
+# handles them, nor where this torch cannot handle them. There it gets TERM instead, which every torch passes on.
 _torchrun='
 trap "" USR1 USR2
 [[ $* == *--signals-to-handle=* ]] && exec "$@"

@@ -4,7 +4,7 @@
 
 Like a job file it starts one torchrun per node (jobs/_launch.sh), stops --signal_delay seconds before its time is over
 or when it is preempted, and is requeued if and only if its state was saved; a crash is not requeued. Partition, account
-and others: --sbatch, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environment.
+and others: --sbatch partition=gpu, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environment.
 --cluster local runs it in the background of this machine, --cluster debug in the foreground; both wait for its end.
 """
 
@@ -30,20 +30,22 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Launch:
-    """The run, as submitit calls it in the job: with `words` on the command line and `environment` added.
+    """The run, as submitit calls it in the job: a script and its flags, from the folder it was submitted in.
 
     submitit's own handler of USR2 requeues because of the signal; here the launcher does, because of the saved state.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str]):
-        self.words, self.environment = words, environment
+    def __init__(self, words: list[str], processes_per_node: int):
+        self.words, self.folder, self.processes_per_node = words, Path.cwd(), processes_per_node
 
     def __call__(self) -> None:
         """Raises RuntimeError where the run fails; SystemExit, of the code that restarts a local job, if preempted."""
-        shell = ["bash", "-c", 'set -euo pipefail; source jobs/_launch.sh; launch "$@"', "launch"]
-        own = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun of this Python
-        environment = os.environ | self.environment | {"PATH": own}
-        process = subprocess.Popen([*shell, *self.words], cwd=ROOT, env=environment, start_new_session=True)
+        command = ["bash", "-c", 'set -euo pipefail; source "$0"; launch "$@"', str(ROOT / "jobs" / "_launch.sh")]
+        environment = os.environ | {
+            "NPROC_PER_NODE": str(self.processes_per_node),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # torchrun of this Python
+        }
+        process = subprocess.Popen([*command, *self.words], cwd=self.folder, env=environment, start_new_session=True)
 
         def forward(number: int, _frame: object) -> None:
             with contextlib.suppress(ProcessLookupError):
@@ -87,23 +89,12 @@ def submit_parser() -> Parser:
     add("--gpus_per_node", type=positive, help="GPUs of each machine; left out: CPUs only")
     add("--cpus_per_node", type=positive, help="CPUs of each machine (default: what the cluster gives)")
     add("--nproc_per_node", type=positive, help="processes on each machine (default: --gpus_per_node, or 1)")
-    add(
-        "--time",
-        type=minutes,
-        default="24:00:00",
-        help="limit until it is requeued, as sbatch's (default: %(default)s)",
-    )
+    add("--time", type=minutes, default="24:00:00", help="limit, as sbatch takes it (default: %(default)s)")
     add("--signal_delay", type=positive, default=180, help="seconds before the limit to stop (default: %(default)s)")
     add("--name", help="of the job (default: that of the run's --output_dir)")
     add("--folder", type=Path, help="where submitit keeps the job and its log (default: OUTPUT_DIR/submitit)")
-    add(
-        "--sbatch",
-        type=option,
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="more options of sbatch: partition=gpu",
-    )
+    more = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    add("--sbatch", type=option, **more, help="another option of sbatch; may be given several times")
     return parser
 
 
@@ -117,6 +108,7 @@ def main(words: list[str]) -> None:
 
     import submitit
 
+    run = Launch([str(ROOT / args.script), *flags], args.nproc_per_node or args.gpus_per_node or 1)
     try:
         executor = submitit.AutoExecutor(args.folder or output_dir / "submitit", cluster=args.cluster)
         if args.cluster != "debug":
@@ -132,10 +124,9 @@ def main(words: list[str]) -> None:
                 slurm_signal_delay_s=args.signal_delay,
                 slurm_additional_parameters={"requeue": True, **dict(args.sbatch)},
             )
-    except (RuntimeError, ValueError) as e:  # no Slurm here; several nodes of one machine
+        job = executor.submit(run)
+    except (RuntimeError, ValueError) as e:  # no Slurm here, an option it refuses, several nodes of one machine
         raise ConfigError(f"--cluster {args.cluster}: {e}") from e
-    processes = args.nproc_per_node or args.gpus_per_node or 1
-    job = executor.submit(Launch([args.script, *flags], {"NPROC_PER_NODE": str(processes)}))
     print(f"job {job.job_id}, its log: {job.paths.stdout}", flush=True)
     if args.cluster != "slurm" and (error := job.exception()):
         sys.exit(f"error: {error}")

@@ -82,27 +82,21 @@ def jobs(slurm, tmp_path_factory, data, weights):
 
 @pytest.fixture(scope="module")
 def ended(jobs):
-    """{name: what Slurm knows of the job}, all of them ended."""
-    numbers = {
-        f"{n} {how}": jobs.submit(job, f"{n} {how}")
-        for n, job in (("d", DAPT), ("f", FINETUNE))
-        for how in ("whole", "preempted")
-    }
-    numbers["crash"] = jobs.submit(FINETUNE, "crash", "--max_bad_samples", 0, *EVERY_STEP)
+    """{name: future of what Slurm knows of the job once it has ended}."""
     with ThreadPoolExecutor() as pool:
-        ends = {
-            name: pool.submit(jobs.preempt, number, name, "epoch 0  step 21/")
-            if "preempted" in name
-            else pool.submit(jobs.slurm.end, number)
-            for name, number in numbers.items()
-        }
-        ends["submitit"] = pool.submit(jobs.submitit, "submitit")
-        return {name: end.result() for name, end in ends.items()}
+        ends = {"submitit": pool.submit(jobs.submitit, "submitit")}
+        for name, job in (("d", DAPT), ("f", FINETUNE)):
+            ends[f"{name} whole"] = pool.submit(jobs.slurm.end, jobs.submit(job, f"{name} whole"))
+            number = jobs.submit(job, f"{name} preempted")
+            ends[f"{name} preempted"] = pool.submit(jobs.preempt, number, f"{name} preempted", "epoch 0  step 21/")
+        number = jobs.submit(FINETUNE, "crash", "--max_bad_samples", 3, *EVERY_STEP)
+        ends["crash"] = pool.submit(jobs.slurm.end, number)
+        yield ends
 
 
 @pytest.mark.parametrize("name", ["d", "f"])
 def test_preempted_job_requeues_itself_and_ends_as_if_left_alone(name, jobs, ended):
-    whole, preempted = ended[f"{name} whole"], ended[f"{name} preempted"]
+    whole, preempted = (ended[f"{name} {how}"].result() for how in ("whole", "preempted"))
     for job in (whole, preempted):
         assert (job["JobState"], job["ExitCode"], job["NodeList"]) == ("COMPLETED", "0:0", "n[1-2]"), jobs.said(name)
     assert (whole["Restarts"], preempted["Restarts"]) == ("0", "1")
@@ -113,14 +107,14 @@ def test_preempted_job_requeues_itself_and_ends_as_if_left_alone(name, jobs, end
 
 
 def test_crashed_job_fails_once(jobs, ended):
-    job, said = ended["crash"], jobs.said("crash")
+    job, said = ended["crash"].result(), jobs.said("crash")
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert (jobs.folder / "crash" / "checkpoint-last").is_dir() and not (jobs.folder / "crash" / "REQUEUE").exists()
     assert "--max_bad_samples" in said and "requeueing" not in said
 
 
 def test_submitit_job_is_requeued_at_its_time_limit(jobs, ended):
-    job, folder = ended["submitit"], jobs.folder / "submitit"
+    job, folder = ended["submitit"].result(), jobs.folder / "submitit"
     said = Path(folder / "submitit" / f"{job['JobId']}_0_log.out").read_text()
     assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "1", "n[1-2]"), said
     assert re.search(r"stopped on SIG(USR2|TERM): ", said) and said.count("requeueing job") == 1
