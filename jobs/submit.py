@@ -49,7 +49,8 @@ class Launch:
 
         def forward(number: int, _frame: object) -> None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                if "SLURM_JOB_ID" not in os.environ:  # Slurm tells every process itself
+                    os.killpg(process.pid, number)
 
         for number in FORWARDED:
             signal.signal(number, forward)

@@ -99,7 +99,7 @@ def test_what_a_killed_save_leaves_is_removed(data, tmp_path):
 def steps_of(folder):
     """(epoch, steps done) of the saved state, after a look at whether all ranks stopped after the same step."""
     saved = state(folder)
-    counts = {int(rank["statistics"]["total"][-1]) for rank in saved["ranks"]}
+    counts = {int(rank["statistics"]["total"][-1:].sum()) for rank in saved["ranks"]}
     assert counts == {saved["step"]}
     return saved["epoch"], saved["step"]
 
@@ -120,11 +120,11 @@ def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(d
         assert attempt.end(30) != 0
         name = "a signal to another process" if number == signal.SIGUSR1 else number.name
         seen.append(steps_of(folder))
-        place = f"epoch {seen[-1][0]}, {seen[-1][1]} of 100 steps"
+        place = f"epoch {seen[-1][0]}, {seen[-1][1]} of 96 steps"
         assert f"stopped on {name}: {place}; the state is saved; the same command continues" in attempt.output
         assert marker.read_text() == f"{name}, {place}\n"
         assert "Traceback" not in attempt.output.partition("torch/distributed")[0]
-    assert seen == sorted(set(seen)) and all(14 <= step < 100 for _, step in seen)
+    assert seen == sorted(set(seen)) and all(14 <= step < 96 for _, step in seen)
     done = run(*finetune(data), "--output_dir", folder, processes=2)
     assert done.returncode == 0 and f"resuming at epoch {seen[-1][0]}, step {seen[-1][1]}" in done.stdout
     assert not marker.exists()
@@ -140,31 +140,32 @@ def test_signals_to_a_single_process(data, tmp_path):
     attempt.until_said("DoTA train")
     os.kill(attempt.process.pid, signal.SIGUSR1)
     assert attempt.end(60) == 75 and steps_of(folder) == (0, 0)
-    assert "stopped on SIGUSR1: epoch 0, 0 of 100 steps" in attempt.output and marker.exists()
+    assert "stopped on SIGUSR1: epoch 0, 0 of 96 steps" in attempt.output and marker.exists()
 
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 0  step 21/")
-    for pid in attempt.tree():
-        os.kill(pid, signal.SIGTERM)
-    assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 100 and marker.exists()
+    for _ in range(4):  # by Slurm itself, by srun, by torchrun
+        for pid in attempt.tree():
+            os.kill(pid, signal.SIGTERM)
+    assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 96 and marker.exists()
 
     attempt = Run(words, folder, processes=0)
-    attempt.until_said("epoch 0  step 100/")
-    attempt.until(lambda: state(folder)["step"] == 100)
+    attempt.until_said("epoch 0  step 96/")
+    attempt.until(lambda: state(folder)["step"] == 96)
     time.sleep(0.3)
     for _ in range(2):  # the second does no harm
         os.kill(attempt.process.pid, signal.SIGUSR2)
         time.sleep(0.05)
-    assert attempt.end(60) == 75 and steps_of(folder) == (0, 100) and marker.exists()
+    assert attempt.end(60) == 75 and steps_of(folder) == (0, 96) and marker.exists()
     assert "stopped on SIGUSR2: in an evaluation, which will be repeated; the state is saved" in attempt.output
 
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 1  step 7/")
     assert not marker.exists() and [r["epoch"] for r in log(folder)] == [0]
-    for _ in range(3):
-        os.kill(attempt.process.pid, signal.SIGUSR1)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        os.kill(attempt.process.pid, number)
         time.sleep(0.002)
-    assert attempt.end(10) == 128 + signal.SIGUSR1 and not marker.exists()
+    assert attempt.end(10) == 128 + signal.SIGTERM and not marker.exists()
     assert "the third signal within 5 seconds: leaving at once" in attempt.output
 
 
