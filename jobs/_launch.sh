@@ -14,6 +14,8 @@
 #   DRY_RUN=1         print the command instead
 # For the job files: WORKERS, the loading processes for which a training process has CPUs.
 
+trap : USR1 USR2 # they are for the run
+
 _gpus() {
     if [[ -n ${SLURM_JOB_ID-} ]]; then
         echo "${SLURM_GPUS_ON_NODE:-0}"
@@ -78,7 +80,7 @@ _run() { # torchrun with $@ on every node; 75 if it was preempted
         export SRUN_CPUS_PER_TASK=$_cpus # srun does not take it from sbatch
         command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "${command[@]}")
     fi
-    trap : TERM USR1 USR2 # a signal to this shell must not end it before the run has ended
+    trap : TERM # the run gets it too; this shell must see its end
     "${command[@]}" || code=$?
     # Looked up in the listing: a network file system may remember for a while that there was no such file.
     [[ $'\n'$(ls "$folder" 2>/dev/null)$'\n' == *$'\nREQUEUE\n'* ]] && return 75

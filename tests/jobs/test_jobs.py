@@ -2,9 +2,14 @@
 
 import os
 import shlex
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from background import USR2_PASSES, finetune
 from helpers import ROOT
 
 from utils.flags import dapt_parser, finetune_parser
@@ -166,3 +171,32 @@ def test_the_marker_tells_an_interrupted_run_from_a_failed_one(torchrun, marker,
     environment = {"DRY_RUN": "", "TORCHRUN_CODE": str(torchrun), "MARKER": f"{folder}/REQUEUE" if marker else ""}
     done = launch(FINETUNE[0], "--", f"--output_dir={folder}", **PATHS, **environment)
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("handled", sorted({USR2_PASSES, False}))
+def test_usr2_to_every_process_stops_the_run_whatever_the_torch(handled, data, tmp_path):
+    """Without Slurm, but with its way of signalling: to the launcher and torchrun, not to sessions of their own."""
+    real = Path(sys.executable).parent / "torchrun"
+    stand_in = tmp_path / "bin" / "torchrun"  # of a torch with --signals-to-handle, or of one before it
+    stand_in.parent.mkdir()
+    option = "--signals-to-handle" if handled else ""
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = --help ] && echo "{option}" && exit\nexec {real} "$@"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "NPROC_PER_NODE": "2"}
+    with (tmp_path / "out").open("w") as out:
+        words = ["bash", "-c", 'source jobs/_launch.sh; launch "$@"', "launch", *map(str, finetune(data))]
+        words += ["--output_dir", str(tmp_path / "run")]
+        job = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+    said = (tmp_path / "out").read_text
+    if handled:
+        time.sleep(0.5)
+        os.killpg(job.pid, signal.SIGUSR2)  # while torchrun starts: it must not die of it
+    deadline = time.monotonic() + 200
+    while "epoch 0  step 21/" not in said():
+        assert time.monotonic() < deadline and job.poll() is None, said()
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGUSR2)
+    assert job.wait(120) == 75, said()
+    assert f"stopped on SIG{'USR2' if handled else 'TERM'}: epoch 0, " in said()
+    assert (tmp_path / "run" / "REQUEUE").exists()
