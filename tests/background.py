@@ -41,6 +41,20 @@ def dapt(data, *more):
     return [*DAPT, "--data_path", data / "dota", data / "videos", "--max_bad_samples", 1000, *more]
 
 
+def tree(pid):
+    """Process ids of a process and everything below it, parents first."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
 class Run:
     """A run of a script in the background, under torchrun if processes > 0; its output goes to OUTPUT_DIR.out."""
 
@@ -63,16 +77,7 @@ class Run:
 
     def tree(self):
         """Process ids of the launcher and everything below it."""
-        parents = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-        found = [self.process.pid]
-        for pid in found:
-            found += [child for child, parent in parents.items() if parent == pid]
-        return found
+        return tree(self.process.pid)
 
     def ranks(self):
         """Process ids of the training processes, by rank."""
@@ -116,3 +121,29 @@ def state(folder):
 def log(folder):
     records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def same(a, b):
+    """Whether two nested states are equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Everything two finished runs leave is bit-identical, times and arguments aside."""
+    assert log(a) == log(b)
+    one, two = state(a), state(b)
+    one.pop("args"), two.pop("args")
+    for key in one:
+        assert same(one[key], two[key]), key
+    assert same(one, two)
+    weights = sorted(path.name for path in a.glob("*.pth"))
+    assert weights == sorted(path.name for path in b.glob("*.pth")) and weights
+    for name in weights:
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (a, b))), name
+    assert not [p.name for p in b.iterdir() if p.name.endswith((".tmp", ".new", ".old"))]

@@ -24,6 +24,7 @@ MODEL_LIBRARIES = {"torch", "timm", "einops", "models"}
 
 MAKE_ARGUMENTS = ("utils/config.py", "utils/flags.py", "utils/resolve.py")
 PATHS = [p for room in ROOMS for p in sorted((ROOT / room).glob("**/*.py"))] + sorted(ROOT.glob("run_*.py"))
+PATHS += sorted((ROOT / "jobs").glob("*.py"))
 PATHS = [str(p.relative_to(ROOT)) for p in PATHS]
 INSIDE = [p for p in PATHS if p.startswith(ROOMS)]
 MODEL_FILES = sorted({p for p in PATHS if p.startswith("models/")} - {"models/weights.py", "models/checkpoint_file.py"})
@@ -42,7 +43,7 @@ def imports(path):
 
 
 def test_there_is_a_house():
-    assert len(INSIDE) > 20 and {"run_finetune.py", "run_dapt.py"} <= set(PATHS)
+    assert len(INSIDE) > 20 and {"run_finetune.py", "run_dapt.py", "jobs/submit.py"} <= set(PATHS)
 
 
 @pytest.mark.parametrize("path", INSIDE)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from background import EVERY_STEP, USR2_PASSES, Run, dapt, finetune, log, state
+from background import EVERY_STEP, USR2_PASSES, Run, assert_same_run, dapt, finetune, log, state
 from helpers import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,32 +22,6 @@ KILLS = 20
 def in_process(script, *words):
     assert script == "run_finetune.py"
     run_finetune.main(finetune_parser("").parse_args([str(w) for w in words]))
-
-
-def same(a, b):
-    """Whether two nested states are equal, tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_run(a, b):
-    """Everything two finished runs leave is bit-identical, times and arguments aside."""
-    assert log(a) == log(b)
-    one, two = state(a), state(b)
-    one.pop("args"), two.pop("args")
-    for key in one:
-        assert same(one[key], two[key]), key
-    assert same(one, two)
-    weights = sorted(path.name for path in a.glob("*.pth"))
-    assert weights == sorted(path.name for path in b.glob("*.pth")) and weights
-    for name in weights:
-        assert same(*(torch.load(folder / name, weights_only=True) for folder in (a, b))), name
-    assert not [p.name for p in b.iterdir() if p.name.endswith((".tmp", ".new", ".old"))]
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +155,9 @@ def test_signals_to_a_single_process(data, tmp_path):
 
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 0  step 21/")
-    for pid in attempt.tree():
-        os.kill(pid, signal.SIGTERM)
+    for _ in range(4):  # by Slurm itself, by srun, by torchrun
+        for pid in attempt.tree():
+            os.kill(pid, signal.SIGTERM)
     assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 96 and marker.exists()
 
     attempt = Run(words, folder, processes=0)
@@ -198,10 +173,10 @@ def test_signals_to_a_single_process(data, tmp_path):
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 1  step 7/")
     assert not marker.exists() and [r["epoch"] for r in log(folder)] == [0]
-    for _ in range(3):
-        os.kill(attempt.process.pid, signal.SIGUSR1)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        os.kill(attempt.process.pid, number)
         time.sleep(0.002)
-    assert attempt.end(10) == 128 + signal.SIGUSR1 and not marker.exists()
+    assert attempt.end(10) == 128 + signal.SIGTERM and not marker.exists()
     assert "the third signal within 5 seconds: leaving at once" in attempt.output
 
 

@@ -7,7 +7,8 @@ The contract with whatever started the run (a Slurm job file, say):
   takes the file away; one that fails, or that finishes although a signal came, does not write it.
 - Each process then exits with code 75 (EX_TEMPFAIL of sysexits.h: try again). torchrun exits with 1 in any case, so
   the file tells, not the code.
-- More signals while it saves change nothing, but the third within 5 seconds ends the process at once.
+- More signals while it saves change nothing, but the third within 5 seconds ends the process at once. The same signal
+  again within half a second is the same one: Slurm, srun and torchrun may each deliver it.
 
 torchrun passes TERM on; for USR1 and USR2 it needs --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
@@ -28,6 +29,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 MARKER = "REQUEUE"
 EXIT_CODE = 75
 _IMPATIENT = 5.0  # seconds within which the third signal counts as "now"
+_ECHO = 0.5  # seconds within which the same signal has come by several ways
 _arrivals: list[tuple[float, int]] = []  # (time, signal) of each in this process
 
 
@@ -59,9 +61,14 @@ def catch_signals() -> None:
 
 
 def _listen(pipe: int) -> None:
+    latest: dict[int, float] = {}  # of each signal
     while number := os.read(pipe, 1):
-        if number[0] in SIGNALS:
-            _arrivals.append((time.monotonic(), number[0]))
+        if number[0] not in SIGNALS:
+            continue
+        now, before = time.monotonic(), latest.get(number[0], -_ECHO)
+        latest[number[0]] = now
+        if now - before > _ECHO:
+            _arrivals.append((now, number[0]))
             if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _IMPATIENT:
                 os.write(2, b"the third signal within 5 seconds: leaving at once\n")
                 os._exit(128 + number[0])

@@ -2,7 +2,7 @@
 # DAPT of VideoMAE ViT-L on BDD100K and CAP-DATA: 60 + 40 clips per step on each of 8 GPUs, 4 on a node.
 #
 #   BDD_PATH=/data/bdd100k/videos CAP_PATH=/data/CAP-DATA MODEL_PATH=/weights/videomae_vit_l_k400_1600e_pretrain.pth \
-#       sbatch jobs/dapt/pretrain_capdata_large.sh [more flags of run_dapt.py]
+#       sbatch jobs/dapt/pretrain_capdata_large.sh [-- more flags of run_dapt.py]
 #
 # Submit from the repository's root with the environment of requirements.txt active. Partition and account: on sbatch's
 # command line or in SBATCH_PARTITION, SBATCH_ACCOUNT. Submitting again continues from OUTPUT_DIR/checkpoint-last.
@@ -17,24 +17,20 @@
 #SBATCH --time=96:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR2@180
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+source jobs/_launch.sh
 
 BDD_PATH=${BDD_PATH:?the videos folder of BDD100K, with train/, val/ and test/}
 CAP_PATH=${CAP_PATH:?the root folder of CAP-DATA, with annotation/ and frames/}
 MODEL_PATH=${MODEL_PATH:?the checkpoint to start from}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/pretrain_capdata_large}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-gpus=${SLURM_GPUS_ON_NODE:-4}
-workers=$(( ${SLURM_CPUS_PER_TASK:-64} / gpus - 1 )) # per GPU, beside the training process
 
-# This script runs on the first node; there the processes of all nodes meet.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64} # srun does not take it from sbatch
-srun --kill-on-bad-exit=1 torchrun --nnodes="${SLURM_NNODES:-2}" --nproc_per_node="$gpus" \
-    --rdzv_backend=c10d --rdzv_endpoint="$(hostname):${RDZV_PORT:-29500}" --rdzv_id="${SLURM_JOB_ID:-0}" \
-    run_dapt.py \
+launch run_dapt.py \
     --model pretrain_videomae_large_patch16_224 --from_ckpt "$MODEL_PATH" --decoder_depth 12 \
     --data_set BDD100K CAP-DATA --data_path "$BDD_PATH" "$CAP_PATH" --output_dir "$OUTPUT_DIR" \
     --total_batch_size 480 320 --sampling_rate 16 1 --nb_samples_per_epoch 1000000 \
     --lr 3e-4 --min_lr 3e-5 --epochs 20 --stop_epoch 12 --warmup_epochs 1 --mask_ratio 0.75 \
-    --transforms_finetune_align --num_workers "$workers" "$@"
+    --transforms_finetune_align --num_workers "$WORKERS" "$@"

@@ -2,7 +2,7 @@
 # DAPT of VideoMAE ViT-S on Kinetics-700, for comparison: 800 clips per step, 200 on each of 4 GPUs.
 #
 #   DATA_PATH=/data/k700 MODEL_PATH=/weights/videomae_vit_s_k400_1600e_pretrain.pth \
-#       sbatch jobs/dapt/pretrain_k700.sh [more flags of run_dapt.py]
+#       sbatch jobs/dapt/pretrain_k700.sh [-- more flags of run_dapt.py]
 #
 # Submit from the repository's root with the environment of requirements.txt active. Partition and account: on sbatch's
 # command line or in SBATCH_PARTITION, SBATCH_ACCOUNT. Submitting again continues from OUTPUT_DIR/checkpoint-last.
@@ -17,19 +17,19 @@
 #SBATCH --time=48:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR2@180
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
+source jobs/_launch.sh
 
 DATA_PATH=${DATA_PATH:?the root folder of Kinetics-700, with annotations/ and train/}
 MODEL_PATH=${MODEL_PATH:?the checkpoint to start from}
 OUTPUT_DIR=${OUTPUT_DIR:-runs/pretrain_k700}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-gpus=${SLURM_GPUS_ON_NODE:-4}
-workers=$(( ${SLURM_CPUS_PER_TASK:-64} / gpus - 1 )) # per GPU, beside the training process
 
-torchrun --standalone --nproc_per_node="$gpus" run_dapt.py \
+launch run_dapt.py \
     --model pretrain_videomae_small_patch16_224 --from_ckpt "$MODEL_PATH" --decoder_depth 4 \
     --data_set Kinetics --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
     --total_batch_size 800 --sampling_rate 4 --nb_samples_per_epoch 0 \
     --lr 3e-4 --min_lr 3e-5 --epochs 38 --stop_epoch 22 --warmup_epochs 1 --mask_ratio 0.9 \
-    --no_transforms_finetune_align --num_workers "$workers" "$@"
+    --no_transforms_finetune_align --num_workers "$WORKERS" "$@"

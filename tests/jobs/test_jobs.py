@@ -1,10 +1,15 @@
-"""Each job file, run with a torchrun that prints what it was given."""
+"""Each job file in a dry run: the torchrun line it comes to. tests/jobs/test_slurm.py runs them."""
 
 import os
-import socket
+import shlex
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from background import USR2_PASSES, finetune
 from helpers import ROOT
 
 import run_finetune
@@ -26,27 +31,39 @@ MODELS = {
     "UMT-B": "umt_vit_base_patch16_224",
     "IV2-S": "internvideo2_small_patch14_224",
 }
-SRUN = 'echo "srun: $SRUN_CPUS_PER_TASK CPUs per task, $1" >&2; shift; exec "$@"'
 every_job = pytest.mark.parametrize("job", FINETUNE + DAPT, ids=lambda job: job.stem)
 every_finetune_job = pytest.mark.parametrize("job", FINETUNE, ids=lambda job: job.stem)
 
 
+# Quick ones: torchrun --help imports torch.
+TORCHRUN = """#!/bin/bash
+if [[ $1 == --help ]]; then echo "$TORCHRUN_HELP"; exit; fi
+[[ -n $MARKER ]] && mkdir -p "${MARKER%/*}" && touch "$MARKER"
+exit "$TORCHRUN_CODE"
+"""
+SCONTROL = """#!/bin/bash
+[[ $* == "show hostnames gpu[07-09]" ]] && printf '%s\\n' gpu07 gpu08 gpu09
+[[ $* == "--oneliner show node gpu07" ]] && echo "NodeName=gpu07 NodeAddr=10.0.0.7 NodeHostName=gpu07 Port=6818"
+exit 0
+"""
+
+
 @pytest.fixture
 def launch(tmp_path):
-    """Run a job file outside Slurm, with a torchrun that prints its words, one on a line."""
-    for name, content in (("torchrun", 'printf "%s\\n" "$@"'), ("srun", SRUN)):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+    """Run a job file outside Slurm, in a dry run unless told otherwise."""
+    for name, content in (("torchrun", TORCHRUN), ("scontrol", SCONTROL), ("nvidia-smi", "#!/bin/sh\nexit 9\n")):
+        (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
 
     def launch(job, *words, **environment):
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DRY_RUN": "1", **environment}
         return subprocess.run(["bash", job, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
 
     return launch
 
 
 def run_flags(done):
-    words = done.stdout.splitlines()
+    words = shlex.split(done.stdout)
     script, parser = ("run_dapt.py", dapt_parser) if "run_dapt.py" in words else ("run_finetune.py", finetune_parser)
     return parser("").parse_args(words[words.index(script) + 1 :])
 
@@ -82,17 +99,12 @@ def test_dapt_settings_are_the_published_ones(name, model, batch, gpus, nodes, d
 
 
 def test_several_nodes_meet_at_the_first(launch):
-    done = launch(
-        ROOT / "jobs" / "dapt" / "pretrain_capdata_large.sh",
-        **PATHS,
-        SLURM_NNODES="3",
-        SLURM_JOB_ID="7",
-        SLURM_CPUS_PER_TASK="12",
-    )
-    words = done.stdout.splitlines()
-    assert {"--nnodes=3", "--nproc_per_node=4", "--rdzv_id=7", "--rdzv_backend=c10d"} <= set(words)
-    assert f"--rdzv_endpoint={socket.gethostname()}:29500" in words
-    assert "srun: 12 CPUs per task, --kill-on-bad-exit=1" in done.stderr  # srun does not inherit them from sbatch
+    slurm = {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_ID": "70007", "SLURM_JOB_NODELIST": "gpu[07-09]"}
+    job = ROOT / "jobs" / "dapt" / "pretrain_capdata_large.sh"
+    words = shlex.split(launch(job, **PATHS, **slurm, SLURM_GPUS_ON_NODE="4").stdout)
+    assert {"--nnodes=3", "--nproc_per_node=4", "--rdzv_id=70007", "--rdzv_backend=c10d"} <= set(words)
+    assert "--rdzv_endpoint=10.0.0.7:20007" in words and "--standalone" not in words
+    assert "--rdzv_endpoint=10.0.0.7:29500" in shlex.split(launch(job, **PATHS, **slurm, RDZV_PORT="29500").stdout)
 
 
 @every_finetune_job
@@ -139,8 +151,79 @@ def test_missing_path_is_named(job, launch):
     assert done.returncode != 0 and ("_PATH: the root folder of" in done.stderr or "_PATH: the videos" in done.stderr)
 
 
-@every_finetune_job
-@pytest.mark.parametrize(("allocated", "processes", "workers"), [({}, "1", 15), ({"SLURM_GPUS_ON_NODE": "4"}, "4", 3)])
-def test_processes_and_workers_follow_the_allocation(job, launch, allocated, processes, workers):
-    done = launch(job, **PATHS, **allocated)
-    assert f"--nproc_per_node={processes}\n" in done.stdout and run_flags(done).num_workers == workers
+@every_job
+@pytest.mark.parametrize("option", ["", "  --signals-to-handle X, --signals_to_handle X"])
+def test_signals_are_handled_where_torchrun_can(job, option, launch):
+    words = shlex.split(launch(job, **PATHS, TORCHRUN_HELP=option).stdout)
+    assert words[:2] == ["torchrun", "--nproc_per_node=1"] and words.count("--standalone") == 1
+    handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+    assert (handled in words) == ("--shutdown-timeout=150" in words) == bool(option)
+    assert "\n#SBATCH --signal=USR2@180\n" in job.read_text() and "\n#SBATCH --requeue\n" in job.read_text()
+
+
+@every_job
+def test_flags_may_follow_two_dashes(job, launch):
+    assert run_flags(launch(job, "--", "--stop_epoch", "3", **PATHS)).stop_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes", "workers"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "16", "SLURM_GPUS_ON_NODE": "4"}, 4, 3),
+        ({"SLURM_CPUS_PER_TASK": "16"}, 1, 15),
+        ({"SLURM_CPUS_PER_TASK": "16", "NPROC_PER_NODE": "8"}, 8, 1),
+        ({"SLURM_CPUS_ON_NODE": "6", "SLURM_GPUS_ON_NODE": "2"}, 2, 2),
+        ({"SLURM_CPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "2"}, 2, 0),
+    ],
+)
+def test_processes_and_workers_follow_the_allocation(environment, processes, workers, launch):
+    done = launch(FINETUNE[0], **PATHS, SLURM_JOB_ID="7", **environment)
+    assert f"--nproc_per_node={processes} " in done.stdout and run_flags(done).num_workers == workers
+
+
+def test_processes_outside_slurm(launch):
+    assert "--nproc_per_node=2 " in launch(FINETUNE[0], **PATHS, CUDA_VISIBLE_DEVICES="0,3").stdout
+    assert "--nproc_per_node=1 " in launch(FINETUNE[0], **PATHS, CUDA_VISIBLE_DEVICES="").stdout
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "marker", "left_over", "code"),
+    [(0, False, False, 0), (1, False, False, 1), (1, True, False, 75), (1, False, True, 1), (3, True, True, 75)],
+)
+def test_the_marker_tells_an_interrupted_run_from_a_failed_one(torchrun, marker, left_over, code, launch, tmp_path):
+    folder = tmp_path / "a run"
+    if left_over:
+        folder.mkdir()
+        (folder / "REQUEUE").touch()
+    environment = {"DRY_RUN": "", "TORCHRUN_CODE": str(torchrun), "MARKER": f"{folder}/REQUEUE" if marker else ""}
+    done = launch(FINETUNE[0], "--", f"--output_dir={folder}", **PATHS, **environment)
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("handled", sorted({USR2_PASSES, False}))
+def test_usr2_to_every_process_stops_the_run_whatever_the_torch(handled, data, tmp_path):
+    """Without Slurm, but with its way of signalling: to the launcher and torchrun, not to sessions of their own."""
+    real = Path(sys.executable).parent / "torchrun"
+    stand_in = tmp_path / "bin" / "torchrun"  # of a torch with --signals-to-handle, or of one before it
+    stand_in.parent.mkdir()
+    option = "--signals-to-handle" if handled else ""
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = --help ] && echo "{option}" && exit\nexec {real} "$@"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "NPROC_PER_NODE": "2"}
+    with (tmp_path / "out").open("w") as out:
+        words = ["bash", "-c", 'source jobs/_launch.sh; launch "$@"', "launch", *map(str, finetune(data))]
+        words += ["--output_dir", str(tmp_path / "run")]
+        job = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
+    said = (tmp_path / "out").read_text
+    if handled:
+        time.sleep(0.5)
+        os.killpg(job.pid, signal.SIGUSR2)  # while torchrun starts: it must not die of it
+    deadline = time.monotonic() + 200
+    while "epoch 0  step 21/" not in said():
+        assert time.monotonic() < deadline and job.poll() is None, said()
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGUSR2)
+    assert job.wait(120) == 75, said()
+    assert f"stopped on SIG{'USR2' if handled else 'TERM'}: epoch 0, " in said()
+    assert (tmp_path / "run" / "REQUEUE").exists()

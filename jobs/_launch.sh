@@ -1,0 +1,105 @@
+# The launcher of every job file and of jobs/submit.py: torchrun on each node, and a requeue of a preempted job.
+#
+#   source jobs/_launch.sh
+#   launch run_finetune.py FLAGS...        a bare -- among the flags is dropped
+#
+# In a Slurm job it takes all nodes of the job, elsewhere this machine. It exits with 0 if the run finished; with 75 if
+# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py), having requeued the job;
+# with another code if it failed: a job that crashes fails once.
+#
+# From the environment:
+#   NPROC_PER_NODE    processes on each node; default: the GPUs of the job there, 1 where there are none
+#   OMP_NUM_THREADS   threads of each process; default: 1 beside a GPU, else its share of the CPUs
+#   RDZV_PORT         port of the first node on which several nodes meet; default: by the job's number
+#   DRY_RUN=1         print the command instead
+# For the job files: WORKERS, the loading processes for which a training process has CPUs.
+
+trap : USR1 USR2 # they are for the run
+
+_gpus() {
+    if [[ -n ${SLURM_JOB_ID-} ]]; then
+        echo "${SLURM_GPUS_ON_NODE:-0}"
+    elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    else
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    fi
+}
+
+_gpus=$(_gpus)
+_cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}
+export NPROC_PER_NODE=${NPROC_PER_NODE:-$((_gpus > 0 ? _gpus : 1))}
+_share=$((_cpus > NPROC_PER_NODE ? _cpus / NPROC_PER_NODE : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((_gpus > 0 ? 1 : _share))}
+WORKERS=$((_share - 1)) # beside the training process
+
+# Run torchrun so that USR1 and USR2, which Slurm sends to it too, cannot kill it: neither while it starts, before it
+# handles them, nor where this torch cannot handle them. There it gets TERM instead, which every torch passes on.
+_torchrun='
+trap "" USR1 USR2
+[[ $* == *--signals-to-handle=* ]] && exec "$@"
+"$@" & pid=$!
+trap "kill -TERM $pid" TERM USR1 USR2
+while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done
+exit $code'
+
+_command() { # sets `command` to the words that run $@ on every node
+    local nodes=${SLURM_JOB_NUM_NODES:-1} help first address
+    help=$(torchrun --help) || return
+    command=(torchrun --nproc_per_node="$NPROC_PER_NODE")
+    if [[ $help == *--signals-to-handle* ]]; then
+        command+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=150)
+    fi
+    if ((nodes == 1)); then
+        command+=(--standalone)
+    else
+        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) || return
+        address=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*') || return
+        command+=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID")
+        command+=(--rdzv_endpoint="${address#*=}:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}")
+    fi
+    command+=("$@")
+}
+
+_output_dir() { # the last --output_dir among $@
+    local found=. word before=
+    for word; do
+        [[ $before == --output_dir ]] && found=$word
+        [[ $word == --output_dir=* ]] && found=${word#*=}
+        before=$word
+    done
+    echo "$found"
+}
+
+_run() { # torchrun with $@ on every node; 75 if it was preempted
+    local nodes=${SLURM_JOB_NUM_NODES:-1} folder code=0
+    folder=$(_output_dir "$@")
+    rm -f "$folder/REQUEUE" # of an earlier run, should this one fail before it does that itself
+    command=(bash -c "$_torchrun" torchrun "${command[@]}")
+    if [[ -n ${SLURM_JOB_ID-} ]]; then
+        export SRUN_CPUS_PER_TASK=$_cpus # srun does not take it from sbatch
+        command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "${command[@]}")
+    fi
+    trap : TERM # the run gets it too; this shell must see its end
+    "${command[@]}" || code=$?
+    # Looked up in the listing: a network file system may remember for a while that there was no such file.
+    [[ $'\n'$(ls "$folder" 2>/dev/null)$'\n' == *$'\nREQUEUE\n'* ]] && return 75
+    return "$code"
+}
+
+launch() {
+    local word words=() command code=0
+    for word; do [[ $word == -- ]] || words+=("$word"); done
+    _command "${words[@]}" || exit
+    if [[ -n ${DRY_RUN-} ]]; then
+        printf '%q ' "${command[@]}"
+        echo
+        exit
+    fi
+    _run "${words[@]}" || code=$?
+    if ((code == 75)) && [[ -n ${SLURM_JOB_ID-} ]]; then
+        echo "preempted with its state saved: requeueing job $SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
+}
