@@ -109,6 +109,8 @@ def main(words: list[str]) -> None:
 
     import submitit
 
+    for name, _ in args.sbatch:  # sbatch prefers these to the script that submitit writes
+        os.environ.pop(f"SBATCH_{name.upper().replace('-', '_')}", None)
     run = Launch([str(ROOT / args.script), *flags], args.nproc_per_node or args.gpus_per_node or 1)
     try:
         executor = submitit.AutoExecutor(args.folder or output_dir / "submitit", cluster=args.cluster)

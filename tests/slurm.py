@@ -52,6 +52,13 @@ def missing() -> str | None:
     return None if os.geteuid() == 0 else "Slurm's daemons need root"
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [s.getsockname()[1] for s in sockets]
+
+
 class Slurm:
     """The cluster, from start() to stop(); everything it writes goes to `folder`."""
 
@@ -66,9 +73,7 @@ class Slurm:
     def start(self) -> None:
         """Start munged, the controller and two nodes; wait until both are idle. Raises TimeoutError."""
         (self.folder / "state").mkdir(parents=True)
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-            ports = [s.getsockname()[1] for s in sockets]
+        ports = free_ports(3)
         host = socket.gethostname().split(".")[0]
         (self.folder / "slurm.conf").write_text(CONF.format(folder=self.folder, host=host, ports=ports))
         key = self.folder / "munge.key"
@@ -106,8 +111,15 @@ class Slurm:
             process.wait(30)
 
     def call(self, *words: object, check: bool = True, **environment: object) -> str:
-        """Output of a command with this cluster in its environment, at the repository's root."""
-        env = self.environment | {name: str(value) for name, value in environment.items()}
+        """Output of a command with this cluster in its environment, at the repository's root.
+
+        A job submitted by it meets on a port of its own: other clusters on this machine have the same job numbers.
+        """
+        env = (
+            self.environment
+            | {"RDZV_PORT": str(free_ports(1)[0])}
+            | {name: str(value) for name, value in environment.items()}
+        )
         done = subprocess.run([str(w) for w in words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
