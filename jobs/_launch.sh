@@ -53,8 +53,8 @@ _command() { # sets `command` to the words that run $@ on every node
     if ((nodes == 1)); then
         command+=(--standalone)
     else
-        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1) || return
-        address=$(scontrol --oneliner show node "$first" | grep -o 'NodeAddr=[^ ]*') || return
+        first=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return
+        address=$(scontrol --oneliner show node "${first%%$'\n'*}" | grep -o 'NodeAddr=[^ ]*') || return
         command+=(--nnodes="$nodes" --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID")
         command+=(--rdzv_endpoint="${address#*=}:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}")
     fi
