@@ -127,6 +127,13 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(roots, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_learned_position_table_is_trained_and_resumed(roots, tmp_path):
+    for stop in (1, 2):
+        in_process(*mix(roots, tmp_path / "run", *SHARES, "--pos_embed", "learned", "--stop_epoch", stop))
+    first, last = (torch.load(tmp_path / "run" / f"checkpoint-{i}.pth", weights_only=True) for i in (0, 1))
+    assert not torch.equal(first["encoder.pos_embed"], last["encoder.pos_embed"])
+
+
 def test_a_run_is_not_continued_on_other_data(roots, tmp_path):
     folder = tmp_path / "videos"
     shutil.copytree(roots / "videos", folder)

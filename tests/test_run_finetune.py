@@ -15,6 +15,7 @@ from helpers import ROOT, run
 
 import run_finetune
 from models import create_model
+from models.weights import CheckpointError
 from utils.config import ConfigError
 from utils.flags import finetune_parser
 
@@ -267,6 +268,30 @@ def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finish
         assert [r["epoch"] for r in log(tmp_path)] == list(range(stop))
     a, b = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (tmp_path, finished))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_learned_position_table_is_trained_resumed_and_evaluated(dota_root, tmp_path):
+    source = create_model("vit_tiny_patch16_64")
+    source.learn_pos_embed()
+    with torch.no_grad():
+        source.pos_embed.mul_(2)
+    torch.save(source.state_dict(), tmp_path / "learned.pth")
+    words = [*SHORT, "--finetune", tmp_path / "learned.pth", "--disable_eval_during_finetuning"]
+    in_process(*flags(dota_root, tmp_path / "whole", *words))
+    for stop in (1, 2):
+        in_process(*flags(dota_root, tmp_path / "parts", *words, "--stop_epoch", stop))
+    whole, parts = (torch.load(tmp_path / f / "checkpoint-1.pth", weights_only=True) for f in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not torch.equal(whole["pos_embed"], source.pos_embed)
+    evaluation = ["--eval", "--finetune", tmp_path / "whole" / "checkpoint-1.pth"]
+    in_process(*flags(dota_root, tmp_path / "eval", *evaluation))
+    in_process(*flags(dota_root, tmp_path / "fixed", *evaluation, "--pos_embed", "sincos"))
+    learned, fixed = ((tmp_path / f / "predictions.csv").read_text() for f in ("eval", "fixed"))
+    assert learned != fixed
+    with pytest.raises(CheckpointError, match="lacks 1 tensors the model needs: pos_embed"):
+        torch.save({k: v for k, v in whole.items() if k != "pos_embed"}, tmp_path / "none.pth")
+        none = ["--eval", "--finetune", tmp_path / "none.pth", "--pos_embed", "learned"]
+        in_process(*flags(dota_root, tmp_path / "none", *none))
 
 
 @pytest.mark.parametrize(
