@@ -7,14 +7,15 @@ from dataclasses import dataclass
 class Dialect:
     """How one kind of published file is recognised and read. All patterns match whole keys.
 
-    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where that tells
-    families with the same keys apart. family: what the file must say of itself. prefix: pattern of what stands before
-    the encoder's keys. final_norm: pattern of the names of the encoder's final norm, all the same tensor. ignored:
-    patterns of keys that are left out on purpose where the model has no place for them. fresh: pattern of what a
-    classifier may lack, in our names; each module wholly or not at all. own_target: the decoder predicts something else
-    than pixels, so it is left out of a masked autoencoder too. models: pattern of the models it is for. pos_embed: the
-    position table the weights were trained with, where the file is of one family alone. stored_table: the file has it.
-    inflated: a patch embedding of one frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
+    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where these are not
+    the pixels of a token and tell families with the same keys apart. family: what the file must say of itself. prefix:
+    pattern of what stands before the encoder's keys. final_norm: pattern of the names of the encoder's final norm, all
+    the same tensor. ignored: patterns of keys that are left out on purpose where the model has no place for them.
+    fresh: pattern of what a classifier may lack, in our names; each module wholly or not at all. own_target: the
+    decoder predicts something else than pixels, so it is left out of a masked autoencoder too. models: pattern of the
+    models it is for. pos_embed: the position table the weights were trained with, where the file is of one family
+    alone. stored_table: the file has it. inflated: a patch embedding of one frame is repeated for a model with more, as
+    in I3D (arXiv:1705.07750).
     """
 
     name: str

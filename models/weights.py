@@ -111,9 +111,11 @@ def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str])
 
 
 def _recognise(entries: list[_Entry], checkpoint: Checkpoint) -> Dialect:
-    outputs = next((len(e.tensor) for e in entries if e.bare == "decoder.head.weight" and e.tensor.ndim), None)
+    sizes = {re.sub(r"^encoder\.", "", e.bare): e.tensor.shape for e in entries if e.tensor.ndim}
+    outputs, patch = sizes.get("decoder.head.weight", (None,))[0], sizes.get("patch_embed.proj.weight", (0,))[1:]
+    predicts = outputs if outputs != math.prod(patch) else None  # something else than the token's own pixels
     for dialect in DIALECTS:
-        fits = dialect.decoder_outputs in (None, outputs) and dialect.family in (None, checkpoint.family)
+        fits = dialect.decoder_outputs in (None, predicts) and dialect.family in (None, checkpoint.family)
         if fits and any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
             return dialect
     if any(re.match(r"(vivit\.)?embeddings\.", entry.bare) for entry in entries):

@@ -26,7 +26,7 @@ LOST = "error: lost the other processes: one has ended, and says why in its own 
 def test_the_error_of_one_rank_ends_all_with_its_message_first(data, tmp_path):
     words = [w if w != 1000 else 0 for w in finetune(data)]
     output = fails(words, tmp_path / "run")
-    message = "error: more than --max_bad_samples 0 samples skipped, the last: synthetictr_000003"
+    message = "error: more than --max_bad_samples 0 samples skipped in an epoch, the last of synthetictr_000003"
     assert -1 < output.index(message) < output.index(LOST) < output.index("Traceback")  # torchrun's
 
 

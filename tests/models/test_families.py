@@ -357,6 +357,13 @@ def videomae_file(model):
     return tiny("pretrain_videomae_tiny_patch16_64").state_dict() | encoder
 
 
+def test_a_umt_after_dapt_is_not_taken_for_smile(tmp_path):
+    """Its token of one frame has 768 pixels, as many as the outputs of SMILE's decoder."""
+    source, model = tiny("pretrain_umt_vit_tiny_patch16_64"), tiny("umt_vit_tiny_patch16_64")
+    report = load_pretrained(model, save(tmp_path, source.state_dict()))
+    assert report.dialect == "VideoMAE pre-training" and report.missing == ["head.weight", "head.bias"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["VideoMAE pre-training", *TINY])
 def test_every_family_goes_through_both_scripts(dialect, dota_root, tmp_path):
