@@ -199,8 +199,8 @@ def build_model(args: Namespace, process: Process, resumed: dict | None) -> Mask
             std=defaults.std,
             **given(args, ("decoder_depth", "gelu")),
         )
-    if args.pos_embed == "learned" or (resumed and "encoder.pos_embed" in resumed["model"]):
-        model.encoder.learn_pos_embed()
+    if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
+        raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.from_ckpt and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.from_ckpt)
@@ -216,6 +216,8 @@ def build_model(args: Namespace, process: Process, resumed: dict | None) -> Mask
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")
     elif not resumed:
         logger.warning(f"no --from_ckpt: {args.model} starts from random weights")
+    if args.pos_embed == "learned" or (resumed and "encoder.pos_embed" in resumed["model"]):
+        model.encoder.learn_pos_embed()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:

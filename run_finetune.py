@@ -111,7 +111,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     with config_errors():
         defaults = model_defaults(args.model)
     if args.model.startswith("pretrain_"):
-        raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes one of the vit_ models")
+        raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes a classifier, see --help")
     fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
@@ -336,8 +336,8 @@ def build_model(
             fc_drop_rate=args.fc_drop_rate,
             **given(args, ("final_reduction", "gelu")),
         )
-    if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
-        model.learn_pos_embed()
+    if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
+        raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.finetune and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.finetune)
@@ -353,6 +353,8 @@ def build_model(
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")
     elif not resumed:
         logger.info(f"no --finetune: {args.model} has random weights")
+    if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
+        model.learn_pos_embed()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:

@@ -19,6 +19,7 @@ import math
 import os
 import random
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -226,8 +227,11 @@ def restore(
 
 def save_weights(path: str | Path, model: nn.Module) -> None:
     """Write the state dict of an unwrapped model, flat, on the CPU, in one rename."""
+    state = model.state_dict()
+    on_cpu = OrderedDict((key, tensor.detach().cpu()) for key, tensor in state.items())
+    on_cpu._metadata = state._metadata  # which model it is
     with _explained(path), replaced(path) as temporary:
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, temporary)
+        torch.save(on_cpu, temporary)
 
 
 def keep_epoch(folder: str | Path, model: nn.Module, epoch: int, *, stop_epoch: int, every: int) -> None:

@@ -28,7 +28,7 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors.
 
-    epoch, family: what the file says of itself, if it does.
+    epoch, family: what the file says of itself, if it does. model: its registered name, in a file of ours.
     """
 
     path: str
@@ -36,6 +36,7 @@ class Checkpoint:
     state: dict[str, Tensor]
     epoch: int | None = None
     family: str | None = None
+    model: str | None = None
 
 
 def brief(keys: Iterable[str], limit: int = 4) -> str:
@@ -79,9 +80,14 @@ def _safe_types() -> list:
     return [argparse.Namespace, np.dtype, *dtypes, *scalars]
 
 
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file with these 9 bytes at its beginning is one: the length of a JSON header, and the header."""
+    return head[8:9] == b"{"
+
+
 def is_flax(head: bytes) -> bool:
-    """Whether a file with this beginning is a flax checkpoint: a msgpack map, which no pickle begins like."""
-    return bool(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
+    """Whether a file with these 9 bytes at its beginning is a flax checkpoint: a msgpack map. No pickle begins so."""
+    return bool(head) and not is_safetensors(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
 
 
 def _explain_unreadable(path: Path, error: Exception) -> str:
@@ -109,7 +115,7 @@ def _load(file: Path) -> object:
     """The content of a PyTorch or safetensors file."""
     with file.open("rb") as f:
         head = f.read(9)
-    if head[8:] == b"{":  # safetensors: the length of a JSON header, the header, bytes
+    if is_safetensors(head):
         return load_file(file)
     with torch.serialization.safe_globals(_safe_types()):
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -149,6 +155,7 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
         dict(state),
         epoch=about["epoch"] if isinstance(about["epoch"], int) else None,
         family=about["family"] if isinstance(about["family"], str) else None,
+        model=getattr(state, "_metadata", {}).get("", {}).get("model"),
     )
 
 

@@ -1,31 +1,31 @@
 """The kinds of published checkpoint files: how each is recognised, and which of its keys are left out on purpose."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How one kind of published file is recognised and read. All patterns match whole keys.
 
-    marks: a pattern that at least one key matches. decoder_outputs: rows of decoder.head.weight, where these are not
-    the pixels of a token and tell families with the same keys apart. family: what the file must say of itself. prefix:
-    pattern of what stands before the encoder's keys. final_norm: pattern of the names of the encoder's final norm, all
-    the same tensor. ignored: patterns of keys that are left out on purpose where the model has no place for them.
-    fresh: pattern of what a classifier may lack, in our names; each module wholly or not at all. own_target: the
-    decoder predicts something else than pixels, so it is left out of a masked autoencoder too. models: pattern of the
-    models it is for. pos_embed: the position table the weights were trained with, where the file is of one family
-    alone. stored_table: the file has it. inflated: a patch embedding of one frame is repeated for a model with more, as
-    in I3D (arXiv:1705.07750).
+    marks: a pattern that at least one key matches, as it stands or without the prefixes of wrappers. shapes: key ->
+    pattern of its shape, written like 768x384, where these tell families with the same keys apart. family: what the
+    file must say of itself. prefix: pattern of what stands before the encoder's keys. final_norm: pattern of the names
+    of the encoder's final norm, all the same tensor. ignored: patterns of keys that are left out on purpose where the
+    model has no place for them. fresh: pattern of what a classifier may lack, in our names; each module wholly or not
+    at all. own_target: the decoder predicts something else than pixels, so it is left out of a masked autoencoder too.
+    models: pattern of the models it is for. pos_embed: the position table the weights were trained with, unless the
+    file names its model; None where it can be any. stored_table: the file has it. inflated: a patch embedding of one
+    frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
     """
 
     name: str
     marks: str
+    shapes: dict[str, str] = field(default_factory=dict)
     family: str | None = None
     prefix: str = r"encoder\."
     final_norm: str = r"(fc_)?norm"
     ignored: tuple[str, ...] = ()
     fresh: str = r"head\..+"
-    decoder_outputs: int | None = None
     own_target: bool = False
     models: str = r"(pretrain_videomae|vit)_.+"
     pos_embed: str | None = "sinusoid"
@@ -40,6 +40,8 @@ _PIXEL_DECODER = (
     rf"decoder\.{_BLOCK}",
     r"decoder\.(norm|head)\.(weight|bias)",
 )
+_TUBELET_OF_TWO = r"\d+x3x2x16x16"  # 768 are not the pixels of such a token
+_PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
 # The first that fits wins.
 DIALECTS = (
     Dialect(
@@ -108,10 +110,35 @@ DIALECTS = (
         "SMILE pre-training",
         marks=r"encoder\.blocks\.\d+\..+",
         ignored=_PIXEL_DECODER,
-        decoder_outputs=768,
+        shapes={"decoder.head.weight": r"768x\d+", "patch_embed.proj.weight": _TUBELET_OF_TWO},
         own_target=True,
     ),
-    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, pos_embed=None),
-    Dialect("Video ViT", marks=r"blocks\.\d+\..+", prefix="", ignored=(r"head\.(weight|bias)",), pos_embed=None),
-    Dialect("Video ViT as a backbone", marks=r"backbone\.blocks\.\d+\..+", prefix=r"backbone\.", pos_embed=None),
+    Dialect(
+        "MGMAE or VideoMAE V2 pre-training",
+        marks=r"(module\.)?_orig_mod\.encoder\.blocks\.\d+\..+",
+        ignored=_PIXEL_DECODER,
+    ),
+    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, models=_PLAIN),
+    Dialect(
+        "VideoMAE V2 distilled",
+        marks=r"blocks\.\d+\..+",
+        shapes={"head.weight": r"710x\d+", "patch_embed.proj.weight": _TUBELET_OF_TWO},
+        prefix="",
+        ignored=(r"head\.(weight|bias)",),
+    ),
+    Dialect(
+        "Video ViT",
+        marks=r"blocks\.\d+\..+",
+        prefix="",
+        ignored=(r"head\.(weight|bias)",),
+        models=_PLAIN,
+        pos_embed=None,
+    ),
+    Dialect(
+        "Video ViT as a backbone",
+        marks=r"backbone\.blocks\.\d+\..+",
+        prefix=r"backbone\.",
+        models=_PLAIN,
+        pos_embed=None,
+    ),
 )

@@ -4,8 +4,6 @@ Shapes: B clips, T frames, H x W pixels, N tokens in (t h w) order, D channels o
 State-dict keys are those of the published checkpoints (github.com/OpenGVLab/InternVideo, InternVideo2).
 """
 
-from functools import partial
-
 import torch
 from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_, use_fused_attn
 from torch import nn
@@ -15,7 +13,15 @@ from models.pos_embed import sincos_3d
 from models.registry import register_model
 from models.vit import LayerNorm, VideoEncoder, drop_path_rates, gelu_layer, init_weights
 
-RMSNorm = partial(nn.RMSNorm, eps=1e-6)
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, in the type of its input: under autocast its weight is float32, which no fused kernel takes."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def attend(
@@ -44,7 +50,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop_rate if self.training else 0.0
         return self.proj_drop(self.proj(attend(q, k, v, num_heads=self.num_heads, dropout=dropout, fused=self.fused)))
 
@@ -72,8 +78,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))).to(x.dtype))  # LayerScale's weight is float32
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))).to(x.dtype))
 
 
 class CrossAttention(nn.Module):
@@ -177,7 +183,7 @@ class InternVideo2(VideoEncoder):
         self.norm = nn.Identity() if pooled else LayerNorm(embed_dim)
         self.fc_norm = nn.LayerNorm(pool_dim, eps=1e-5) if pooled else nn.Identity()
         self.fc_dropout = nn.Dropout(fc_drop_rate)
-        self.head = nn.Linear(pool_dim, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(pool_dim if pooled else embed_dim, num_classes) if num_classes else nn.Identity()
 
         self.apply(init_weights)
         trunc_normal_(self.cls_token, std=0.02)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -73,6 +74,8 @@ def model_defaults(name: str) -> ModelDefaults:
 def create_model(name: str, **kwargs) -> nn.Module:
     """Build a registered model; keyword arguments go to its constructor over the name's defaults.
 
+    Its state dict carries the name, in the metadata that PyTorch keeps beside the tensors.
+
     Raises ValueError for an unknown name (with the list of known ones), TypeError for an unknown argument.
     """
     build, defaults = _find(name)
@@ -81,4 +84,11 @@ def create_model(name: str, **kwargs) -> nn.Module:
         "input_size": defaults.input_size,
         "tubelet_size": defaults.tubelet_size,
     }
-    return build(**(shape | kwargs))
+    model = build(**(shape | kwargs))
+    model.register_state_dict_post_hook(partial(_sign, name))
+    return model
+
+
+def _sign(name: str, module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    """Put the name of a model into the metadata of its state dict."""
+    metadata["model"] = name

@@ -12,22 +12,15 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from models.checkpoint_file import (
-    CONVERT_VIVIT,
-    MODEL_KEYS,
-    Checkpoint,
-    CheckpointError,
-    brief,
-    fetch,
-    read_checkpoint,
-)
-from models.dialects import DIALECTS, Dialect
+from models.checkpoint_file import MODEL_KEYS, CheckpointError, brief, fetch, read_checkpoint
+from models.dialects import Dialect
+from models.identify import Entry, Shapes, check_architecture, find_entries, likely_models, recognise
 from models.pos_embed import likely_grid, resampled
 from models.registry import create_model, list_models
 
@@ -35,7 +28,6 @@ __all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_ch
 
 
 _OWN_PREFIX = r"encoder\."  # of our masked autoencoder; the classifier has none
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 
 
@@ -81,76 +73,9 @@ class LoadReport:
 # Keys
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of the file: its key there, and the key without wrappers' prefixes."""
-
-    key: str
-    bare: str
-    tensor: Tensor
-
-
 def _canonical(key: str, prefix: str, final_norm: str) -> str:
     """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
     return re.sub(rf"^{final_norm}\.", "norm.", re.sub(f"^{prefix}", "", key))
-
-
-def _entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[_Entry]:
-    """The file's tensors under model_prefix; the others go to reasons."""
-    prefix = _WRAPPERS.sub("", model_prefix and model_prefix.rstrip(".") + ".")
-    entries = []
-    for key, tensor in checkpoint.state.items():
-        bare = _WRAPPERS.sub("", key)
-        if bare.startswith(prefix):
-            entries.append(_Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), tensor))
-        else:
-            reasons[key] = f"outside {prefix}*"
-    if not entries:
-        raise CheckpointError(f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {brief(checkpoint.state)}")
-    return entries
-
-
-def _recognise(entries: list[_Entry], checkpoint: Checkpoint) -> Dialect:
-    sizes = {re.sub(r"^encoder\.", "", e.bare): e.tensor.shape for e in entries if e.tensor.ndim}
-    outputs, patch = sizes.get("decoder.head.weight", (None,))[0], sizes.get("patch_embed.proj.weight", (0,))[1:]
-    predicts = outputs if outputs != math.prod(patch) else None  # something else than the token's own pixels
-    for dialect in DIALECTS:
-        fits = dialect.decoder_outputs in (None, predicts) and dialect.family in (None, checkpoint.family)
-        if fits and any(re.fullmatch(dialect.marks, entry.bare) for entry in entries):
-            return dialect
-    if any(re.match(r"(vivit\.)?embeddings\.", entry.bare) for entry in entries):
-        raise CheckpointError(f"{checkpoint.path}: this is a ViViT of Hugging Face; {CONVERT_VIVIT}")
-    keys = brief(entry.bare for entry in entries)
-    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
-
-
-def _architecture(shapes: dict[str, tuple[int, ...]]) -> tuple:
-    """(shape of the patch embedding or None, number of blocks) under canonical keys: what tells the sizes apart."""
-    return shapes.get("patch_embed.proj.weight"), _depth("blocks", shapes)
-
-
-def _depth(prefix: str, keys: Iterable[str]) -> int:
-    """How many blocks there are under a prefix."""
-    return 1 + max((int(m.group(1)) for k in keys if (m := re.match(rf"{prefix}\.(\d+)\.", k))), default=-1)
-
-
-def _names(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> list[str]:
-    """The registered models of this architecture that fit."""
-    names = []
-    for name in list_models():
-        with torch.device("meta"):
-            model = create_model(name)
-        shapes = {k.removeprefix("encoder."): tuple(v.shape) for k, v in model.state_dict().items()}
-        if _architecture(shapes) == architecture and fits(name, model):
-            names.append(name)
-    return names
-
-
-def _describe(architecture: tuple, fits: Callable[[str, nn.Module], bool]) -> str:
-    """Their names, else the numbers of the architecture."""
-    embed, depth = architecture
-    names = _names(architecture, fits)
-    return " or ".join(names) or f"a model of {depth} blocks with patch_embed.proj.weight of shape {embed}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,27 +107,25 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(path, model_key)
     reasons: dict[str, str] = {}  # of each key that is ignored
-    entries = _entries(checkpoint, model_prefix, reasons)
-    dialect = _recognise(entries, checkpoint)
-    source: dict[str, _Entry] = {}  # by canonical key, as is `target`
-    for entry in entries:
-        other = source.setdefault(_canonical(entry.bare, dialect.prefix, dialect.final_norm), entry)
-        if other is not entry:
-            raise CheckpointError(f"{path}: {other.key} and {entry.key} both stand for the same tensor; one must go")
+    entries = find_entries(checkpoint, model_prefix, reasons)
+    dialect = recognise(entries, checkpoint)
+    source = _by_canonical_key(entries, dialect, path)  # as are `target` and `shapes`
     state = model.state_dict()
     target = {_canonical(key, _OWN_PREFIX, dialect.final_norm): key for key in state}
     shapes = {c: tuple(state[key].shape) for c, key in target.items()}
 
-    _check_architecture(model, shapes, {c: tuple(entry.tensor.shape) for c, entry in source.items()}, dialect, path)
+    check_architecture(model, shapes, {c: tuple(e.tensor.shape) for c, e in source.items()}, dialect, checkpoint)
     _set_foreign_head_aside(source, shapes, reasons)
-    for c in [c for c in source if c not in target or dialect.own_target]:
-        if any(re.fullmatch(rule, source[c].bare) for rule in dialect.ignored):
-            entry = source.pop(c)
-            reasons[entry.key] = entry.bare if "." not in entry.bare else f"{entry.bare.split('.')[0]}.*"
+    _check_pooling(source, target, path)
+    _set_ignored_aside(source, target, dialect, reasons)
     encoder = getattr(model, "encoder", model)
     if not stored_table:
         _drop_table(source, shapes, reasons, path)
-    fitted = _settle_position_table(source, encoder, reasons) + _fit_patch_embed(source, shapes)
+    ours = checkpoint.model in list_models()
+    fitted = _settle_position_table(source, encoder, reasons, learned=ours) + _fit_patch_embed(source, shapes)
+    if not (ours or dialect.pos_embed or dialect.stored_table or "pos_embed" in source):
+        kind = encoder.pos_embed_kind
+        fitted.append(f"position table: {kind}, the model's; the file does not say which it was trained with")
     if "pos_embed" in source or (stored_table and dialect.stored_table):
         target["pos_embed"] = "pos_embed" if encoder is model else "encoder.pos_embed"
         shapes["pos_embed"] = tuple(encoder.pos_embed.shape)
@@ -234,31 +157,40 @@ def load_pretrained(
     )
 
 
-def _check_architecture(
-    model: nn.Module, wanted: dict[str, tuple], found: dict[str, tuple], dialect: Dialect, path: str
+def _by_canonical_key(entries: list[Entry], dialect: Dialect, path: str) -> dict[str, Entry]:
+    """The entries by canonical key. Raises CheckpointError where two have the same."""
+    source: dict[str, Entry] = {}
+    for entry in entries:
+        other = source.setdefault(_canonical(entry.bare, dialect.prefix, dialect.final_norm), entry)
+        if other is not entry:
+            raise CheckpointError(f"{path}: {other.key} and {entry.key} both stand for the same tensor; one must go")
+    return source
+
+
+def _set_ignored_aside(
+    source: dict[str, Entry], target: dict[str, str], dialect: Dialect, reasons: dict[str, str]
 ) -> None:
-    """Raise CheckpointError where the file is of another model size or family. Shapes by canonical key."""
-    own, other = _architecture(wanted), _architecture(found)
-    fitted = _inflated_shape(other[0], own[0]) if dialect.inflated and other[0] else other[0]
-    if other[0] is not None and ((fitted, other[1]) != own or dialect.pos_embed not in (None, model.pos_embed_kind)):
-
-        def fits_file(name: str, candidate: nn.Module) -> bool:
-            return type(candidate) is type(model) and bool(re.fullmatch(dialect.models, name))
-
-        def fits_model(name: str, candidate: nn.Module) -> bool:
-            return type(candidate) is type(model) and candidate.pos_embed_kind == model.pos_embed_kind
-
-        raise CheckpointError(
-            f"{path}: this is {_describe(other, fits_file)}, but the model is {_describe(own, fits_model)}"
-        )
-    own_decoder, decoder = (_depth(r"decoder\.blocks", shapes) for shapes in (wanted, found))
-    if own_decoder and decoder and own_decoder != decoder and not dialect.own_target:
-        raise CheckpointError(
-            f"{path}: its decoder has {decoder} blocks, the model's {own_decoder}; use --decoder_depth {decoder}"
-        )
+    """Move what the dialect's rules leave out from source to reasons."""
+    for c in [c for c in source if c not in target or dialect.own_target]:
+        if any(re.fullmatch(rule, source[c].bare) for rule in dialect.ignored):
+            entry = source.pop(c)
+            module = re.match(r"(encoder\.)?[^.]+", entry.bare).group()
+            reasons[entry.key] = module if module == entry.bare else f"{module}.*"
 
 
-def _set_foreign_head_aside(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: dict[str, str]) -> None:
+def _check_pooling(source: dict[str, Entry], target: dict[str, str], path: str) -> None:
+    """Raise CheckpointError where a trained head stands behind another pooling than the model's."""
+    c = "norm.weight"
+    if c in source and c in target and "head.weight" in source and "head.weight" in target:
+        names = [key.split(".")[-2] for key in (source[c].bare, target[c])]
+        if names[0] != names[1]:
+            theirs, ours = ("fc_norm" if name == "fc_norm" else "cls" for name in names)
+            raise CheckpointError(
+                f"{path}: its head was trained with --final_reduction {theirs}, the model has {ours}; use {theirs}"
+            )
+
+
+def _set_foreign_head_aside(source: dict[str, Entry], shapes: Shapes, reasons: dict[str, str]) -> None:
     """Move a head of another class count, the same in all else, from source to reasons."""
     head = {c: tuple(entry.tensor.shape) for c, entry in source.items() if c.startswith("head.") and c in shapes}
     if all(len(s) == len(shapes[c]) and s[1:] == shapes[c][1:] and s[0] != shapes[c][0] for c, s in head.items()):
@@ -266,7 +198,7 @@ def _set_foreign_head_aside(source: dict[str, _Entry], shapes: dict[str, tuple],
             reasons[source.pop(c).key] = f"head.* of {classes} classes"
 
 
-def _drop_table(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: dict[str, str], path: str) -> None:
+def _drop_table(source: dict[str, Entry], shapes: Shapes, reasons: dict[str, str], path: str) -> None:
     """Move the file's position table from source to reasons. Raises CheckpointError where the model needs it."""
     if "pos_embed" in shapes:
         raise CheckpointError(f"{path}: the model's position table is learned, so it takes the file's; not sincos")
@@ -274,33 +206,33 @@ def _drop_table(source: dict[str, _Entry], shapes: dict[str, tuple], reasons: di
         reasons[source.pop("pos_embed").key] = "learned position table"
 
 
-def _settle_position_table(source: dict[str, _Entry], encoder: nn.Module, reasons: dict[str, str]) -> list[str]:
-    """Fit the file's position table in source to the encoder's grid; says how. The encoder's own goes to reasons."""
+def _settle_position_table(
+    source: dict[str, Entry], encoder: nn.Module, reasons: dict[str, str], *, learned: bool
+) -> list[str]:
+    """Fit the file's position table in source to the encoder's grid; says how.
+
+    A table equal to the encoder's fixed one goes to reasons, unless it is known to be learned.
+    """
     entry, own = source.get("pos_embed"), encoder.pos_embed
     if entry is None or entry.tensor.ndim != 3 or not entry.tensor.is_floating_point():
         return []
     table, said = entry.tensor.float(), []
     first = own.shape[1] - math.prod(encoder.grid)  # the class token's, if there is one
     grid = likely_grid(table.shape[1] - first, encoder.grid)
-    if grid not in (None, encoder.grid):
+    if grid:
         table = torch.cat([table[:, :first], resampled(table[0, first:], grid, encoder.grid)[None]], dim=1)
-        old, new = (" x ".join(map(str, g)) for g in (grid, encoder.grid))
-        said.append(f"{entry.key} from {old} to {new} tokens")
+        read, fitted = (" x ".join(map(str, g)) for g in (grid, encoder.grid))
+        said.append(f"{entry.key} of {read} tokens" + f", resampled to {fitted}" * (read != fitted))
     if not isinstance(own, nn.Parameter):
-        if table.shape == own.shape and torch.allclose(table, own, atol=1e-3):
+        if not learned and table.shape == own.shape and torch.allclose(table, own, atol=1e-3):
             reasons[source.pop("pos_embed").key] = "position table, the model's own"
             return []
-        said.append(f"{entry.key} replaces the model's fixed table and is trained like the other weights")
+        said.append(f"{entry.key} replaces the model's fixed table, and is trained unless --freeze_layers is given")
     source["pos_embed"] = replace(entry, tensor=table)
     return said
 
 
-def _inflated_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a patch embedding of one frame, repeated for as many as wanted; any other shape as it is."""
-    return (*shape[:2], wanted[2], *shape[3:]) if len(shape) == 5 and shape[2] == 1 else shape
-
-
-def _fit_patch_embed(source: dict[str, _Entry], shapes: dict[str, tuple]) -> list[str]:
+def _fit_patch_embed(source: dict[str, Entry], shapes: Shapes) -> list[str]:
     """Inflate a patch embedding of one frame in source to the model's frames, keeping its sum; says so."""
     c = "patch_embed.proj.weight"
     if c not in source or tuple(source[c].tensor.shape) == shapes[c]:
@@ -310,7 +242,7 @@ def _fit_patch_embed(source: dict[str, _Entry], shapes: dict[str, tuple]) -> lis
     return [f"{source[c].key} from 1 frame to {frames}"]
 
 
-def _needed(missing: Iterable[str], source: dict[str, _Entry], dialect: Dialect) -> list[str]:
+def _needed(missing: Iterable[str], source: dict[str, Entry], dialect: Dialect) -> list[str]:
     """Those of the missing that a file of this dialect must have. What may be fresh is so wholly or not at all."""
     has_decoder = any(map(_DECODER.fullmatch, source))
     modules = {c.split(".")[0] for c in source}
@@ -323,7 +255,7 @@ def _needed(missing: Iterable[str], source: dict[str, _Entry], dialect: Dialect)
     return [c for c in missing if not may_be_fresh(c)]
 
 
-def _check_values(source: dict[str, _Entry], path: str) -> None:
+def _check_values(source: dict[str, Entry], path: str) -> None:
     """Raise CheckpointError where a tensor to be loaded is not of floating point or not finite."""
     for entry in source.values():
         if not entry.tensor.is_floating_point():
@@ -334,7 +266,7 @@ def _check_values(source: dict[str, _Entry], path: str) -> None:
             )
 
 
-def _check_shapes(source: dict[str, _Entry], shapes: dict[str, tuple], path: str) -> None:
+def _check_shapes(source: dict[str, Entry], shapes: Shapes, path: str) -> None:
     """Raise CheckpointError where a tensor of the file has another shape than the model's."""
     wrong = [c for c in shapes if c in source and tuple(source[c].tensor.shape) != shapes[c]]
     if wrong:
@@ -363,18 +295,6 @@ def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, pa
 # python -m models.weights CHECKPOINT
 
 
-def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> list[str]:
-    """Names of the registered models that the weights in a file are for, classifiers first. Raises CheckpointError."""
-    checkpoint = read_checkpoint(path, model_key)
-    entries = _entries(checkpoint, model_prefix, {})
-    dialect = _recognise(entries, checkpoint)
-    found = _architecture({re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries})
-    names = _names(found, lambda name, _: bool(re.fullmatch(dialect.models, name)))
-    if not names:
-        raise CheckpointError(f"{path}: {dialect.name}, {_describe(found, lambda *_: False)}: no registered model")
-    return sorted(names, key=lambda name: name.startswith("pretrain_"))
-
-
 def main() -> None:
     """Command line: say what a checkpoint is and load it into a model, for a trial."""
     parser = argparse.ArgumentParser(description="Say what a checkpoint is; exit with an error if it does not load.")
@@ -385,12 +305,14 @@ def main() -> None:
     args = parser.parse_args()
     where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
     try:
-        names = [args.model] if args.model else likely_models(args.checkpoint, **where)
-        report = load_pretrained(create_model(names[0]), args.checkpoint, **where)
+        names, decoder_depth = likely_models(args.checkpoint, **where)
+        name = args.model or names[0]
+        options = {"decoder_depth": decoder_depth} if decoder_depth and name.startswith("pretrain_") else {}
+        report = load_pretrained(create_model(name, **options), args.checkpoint, **where)
     except (CheckpointError, ValueError) as e:
         sys.exit(f"error: {e}")
     print(report)
-    print(f"  model    {' or '.join(names)}")
+    print(f"  model    {args.model or ' or '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from helpers import ROOT, run
 
 import run_finetune
 from models import create_model
-from models.weights import CheckpointError
 from utils.config import ConfigError
+from utils.distributed import Process
 from utils.flags import finetune_parser
 
 TINY = ["--data_set", "DoTA", "--model", "vit_tiny_patch16_64", "--device", "cpu", "--num_workers", "0"]
@@ -288,10 +288,28 @@ def test_a_learned_position_table_is_trained_resumed_and_evaluated(dota_root, tm
     in_process(*flags(dota_root, tmp_path / "fixed", *evaluation, "--pos_embed", "sincos"))
     learned, fixed = ((tmp_path / f / "predictions.csv").read_text() for f in ("eval", "fixed"))
     assert learned != fixed
-    with pytest.raises(CheckpointError, match="lacks 1 tensors the model needs: pos_embed"):
-        torch.save({k: v for k, v in whole.items() if k != "pos_embed"}, tmp_path / "none.pth")
-        none = ["--eval", "--finetune", tmp_path / "none.pth", "--pos_embed", "learned"]
-        in_process(*flags(dota_root, tmp_path / "none", *none))
+
+
+def test_a_position_table_is_learned_from_the_model_s_own(dota_root, tmp_path):
+    torch.save(create_model("vit_tiny_patch16_64").state_dict(), tmp_path / "fixed.pth")
+    words = ["--finetune", tmp_path / "fixed.pth", "--pos_embed", "learned", "--disable_eval_during_finetuning"]
+    in_process(*flags(dota_root, tmp_path / "run", *SHORT, *words))
+    trained = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)["pos_embed"]
+    fixed = create_model("vit_tiny_patch16_64").pos_embed
+    assert not torch.equal(trained, fixed) and torch.allclose(trained, fixed, atol=0.1)
+    with pytest.raises(ConfigError, match="internvideo2_tiny_patch14_56 has a learned position table alone"):
+        model = ["--model", "internvideo2_tiny_patch14_56", "--pos_embed", "sincos"]
+        in_process(*flags(dota_root, tmp_path / "none", *SHORT, *model))
+
+
+def test_options_reach_the_model(dota_root, tmp_path):
+    words = flags(dota_root, tmp_path, *SHORT, "--gelu", "tanh", "--final_reduction", "cls", "--init_scale", "0")
+    args = finetune_parser("").parse_args([str(w) for w in words])
+    run_finetune.resolve_runtime(args, cuda=False)
+    run_finetune.resolve(args, 1)
+    model = run_finetune.build_model(args, Process(0, 0, 1, torch.device("cpu")))
+    assert model.blocks[0].mlp.act.approximate == "tanh" and model.final_reduction == "cls"
+    assert not model.head.weight.any() and args.num_frames == 4
 
 
 @pytest.mark.parametrize(

@@ -204,11 +204,12 @@ def _file_flags(add: Callable) -> None:
 
 
 def _encoder_flags(add: Callable) -> None:
-    help = "position table: trained (learned) or the model's fixed one (default: learned if the weights come with one)"
-    add("--pos_embed", None, help, choices=["learned", "sincos"])
     help = (
-        "GELU of the encoder, exact or approximated (default: what the model was published with, tanh for InternVideo2)"
+        "position table: trained, from the weights' own or else the model's (learned), or the model's fixed one "
+        "(default: learned if the weights come with one)"
     )
+    add("--pos_embed", None, help, choices=["learned", "sincos"])
+    help = "GELU of the encoder, exact or approximated (default: tanh for InternVideo2, else erf)"
     add("--gelu", None, help, choices=["erf", "tanh"])
 
 
@@ -246,8 +247,8 @@ def _finetune_model_flags(parser: Parser) -> None:
     add(
         "--model",
         "vit_base_patch16_224",
-        "[mvd_|umt_]vit_{small,base,large,huge}_patch16_224, internvideo2_{small,base,large}_patch14_224; "
-        "vit_tiny_patch16_64 for trials",
+        "[mvd_|umt_]vit_{small,base,large}_patch16_224, vit_huge_patch16_224, "
+        "internvideo2_{small,base,large}_patch14_224; vit_tiny_patch16_64 for trials",
     )
     add("--finetune", None, "weights to start from or, with --eval, to evaluate: path or URL (default: random weights)")
     _file_flags(add)
@@ -322,8 +323,8 @@ def _dapt_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     add = partial(_flag, group)
     names = (
-        "pretrain_{videomae,mvd_vit,umt_vit}_{small,base,large}_patch16_224, "
-        "pretrain_internvideo2_{small,base,large}_patch14_224; ..._tiny_patch16_64 for trials"
+        "pretrain_{videomae,mvd_vit,umt_vit}_{small,base,large}_patch16_224, pretrain_videomae_huge_patch16_224, "
+        "pretrain_internvideo2_{small,base,large}_patch14_224; pretrain_videomae_tiny_patch16_64 for trials"
     )
     add("--model", "pretrain_videomae_base_patch16_224", names)
     add("--from_ckpt", None, "weights to start from: path or URL (default: random weights)")

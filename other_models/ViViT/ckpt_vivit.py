@@ -65,10 +65,10 @@ def read_source(path: str) -> dict[str, Tensor]:
     """A state dict in Hugging Face's names, without "vivit.", from any of the sources. Raises CheckpointError."""
     try:
         with open(path, "rb") as f:
-            first = f.read(1)
+            head = f.read(9)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-    if is_flax(first):
+    if is_flax(head):
         return from_scenic(read_flax(path), path)
     return {key.removeprefix("vivit."): tensor for key, tensor in read_checkpoint(path).state.items()}
 
@@ -207,11 +207,14 @@ def main() -> None:
     parser.add_argument("output", help="file to write, e.g. vivit_b_k400.pth")
     args = parser.parse_args()
     try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         state = convert(read_source(args.source), args.source)
+        with replaced(args.output) as temporary:
+            torch.save({"model": state, "family": "ViViT"}, temporary)
     except CheckpointError as e:
         sys.exit(f"error: {e}")
-    with replaced(args.output) as temporary:
-        torch.save({"model": state, "family": "ViViT"}, temporary)
+    except (OSError, RuntimeError) as e:  # torch.save raises either
+        sys.exit(f"error: {args.output}: cannot be written ({str(e).splitlines()[0]})")
     print(f"{len(state)} tensors, float32: {args.output}, for --model vit_base_patch16_224")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import fill_head, golden, golden_input, other_input, other_recipe, published_file, recipe, run
 
+from engine.checkpoint import save_weights
 from models import create_model, weights
 from models.pos_embed import likely_grid, position_table, resampled, sincos_3d, sinusoid_1d
 from models.vit import VideoViT
@@ -24,10 +25,12 @@ FAMILIES = {
 }
 
 
-def accounted(report, keys):
-    """Every key of the file is loaded or ignored, none is both."""
+def accounted(report, keys, model):
+    """Every key of the file is loaded or ignored, every key of the model loaded or missing; none is both."""
     loaded = set(report.sources.values())
     assert loaded | set(report.ignored) == set(keys) and not loaded & set(report.ignored)
+    loaded = set(report.loaded)
+    assert loaded | set(report.missing) == model.state_dict().keys() and not loaded & set(report.missing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def test_published_layouts_give_the_reference_logits(name, tmp_path):
     model = create_model(model_name).eval()
     report = load_pretrained(model, str(published_file(tmp_path / "published.pth", fixture)))
     assert report.dialect == dialect and report.missing == ["head.weight", "head.bias"]
-    accounted(report, [key for key, _ in fixture["checkpoint"]["keys"]])
+    accounted(report, [key for key, _ in fixture["checkpoint"]["keys"]], model)
     assert set(report.ignored) == set(fixture["loader"]["ignored_checkpoint_keys"])
     fill_head(model, report.missing, recipe)
     with torch.no_grad():
@@ -58,7 +61,7 @@ def test_umt_gives_the_reference_logits(name, scale, tmp_path):
     assert sum(p.numel() for p in model.parameters()) == fixture["finetune_params"]["total"]
     report = load_pretrained(model, str(tmp_path / "published.pth"))
     assert report.dialect == "UMT pre-training" and report.missing == ["head.weight", "head.bias"]
-    accounted(report, state)
+    accounted(report, state, model)
     assert sorted(report.ignored) == fixture["load_report"]["unexpected"]
     fill_head(model, report.missing, lambda key, shape: other_recipe(key, shape, scale=scale))
     with torch.no_grad():
@@ -67,13 +70,14 @@ def test_umt_gives_the_reference_logits(name, scale, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "scale"), [("main", 0.02), ("strong", 0.05)])
-def test_a_tiny_umt_gives_the_reference_logits(name, scale):
+def test_a_tiny_umt_gives_the_reference_logits(name, scale, tmp_path):
     fixture = OTHER["umt_tiny_f8_img224"]
     model = VideoViT(
         embed_dim=96, depth=2, num_heads=3, input_size=224, num_frames=8, tubelet_size=1, pos_embed="umt"
     ).eval()
-    assert {k for k, _ in fixture["checkpoint_keys"]} == model.state_dict().keys()
-    fill_head(model, model.state_dict(), lambda key, shape: other_recipe(key, shape, scale=scale))
+    state = {key: other_recipe(key, shape, scale=scale) for key, shape in fixture["checkpoint_keys"]}
+    report = load_pretrained(model, save(tmp_path, state))
+    assert set(report.loaded) == state.keys() and not report.missing and not report.ignored
     with torch.no_grad():
         np.testing.assert_allclose(model(other_input(fixture))[0], fixture["expected"][name]["logits"], atol=5e-6)
 
@@ -213,7 +217,7 @@ def test_every_key_is_loaded_or_ignored_by_a_rule(dialect, tmp_path):
     state = published(dialect, source)
     report = load_pretrained(model, save(tmp_path, state, dialect))
     assert report.dialect == dialect and report.missing == FRESH.get(dialect, ["head.weight", "head.bias"])
-    accounted(report, state)
+    accounted(report, state, model)
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
     if dialect not in FRESH:
         assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
@@ -229,7 +233,7 @@ def test_a_masked_autoencoder_takes_the_encoder_and_no_foreign_decoder(dialect, 
         fresh |= {k: model.state_dict()[k].clone() for k in ("encoder.norm.weight", "encoder.norm.bias")}
     report = load_pretrained(model, save(tmp_path, state, dialect))
     assert set(report.missing) == fresh.keys()
-    accounted(report, state)
+    accounted(report, state, model)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in fresh.items())
     assert torch.equal(model.encoder.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
 
@@ -283,6 +287,31 @@ def test_weights_of_another_position_table_are_refused(tmp_path):
             load_pretrained(model, save(tmp_path, published(dialect, source)))
 
 
+def test_files_of_ours_name_their_model(tmp_path):
+    """MVD's and VideoMAE's classifiers have the same keys, and another position table."""
+    mvd, vit = tiny("mvd_vit_tiny_patch16_64"), tiny("vit_tiny_patch16_64")
+    save_weights(tmp_path / "mvd.pth", mvd)
+    with pytest.raises(CheckpointError, match="this is mvd_vit_tiny_patch16_64, but the model is vit_tiny_patch16_64"):
+        load_pretrained(vit, str(tmp_path / "mvd.pth"))
+    save_weights(tmp_path / "dapt.pth", tiny("pretrain_mvd_vit_tiny_patch16_64"))
+    with pytest.raises(CheckpointError, match="this is mvd_vit_tiny_patch16_64, but the model is vit_tiny_patch16_64"):
+        load_pretrained(vit, str(tmp_path / "dapt.pth"))
+    assert not load_pretrained(mvd, str(tmp_path / "dapt.pth")).fitted
+    foreign = save(tmp_path, dict(mvd.state_dict()))
+    assert load_pretrained(vit, foreign).fitted == [
+        "position table: sinusoid, the model's; the file does not say which it was trained with"
+    ]
+
+
+def test_a_head_trained_behind_another_pooling_is_refused(tmp_path):
+    mean, first = tiny("vit_tiny_patch16_64"), tiny("vit_tiny_patch16_64", final_reduction="cls")
+    for model, source, match in ((mean, first, "cls, the model has fc_norm; use cls"), (first, mean, "use fc_norm")):
+        with pytest.raises(CheckpointError, match=f"its head was trained with --final_reduction .*{match}"):
+            load_pretrained(model, save(tmp_path, source.state_dict()))
+        headless = {k: v for k, v in source.state_dict().items() if not k.startswith("head")}
+        assert load_pretrained(model, save(tmp_path, headless)).missing == ["head.weight", "head.bias"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # python -m models.weights
 
@@ -306,6 +335,59 @@ def test_inspecting_names_family_and_model(dialect, tmp_path, capsys, monkeypatc
     assert f"missing     {len(fresh)}  {', '.join(fresh)}" in out and "epoch" not in out
     trial = inspect(capsys, monkeypatch, path, "--model", pretrain)
     assert f"  model    {pretrain}\n" in trial
+
+
+PLAIN = {"s": "vit_small_patch16_224", "b": "vit_base_patch16_224"}
+
+
+def shapes_alone(keys):
+    """A state dict of tensors that take no room."""
+    return {key: torch.zeros(1).expand(shape) for key, shape in keys}
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEOMAE if "pretrain" not in name])
+def test_inspecting_published_key_sets(name, tmp_path, capsys, monkeypatch):
+    checkpoint = VIDEOMAE[name]["checkpoint"]
+    path = save(tmp_path, shapes_alone(checkpoint["keys"]))
+    size = PLAIN[re.search(r"vit_([sb])", name)[1]]
+    dialect, plain = {
+        "videomae": ("VideoMAE pre-training", True),
+        "videomaev2": ("VideoMAE V2 distilled", True),
+        "smile": ("SMILE pre-training", True),
+        "sigma": ("SIGMA pre-training", True),
+        "mme": ("MME pre-training", True),
+        "mvd": ("MVD pre-training", False),
+    }[name.split("_")[0]]
+    out = inspect(capsys, monkeypatch, path)
+    assert f"dialect  {dialect} under" in out and f"  model    {'' if plain else 'mvd_'}{size} or pretrain_" in out
+    larger = "vit_large_patch16_224" if plain else "mvd_vit_large_patch16_224"
+    refused = inspect(capsys, monkeypatch, path, "--model", larger)
+    assert f"this is {'' if plain else 'mvd_'}{size}, but the model is {larger}" in refused
+
+
+def test_inspecting_other_published_key_sets(tmp_path, capsys, monkeypatch):
+    for name, dialect, model in (
+        ("umt_b16_ptk710_f8_res224", "UMT pre-training", "umt_vit_base_patch16_224"),
+        ("internvideo2_s14_dist_1B_stage2", "InternVideo2", "internvideo2_small_patch14_224"),
+    ):
+        out = inspect(capsys, monkeypatch, save(tmp_path, shapes_alone(OTHER[name]["checkpoint_keys"])))
+        assert f"dialect  {dialect} under" in out and f"  model    {model} or pretrain_{model}\n" in out
+    keys = VIDEOMAE["videomae_vit_b"]["checkpoint"]["keys"]
+    out = inspect(capsys, monkeypatch, save(tmp_path, shapes_alone([(f"_orig_mod.{k}", s) for k, s in keys])))
+    assert "dialect  MGMAE or VideoMAE V2 pre-training under" in out and "  model    vit_base_patch16_224 or" in out
+    converted = shapes_alone(OTHER["vivit_b16x2_k400_hf"]["converted_keys"])
+    out = inspect(capsys, monkeypatch, save(tmp_path, converted, "ViViT, converted"))
+    assert "dialect  ViViT, converted under" in out and "  model    vit_base_patch16_224 or" in out
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_64", "mvd_vit_tiny_patch16_64", "umt_vit_tiny_patch16_64"])
+def test_inspecting_files_of_ours(name, tmp_path, capsys, monkeypatch):
+    pretrain = "pretrain_" + re.sub(r"^vit", "videomae", name)
+    for model in (tiny(name), tiny(pretrain, decoder_depth=2)):
+        save_weights(tmp_path / "ours.pth", model)
+        assert f"  model    {name} or {pretrain}\n" in inspect(capsys, monkeypatch, str(tmp_path / "ours.pth"))
+    trial = inspect(capsys, monkeypatch, str(tmp_path / "ours.pth"), "--model", pretrain)
+    assert "missing     0" in trial and f"  model    {pretrain}\n" in trial
 
 
 def test_inspecting_says_epoch_size_and_errors(tmp_path, capsys, monkeypatch):

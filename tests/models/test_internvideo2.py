@@ -33,11 +33,14 @@ def published(tmp_path, scale=0.02):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_tiny_one_gives_the_reference_logits(variant):
+def test_a_tiny_one_gives_the_reference_logits(variant, tmp_path):
     fixture, (scale, gelu) = FIXTURES["internvideo2_tiny"], VARIANTS[variant]
     model = tiny(gelu=gelu).eval()
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == dict(fixture["checkpoint_keys"])
-    fill_head(model, model.state_dict(), lambda key, shape: other_recipe(key, shape, scale=scale))
+    state = {key: other_recipe(key, shape, scale=scale) for key, shape in fixture["checkpoint_keys"]}
+    torch.save(state, tmp_path / "file.pth")
+    report = load_pretrained(model, str(tmp_path / "file.pth"))
+    assert set(report.loaded) == state.keys() and not report.missing and not report.ignored
     with torch.no_grad():
         logits = model(other_input(fixture)).flatten()
     np.testing.assert_allclose(logits, fixture["expected"][variant]["logits"], atol=5e-6, rtol=0)
@@ -70,7 +73,7 @@ def test_the_stored_position_table_is_resampled_as_the_reference_does(size, tmp_
     model = create_model("internvideo2_small_patch14_224", num_frames=frames, input_size=pixels)
     report = load_pretrained(model, published(tmp_path)[0])
     side = pixels // 14
-    assert report.fitted == [f"pos_embed from 8 x 16 x 16 to {frames} x {side} x {side} tokens"]
+    assert report.fitted == [f"pos_embed of 8 x 16 x 16 tokens, resampled to {frames} x {side} x {side}"]
     assert report.fitted[0] in str(report)
     expected, table = SMALL["loader_interpolated_pos_embed"][size], model.pos_embed.detach()
     assert list(table.shape) == expected["shape"]
@@ -111,6 +114,19 @@ def test_what_it_cannot_do_is_said(tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="position table is learned"):
         load_pretrained(tiny(1), str(tmp_path / "file.pth"), stored_table=False)
+
+
+def test_without_pooling_it_classifies_each_token():
+    assert tiny(final_reduction="none")(torch.randn(1, 3, 4, 56, 56)).shape == (1, 4 * 4 * 4, 2)
+
+
+def test_half_precision_stays_in_the_blocks_and_leaves_the_head(recwarn):
+    model, seen = tiny(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(1, 3, 4, 56, 56)).dtype == torch.float32
+    assert seen == [torch.bfloat16] * 4 and not [w for w in recwarn if "Mismatch dtype" in str(w.message)]
 
 
 def test_plain_and_fused_attention_agree():

@@ -1,6 +1,7 @@
 """ViViT: the converter on files with the published keys, of Hugging Face and Scenic, to the reference's logits."""
 
 import importlib.util
+import re
 
 import msgpack
 import numpy as np
@@ -10,6 +11,7 @@ from helpers import ROOT, fill_head, golden, other_input, other_recipe, run
 from safetensors.torch import save_file
 
 from models import create_model
+from models.checkpoint_file import is_flax
 from models.weights import CheckpointError, load_pretrained
 
 SCRIPT = ROOT / "other_models" / "ViViT" / "ckpt_vivit.py"
@@ -254,7 +256,10 @@ def test_a_stored_table_is_taken_resampled_or_left_out(tmp_path):
     model = create_model("vit_tiny_patch16_64")
     report = load_pretrained(model, path)
     assert "pos_embed" in report.loaded and not report.missing and isinstance(model.pos_embed, torch.nn.Parameter)
-    assert report.fitted == ["pos_embed replaces the model's fixed table and is trained like the other weights"]
+    assert report.fitted == [
+        "pos_embed of 2 x 4 x 4 tokens",
+        "pos_embed replaces the model's fixed table, and is trained unless --freeze_layers is given",
+    ]
     assert torch.equal(model.pos_embed, source.pos_embed)
 
     model = create_model("vit_tiny_patch16_64")
@@ -263,17 +268,20 @@ def test_a_stored_table_is_taken_resampled_or_left_out(tmp_path):
     assert "pos_embed" not in model.state_dict()
 
     longer = create_model("vit_tiny_patch16_64", num_frames=8)
-    assert load_pretrained(longer, path).fitted[0] == "pos_embed from 2 x 4 x 4 to 4 x 4 x 4 tokens"
+    assert load_pretrained(longer, path).fitted[0] == "pos_embed of 2 x 4 x 4 tokens, resampled to 4 x 4 x 4"
     mae = create_model("pretrain_videomae_tiny_patch16_64")
     assert "encoder.pos_embed" in load_pretrained(mae, path).loaded
     assert torch.equal(mae.encoder.pos_embed, source.pos_embed)
 
 
 def test_a_stored_table_equal_to_the_model_s_own_stays_fixed(tmp_path):
-    _, path = with_table(tmp_path, scale=1.0)
+    source, path = with_table(tmp_path, scale=1.0)
+    torch.save({"model": dict(source.state_dict())}, tmp_path / "foreign.pth")
     model = create_model("vit_tiny_patch16_64")
-    report = load_pretrained(model, path)
+    report = load_pretrained(model, str(tmp_path / "foreign.pth"))
     assert report.reasons == {"pos_embed": "position table, the model's own"} and "pos_embed" not in model.state_dict()
+    load_pretrained(model, path)  # our files hold a table that was learned, or none
+    assert "pos_embed" in model.state_dict()
 
 
 def test_a_learned_table_that_the_file_lacks_is_missed(tmp_path):
@@ -282,6 +290,31 @@ def test_a_learned_table_that_the_file_lacks_is_missed(tmp_path):
     model.learn_pos_embed()
     with pytest.raises(CheckpointError, match="lacks 1 tensors the model needs: pos_embed"):
         load_pretrained(model, str(tmp_path / "file.pth"))
+
+
+def test_a_safetensors_file_that_begins_like_msgpack_is_read(tmp_path):
+    state = tensors(HF, tiny=True)
+    for padding in range(4096):
+        save_file(state, tmp_path / "model.safetensors", metadata={"p": "-" * padding})
+        if is_flax((tmp_path / "model.safetensors").read_bytes()[:1]):
+            break
+    assert is_flax((tmp_path / "model.safetensors").read_bytes()[:1])
+    read = ckpt_vivit.read_source(str(tmp_path / "model.safetensors"))
+    assert read.keys() == {k.removeprefix("vivit.") for k in state}
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path):
+    source = write_hf(tmp_path / "source.bin", tensors(HF, tiny=True))
+    (tmp_path / "folder").mkdir()
+    done = run(SCRIPT, source, tmp_path / "folder")
+    assert done.returncode == 1 and re.match(r"error: .*/folder: cannot be written \(", done.stderr)
+    assert "for --model vit_base" in converted(source, tmp_path / "new" / "vivit.pth")
+
+
+def test_another_hugging_face_model_is_not_taken_for_vivit(tmp_path):
+    torch.save({"embeddings.patch_embeddings.projection.weight": torch.zeros(1)}, tmp_path / "file.bin")
+    with pytest.raises(CheckpointError, match="not a Video ViT checkpoint"):
+        load_pretrained(create_model("vit_tiny_patch16_64"), str(tmp_path / "file.bin"))
 
 
 def test_a_table_of_no_known_grid_is_refused(tmp_path):
