@@ -14,8 +14,6 @@ start_frame and end_frame. Without either pair clips are unlabelled, for DAPT. P
 img_0001.png, img_0002.png; the first is frame 0, whatever its number.
 """
 
-import csv
-import io
 import logging
 import math
 import os
@@ -27,7 +25,17 @@ from typing import NoReturn
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, Unreadable, read_text, whole_number
+from datasets.clips import (
+    ALL_CLIPS,
+    BeyondEnd,
+    Clip,
+    ClipTable,
+    DataError,
+    Selection,
+    Unreadable,
+    read_csv,
+    whole_number,
+)
 from datasets.scan import VideoInfo, VideoScan
 from datasets.videos import SUFFIXES
 
@@ -84,24 +92,20 @@ def load_csv(
     return selection.table("csv", split, entries, clip)
 
 
-def _fail(path: Path, row: int, column: str, problem: str) -> NoReturn:
-    raise DataError(f"{path}: row {row}, column {column}: {problem}")
+def _fail(path: Path, row: int, column: str, problem: str, error: type[DataError] = DataError) -> NoReturn:
+    raise error(f"{path}: row {row}, column {column}: {problem}")
 
 
 def _read(path: Path) -> tuple[set[str], dict[str, _Entry]]:
     """The known columns there are, and what the rows say: {clip: entry}."""
-    with io.StringIO(read_text(path), newline="") as f:
-        reader = csv.reader(f)
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        columns = _check_header(path, header)
-        entries: dict[str, _Entry] = {}
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if len(cells) > len(header):
-                raise DataError(f"{path}: row {reader.line_num} has {len(cells)} cells, the header {len(header)}")
-            _add_row(path, entries, dict(zip(header, cells, strict=False)), reader.line_num)
+    rows = read_csv(path)
+    header = [cell.lower() for cell in next(rows, (0, []))[1]]
+    columns = _check_header(path, header)
+    entries: dict[str, _Entry] = {}
+    for number, cells in rows:
+        if len(cells) > len(header):
+            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}")
+        _add_row(path, entries, dict(zip(header, cells, strict=False)), number)
     if not entries:
         raise DataError(f"{path}: no rows")
     return columns, entries
@@ -159,10 +163,13 @@ def _add_row(path: Path, entries: dict[str, _Entry], row: dict[str, str], number
 # Sources
 
 
+def _absolute(path: Path, entry: _Entry) -> str:
+    return os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
+
+
 def _source(path: Path, entry: _Entry) -> str:
-    """The source of a Clip: the absolute path without the .zip of a packed folder."""
-    own = os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
-    return own[: -len(".zip")] if own.lower().endswith(".zip") else own
+    """The source of a Clip: its absolute path without the .zip of a packed folder."""
+    return _absolute(path, entry).removesuffix(".zip")
 
 
 def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> dict[str, _Frames]:
@@ -251,14 +258,16 @@ def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int)
     if columns.issuperset(INTERVAL):
         for start, end, row in entry.intervals:
             if end >= count:
-                _fail(path, row, "end_frame", f"{end}, but clip {name} has {count} frames, 0 to {count - 1}")
+                problem = f"{end}, but clip {name} has {count} frames, 0 to {count - 1}"
+                _fail(path, row, "end_frame", problem, BeyondEnd)
             labels[start : end + 1] = 1
         return labels
     if columns.issuperset(PER_FRAME):
         if entry.labels.keys() != set(range(count)):
             odd = min(entry.labels.keys() ^ set(range(count)))
             problem = "has no label" if odd < count else f"has a label, but there are {count} frames"
-            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}")
+            error = DataError if odd < count else BeyondEnd
+            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}", error)
         labels[list(entry.labels)] = list(entry.labels.values())
         return labels
     return None

@@ -121,6 +121,8 @@ def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
         ("path,start_frame\na.mp4,1\n", "row 1 has one of the columns start_frame and end_frame; both are needed"),
         ("path,start_frame,end_frame,frame,label\n", "use one pair"),
         ("path\n", "no rows"),
+        ('path,category\na.mp4,x\nb.mov,"side\nf,x\n', "train.csv: in the row that begins in line 3: unexpected end"),
+        ('path,category\na.mp4,"x\nb.mov,"side"\n', "in the row that begins in line 2: ',' expected after"),
         ("path\na.mp4,1\n", "row 2 has 2 cells, the header 1"),
         ("path,start_frame,end_frame\na.mp4,1,x\n", "row 2, column end_frame: 'x' is not a whole number, 0 or above"),
         ("path,start_frame,end_frame\na.mp4,-1,3\n", "row 2, column start_frame: '-1' is not a whole number"),
