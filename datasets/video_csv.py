@@ -178,29 +178,34 @@ def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> di
     for name, entry in entries.items():
         if "path" not in entry.values:
             _fail(path, entry.row, "path", f"empty, in every row of clip {name}")
-        source = _source(path, entry)
+        source, own = _source(path, entry), _absolute(path, entry)
+        if source == own and os.path.isfile(f"{own}.zip"):  # which would be read in its place
+            _fail(path, entry.row, "path", f"{entry.values['path']}.zip is there too; name that, or move it away")
         if other := sources.get(source):
             _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
         sources[source] = name
     videos = [source for source in sources if Path(source).suffix.lower() in SUFFIXES and not os.path.isdir(source)]
     frames = {sources[v]: _of_video(info) for v, info in zip(videos, scan(videos), strict=True)}
-    return frames | {name: _of_pictures(source) for source, name in sources.items() if name not in frames}
+    return frames | {
+        name: _of_pictures(_absolute(path, entries[name])) for name in sources.values() if name not in frames
+    }
 
 
 def _of_video(info: VideoInfo) -> _Frames:
     return _Frames(info.frames, info.fps, problem=info.problem)
 
 
-def _of_pictures(source: str) -> _Frames:
-    """The numbered pictures of <source>.zip or of the folder."""
+def _of_pictures(own: str) -> _Frames:
+    """The numbered pictures of a zip or folder."""
     try:
-        if os.path.isfile(f"{source}.zip"):
-            with zipfile.ZipFile(f"{source}.zip") as z:
+        if own.endswith(".zip"):
+            with zipfile.ZipFile(own) as z:
                 names = z.namelist()
-        elif os.path.isfile(source):
-            return _Frames(problem=f"neither a zip nor a video with a suffix of {' '.join(sorted(SUFFIXES))}")
+        elif os.path.isfile(own):
+            videos = " ".join(sorted(SUFFIXES))
+            return _Frames(problem=f"neither a zip nor a video with a suffix of {videos}; a zip's is .zip")
         else:
-            names = os.listdir(source)
+            names = os.listdir(own)
         return _numbered(names)
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
@@ -226,14 +231,15 @@ def _numbered(names: list[str]) -> _Frames:
 
 def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Frames, assumed_fps: float | None) -> Clip:
     values = entry.values
+    stated = values.get("fps") or frames.fps or assumed_fps or math.nan
     try:
-        fps = float(values.get("fps") or frames.fps or assumed_fps or math.nan)
+        fps = float(stated)
     except ValueError:
         fps = -1.0
     if math.isnan(fps):
         _fail(path, entry.row, "fps", "empty; pictures do not know their frame rate: fill it in or give --assume_fps")
     if not 0 < fps < 1000:
-        _fail(path, entry.row, "fps", f"{values['fps']!r} is not a frame rate")
+        _fail(path, entry.row, "fps", f"{stated!r} is not a frame rate, above 0 and below 1000")
     flags: dict[str, bool | None] = {}
     for column in ("ego", "night"):
         flags[column] = _YES_NO.get(values.get(column, "").lower())
