@@ -139,9 +139,7 @@ def train(args: Namespace, process: Process) -> None:
     loader, sampler = training_data(args, process)
     batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
-    tables = [loader.dataset.sources[0].clips, *([validation.clips] if validation else [])]
-    warn_unmatched(read_bad_clips(args.bad_clips or ()), tables)
-
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
     model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     if args.freeze_layers is not None:
