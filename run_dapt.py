@@ -38,7 +38,8 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets, read_bad_clips
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets.clips import read_bad_clips, warn_unmatched
 from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
@@ -248,6 +249,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
                 aa=args.aa,
             )
         sources.append(Source(clips, index, transform))
+    warn_unmatched(bad_clips, [source.clips for source in sources])
     return WindowDataset(sources, seed=args.seed, targets=False)
 
 

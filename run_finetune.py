@@ -41,7 +41,8 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets, read_bad_clips
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.clips import read_bad_clips, warn_unmatched
 from datasets.evaluation import SplitWindows
 from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
@@ -138,7 +139,7 @@ def train(args: Namespace, process: Process) -> None:
     loader, sampler = training_data(args, process)
     batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
-
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
     model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     if args.freeze_layers is not None:
@@ -217,6 +218,7 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if process.is_main:
         write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
     validation = Validation(args, process)
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [validation.clips])
     predictions = validation.predict(build_model(args, process, trained_head=True))
     if predictions is None:
         return

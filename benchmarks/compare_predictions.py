@@ -9,6 +9,7 @@ Both must hold the same windows with the same labels, as an original and its pac
 lie between 0 and 1, and of AUC_ROC in percentage points.
 """
 
+import argparse
 import csv
 import json
 import sys
@@ -32,15 +33,17 @@ def read(path: str) -> tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Command line: two or more files."""
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    keys, scores, labels = read(sys.argv[1])
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", help="predictions.csv to compare with")
+    parser.add_argument("others", nargs="+", help="one or more others")
+    args = parser.parse_args()
+    keys, scores, labels = read(args.first)
     auroc = frame_metrics(scores, labels)["auroc"]
-    for path in sys.argv[2:]:
+    for path in args.others:
         other_keys, other, _ = read(path)
         if other_keys != keys:
-            sys.exit(f"error: {path}: other windows or labels than {sys.argv[1]}; evaluate the same split at one step")
+            sys.exit(f"error: {path}: other windows or labels than {args.first}; evaluate the same split at one step")
         difference, own = np.abs(other - scores), frame_metrics(other, labels)["auroc"]
         result = {
             "predictions": path,

@@ -6,6 +6,7 @@ ROOT in DoTA's layout: 4 clips of 22 frames at 10 fps, zips of JPEG at quality 9
 "anomalous". ROOT/videos/cut.mp4: all 221 frames as H.264 (crf 23), declared to be 30 fps, a key frame every second.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -25,9 +26,9 @@ SIZE, FRAMES = (1280, 720), 221
 
 def main() -> None:
     """Command line."""
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    root = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder to make")
+    root = parser.parse_args().root
     cut_dota(root, clips=4, frames=22, size=SIZE)
     (root / "videos").mkdir()
     reader = VideoReader(Clip("driving", str(DRIVING), FRAMES, 25.0), str(DRIVING))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from datasets import ClipTable, build_clips
-from datasets.loader import ClipStream, window_batches
+from datasets.evaluation import ClipStream, window_batches
 from datasets.pack import Settings, pack
 from datasets.transforms import EvalTransform, ToModelInput
 from datasets.windows import index_clips

@@ -93,34 +93,45 @@ def build_clips(
     assume_fps: float | None = None,
     *,
     leave_out: Collection[str] = frozenset(),
-    problems: dict[str, str] | None = None,
+    problems: dict[str, DataError] | None = None,
 ) -> ClipTable:
     """The clips of a split of a data set on disk, or of a pack of it.
 
     Args:
         scan: counts the frames of data sets of video files. assume_fps: frame rate of clips whose annotation has none,
             not of packed ones. leave_out: names of clips not to use, logged.
-        problems: collects {clip: message} of what is raised for a single clip where it is None.
+        problems: where not None, collects {clip: error} of what is raised for a single clip otherwise.
 
     Raises DataError: unknown name (with the list of known ones) or split, missing or malformed annotation, video files
-    without a scan.
+    without a scan, assume_fps for a pack, a file or folder that may not be read.
     """
-    data_set, selection = find_data_set(name), Selection(leave_out, problems)
-    if is_packed(root):
-        table = load_packed(name, root, split, selection)
-    else:
-        options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
-        if data_set.of_videos:
-            if scan is None:
-                raise DataError(
-                    f"{name} has video files, whose frames are to be counted: build_clips(..., scan=VideoScan())"
-                )
-            options["scan"] = scan
-        table = data_set.load(root, split, selection=selection, **options)
+    selection = Selection(leave_out, problems)
+    try:
+        table = _load(name, root, split, scan, assume_fps, selection)
+    except OSError as e:
+        raise DataError(f"{root}: cannot be read ({e})") from e
     if table.left_out:
         shown = ", ".join(table.left_out[:5]) + ", ..." * (len(table.left_out) > 5)
         logger.warning(f"{name} {split}: {len(table.left_out)} of {table.listed} clips are left out: {shown}")
     return table
+
+
+def _load(
+    name: str, root: str, split: str, scan: VideoScan | None, assume_fps: float | None, selection: Selection
+) -> ClipTable:
+    data_set = find_data_set(name)
+    if is_packed(root):
+        if data_set.assumes_fps and assume_fps is not None:
+            raise DataError(f"{root}: the pack keeps its frame rates; leave out --assume_fps")
+        return load_packed(name, root, split, data_set.splits, selection)
+    options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
+    if data_set.of_videos:
+        if scan is None:
+            raise DataError(
+                f"{name} has video files, whose frames are to be counted: build_clips(..., scan=VideoScan())"
+            )
+        options["scan"] = scan
+    return data_set.load(root, split, selection=selection, **options)
 
 
 __all__ = [

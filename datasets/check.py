@@ -15,7 +15,8 @@ Errors                                                     Warnings
   unreadable        zip, picture or video                    short          shorter than a window: goes unused
   missing_frames    annotated, not there                     rate           the video has another than the annotation
   label_beyond_end  anomalous after the last frame there is
-  in_two_splits     the clip, or the same source, in another split too
+  in_two_splits     the clip, its name or its source, in another split too
+  changed           a zip of a pack has another size or, with --deep, another SHA-256 than when it was packed
 """
 
 import json
@@ -30,18 +31,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets.clips import BeyondEnd, Unreadable, data_errors
+from datasets.packed import PackedClip, read_manifest
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import PictureReader, Reader, open_clip
 from datasets.scan import probe
 from datasets.windows import WindowIndex
 from utils.config import Parser
 from utils.files import replaced
-from utils.flags import positive, positive_float
+from utils.flags import ASSUME_FPS, positive, positive_float
 from utils.logging import setup_logging
 
 PICTURES = (".jpg", ".jpeg", ".png")
 WARNINGS = ("extra_frames", "short", "rate")
 NOT_OF_THE_CLIP = (*WARNINGS, "in_two_splits")  # leaving out the clip is no remedy
+KINDS = {Unreadable: "unreadable", BeyondEnd: "label_beyond_end"}  # of the errors of a clip's annotation
 CHUNK = 32  # frames decoded at a time
 SHOWN = 10  # findings of a kind that the summary shows
 
@@ -63,11 +67,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Task:
-    """A clip to inspect."""
+    """A clip to inspect; packed: its entry in the manifest of the pack at root, where it is of one."""
 
     split: str
     clip: Clip
     deep: bool
+    packed: PackedClip | None = None
+    root: Path = Path()
 
     def __str__(self) -> str:
         return self.clip.name
@@ -94,7 +100,10 @@ def check(
     tables, findings = _read_tables(name, root, splits, assume_fps, workers)
     if not tables:
         raise DataError(findings[0].message)
-    tasks = [Task(split, clip, deep) for split, table in tables.items() for clip in table]
+    packed = {entry.clip["name"]: entry for entry in read_manifest(Path(root))}
+    tasks = [
+        Task(split, clip, deep, packed.get(clip.name), Path(root)) for split, table in tables.items() for clip in table
+    ]
     for task, found in in_processes(inspect_clip, tasks, workers=workers, description="check"):
         findings += [Finding(task.split, task.clip.name, *pair) for pair in found]
     numbers = {}
@@ -117,14 +126,13 @@ def _read_tables(
     tables, findings = {}, []
     with tempfile.TemporaryDirectory() as folder:  # a scan of its own: files may have broken since an earlier one
         scan = VideoScan(Path(folder, "videos.json"), workers=workers)
-        kind = "unreadable" if find_data_set(name).of_videos else "annotation"
         for split in splits:
-            problems: dict[str, str] = {}
+            problems: dict[str, DataError] = {}
             try:
                 tables[split] = build_clips(name, root, split, scan, assume_fps, problems=problems)
             except DataError as e:
                 findings.append(Finding(split, "", "annotation", str(e)))
-            findings += [Finding(split, clip, kind, message) for clip, message in problems.items()]
+            findings += [Finding(split, c, KINDS.get(type(e), "annotation"), str(e)) for c, e in problems.items()]
     return tables, findings
 
 
@@ -139,8 +147,9 @@ def inspect_clip(task: Task) -> list[tuple[str, str]]:
         return []  # the scan has just opened this video
     try:
         with open_clip(clip) as reader:
+            damage = task.packed.damage(task.root, deep=task.deep) if task.packed else ""
             look = _look_at_pictures if isinstance(reader, PictureReader) else _look_at_video
-            return list(look(reader, clip, task.deep))
+            return [("changed", f"{damage}; pack it again")] * bool(damage) + list(look(reader, clip, task.deep))
     except DataError as e:
         return [("unreadable", str(e))]
 
@@ -185,6 +194,8 @@ def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator
     missing = [i for i in clip.stored_frames.tolist() if i not in have and not (there and beyond and i >= end)]
     if missing:
         names = _some([clip.picture(i) for i in missing])
+        if missing[0] >= end > 0:
+            note = f"; the {end} before them are trained on and evaluated"
         yield "missing_frames", f"{path}: {len(missing)} of {len(clip.stored_frames)} frames: {names}{note}"
 
 
@@ -197,16 +208,22 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _in_two_splits(tables: Mapping[str, ClipTable]) -> Iterator[Finding]:
-    """Clips, or sources of frames, of one split that another has too, told once, for the later split."""
-    seen: dict[str, str] = {}
+    """Clips, or names or sources of clips, of one split that another has too, told once, for the later split."""
+    names: dict[str, tuple[str, str]] = {}
+    sources: dict[str, str] = {}
     for split, table in tables.items():
         if split == "all":
             continue
         for clip in table:
-            if other := seen.get(clip.name) or seen.get(clip.source):
+            if other := sources.get(clip.source):
                 message = f"in {other} too; take it out of one split file ({clip.source})"
                 yield Finding(split, clip.name, "in_two_splits", message)
-        seen |= {key: split for clip in table for key in (clip.name, clip.source) if key not in seen}
+            elif clip.name in names:
+                other, source = names[clip.name]
+                message = f"the name of {source} in {other} too; give {clip.source} another"
+                yield Finding(split, clip.name, "in_two_splits", message)
+        sources = {clip.source: split for clip in table} | sources
+        names = {clip.name: (split, clip.source) for clip in table} | names
 
 
 def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
@@ -286,7 +303,6 @@ def write_report(
     folder: Path, name: str, findings: Sequence[Finding], numbers: Mapping[str, Any], about: Mapping[str, Any]
 ) -> tuple[Path, Path]:
     """Write <name>_check.json and <name>_bad_clips.txt; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{name}_check.json", folder / f"{name}_bad_clips.txt"
     content = {
         **about,
@@ -312,7 +328,7 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="decode every frame")
     parser.add_argument("--num_frames", type=positive, default=16, help="frames of a window (default: 16)")
     parser.add_argument("--view_fps", type=positive_float, default=10.0, help="and their rate (default: 10)")
-    parser.add_argument("--assume_fps", type=positive_float, help="as in the run scripts")
+    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
     parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
@@ -320,14 +336,18 @@ def main() -> None:
     logging.getLogger("tad").setLevel(logging.WARNING)
     about = {"data_set": args.data_set, "root": os.path.abspath(args.root), "deep": args.deep}
     window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "assume_fps": args.assume_fps}
+    folder = Path(args.output_dir)
     try:
+        with data_errors(folder, "written, choose another --output_dir"):  # known before the work
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         findings, numbers = check(
             args.data_set, args.root, splits=args.split, deep=args.deep, workers=args.workers, **window
         )
-        paths = write_report(Path(args.output_dir), args.data_set, findings, numbers, about | window)
-    except DataError as e:
+        print(report(findings, numbers))
+        paths = write_report(folder, args.data_set, findings, numbers, about | window)
+    except (DataError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(report(findings, numbers))
     print(f"{paths[0]}: all of it; {paths[1]}: clips to repair, or to leave out with --bad_clips")
     sys.exit(any(f.is_error for f in findings))
 

@@ -1,7 +1,10 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
+import csv
+import io
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +23,19 @@ class DataError(RuntimeError):
 
 class Unreadable(DataError):
     """A clip whose frames cannot be counted; the others can be used without it."""
+
+
+class BeyondEnd(DataError):
+    """Labels of frames after the last one there is."""
+
+
+@contextmanager
+def data_errors(path: str | Path, what: str = "read") -> Iterator[None]:
+    """Turn an OSError of the body into a DataError: path cannot be `what`, for the reason the system gives."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"{path}: cannot be {what} ({e.strerror or e})") from e
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +140,11 @@ class ClipTable(Sequence):
 class Selection:
     """Which clips of a split are wanted, and what becomes of one that cannot be made.
 
-    leave_out: names of clips to pass over. problems: collects {clip: message} of what is raised where it is None.
+    leave_out: names of clips to pass over. problems: where not None, collects {clip: error} instead of raising it.
     """
 
     leave_out: Collection[str] = frozenset()
-    problems: dict[str, str] | None = None
+    problems: dict[str, DataError] | None = None
 
     def table(self, name: str, split: str, names: Iterable[str], make: Callable[[str], Clip], **options) -> ClipTable:
         """The ClipTable of make(clip) for the wanted ones of `names`. options: of ClipTable.
@@ -144,7 +160,7 @@ class Selection:
                 table.clips.append(make(clip))
             except DataError as e:
                 if self.problems is not None:
-                    self.problems[clip] = str(e)
+                    self.problems[clip] = e
                 elif isinstance(e, Unreadable):
                     table.unreadable[clip] = str(e)
                 else:
@@ -174,12 +190,38 @@ def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
     return frozenset(names)
 
 
+def warn_unmatched(bad_clips: Iterable[str], tables: Iterable[ClipTable]) -> None:
+    """Log the names in lists of bad clips that are of no clip in any table of a run: misspelt, or of another split."""
+    tables = list(tables)
+    if rest := sorted(set(bad_clips).difference(*(table.left_out for table in tables))):
+        shown = ", ".join(rest[:5]) + ", ..." * (len(rest) > 5)
+        of = ", ".join(f"{table.name} {table.split}" for table in tables)
+        logger.warning(f"--bad_clips: {len(rest)} names are of no clip of {of}: {shown}")
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it is in another encoding."""
+    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with data_errors(path):
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells without the white space around them) of each row of a csv that is not empty.
+
+    Raises DataError where the file cannot be read, or a quote is not closed, or has something behind it.
+    """
+    with io.StringIO(read_text(path), newline="") as f:
+        reader, line = csv.reader(f, strict=True), 0
+        try:
+            for cells in reader:
+                line, cells = reader.line_num, [cell.strip() for cell in cells]
+                if any(cells):
+                    yield line, cells
+        except csv.Error as e:  # a quote that is not closed takes in the lines that follow
+            raise DataError(f"{path}: in the row that begins in line {line + 1}: {e}; check its quotes") from e
 
 
 def read_lines(path: Path) -> list[str]:

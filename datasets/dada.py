@@ -14,8 +14,6 @@ clips those of orig_full_testing-text.txt (lines "<type>/<video> <label> <start>
 lines), and the rest of the sheet is the other split.
 """
 
-import csv
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +27,9 @@ from datasets.clips import (
     DataError,
     Selection,
     first_repeated,
+    read_csv,
     read_lines,
     read_split,
-    read_text,
     whole_number,
 )
 
@@ -138,29 +136,26 @@ def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
     if not path.is_file():
         raise DataError(f"{path}: annotation sheet not found; python -m datasets.prepare sheet makes it of .xlsx, .xls")
     columns = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
-    with io.StringIO(read_text(path), newline="") as f:
-        reader = csv.reader(f)
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        where = {}
-        for column in columns:
-            found = [i for i, cell in enumerate(header) if cell.startswith(column)]
-            if len(found) != 1:
-                raise DataError(f"{path}: {len(found)} columns begin with {column!r}, 1 is needed")
-            where[column] = found[0]
-        rows: dict[Key, dict[str, int]] = {}
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            row = {}
-            for column, i in where.items():
-                try:
-                    row[column] = whole_number(cells[i])
-                except (ValueError, IndexError) as e:
-                    raise DataError(f"{path}: line {reader.line_num}: {column!r} is not a whole number: {e}") from e
-            key = row["type"], row["video"]
-            if key in rows:
-                raise DataError(f"{path}: line {reader.line_num}: type {key[0]}, video {key[1]} is listed twice")
-            rows[key] = row
+    lines = read_csv(path)
+    header = [cell.lower() for cell in next(lines, (0, []))[1]]
+    where = {}
+    for column in columns:
+        found = [i for i, cell in enumerate(header) if cell.startswith(column)]
+        if len(found) != 1:
+            raise DataError(f"{path}: {len(found)} columns begin with {column!r}, 1 is needed")
+        where[column] = found[0]
+    rows: dict[Key, dict[str, int]] = {}
+    for line, cells in lines:
+        row = {}
+        for column, i in where.items():
+            try:
+                row[column] = whole_number(cells[i])
+            except (ValueError, IndexError) as e:
+                raise DataError(f"{path}: line {line}: {column!r} is not a whole number: {e}") from e
+        key = row["type"], row["video"]
+        if key in rows:
+            raise DataError(f"{path}: line {line}: type {key[0]}, video {key[1]} is listed twice")
+        rows[key] = row
     if not rows:
         raise DataError(f"{path}: no rows")
     return rows

@@ -31,7 +31,8 @@ SPLIT_FILES = {  # variant -> {split: its files under dataset/}; every variant i
     "DoTA_half": {"train": ("half_train_split.txt",), "val": ("val_split.txt",)},
 }
 _HINT = "DoTA's repository (dataset/)"
-_HINTS = {"half_train_split.txt": "huggingface.co/tue-mps/simple-tad (datasets/DoTA)"}
+_HALF = "huggingface.co/tue-mps/simple-tad (datasets/DoTA); or make it with python -m datasets.prepare half"
+_HINTS = {"half_train_split.txt": _HALF}
 
 
 def load_dota(name: str, root: str, split: str, selection: Selection = ALL_CLIPS) -> ClipTable:

@@ -58,7 +58,8 @@ class SkipBad:
                 if self._own > self.limit:
                     raise DataError(
                         f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
-                        f"so far of {_named(self._bad_clips)}"
+                        f"so far of {_named(self._bad_clips)}; python -m datasets.check finds all such clips for "
+                        "--bad_clips, or raise the limit"
                     )
             self._samples += len(batch["samples"])
             yield batch

@@ -13,7 +13,6 @@ splits or variants (DoTA_half to DoTA) and packs again the clips whose source ha
 """
 
 import fcntl
-import hashlib
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,13 +31,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets, read_bad_clips
-from datasets.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest
+from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.clips import data_errors, read_bad_clips, warn_unmatched
+from datasets.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest, sha256
 from datasets.parallel import available_cores, in_processes
-from datasets.readers import find_source, open_clip
+from datasets.readers import Reader, find_source, open_clip
 from utils.config import Parser
 from utils.files import replaced
-from utils.flags import natural, positive, positive_float
+from utils.flags import ASSUME_FPS, natural, positive, positive_float
 from utils.logging import setup_logging
 
 logger = logging.getLogger("tad")
@@ -85,25 +85,37 @@ class Job:
     def __str__(self) -> str:
         return self.clip.name
 
-    def jpegs(self, frames: Sequence[int]) -> Iterator[bytes]:
-        """The packed form of some frames. Raises DataError."""
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Reader, np.ndarray]]:
+        """The original, and those of the frames to keep that come before its end. Raises DataError if there are none.
+
+        A source that ends before its annotation is packed as it is read, the smaller number of frames counting.
+        """
         with open_clip(replace(self.clip, pack_step=None)) as reader:
-            for first in range(0, len(frames), CHUNK):
-                for frame in reader.frames(frames[first : first + CHUNK]):
-                    yield self.settings.jpeg(frame)
+            frames = self.clip.stored_frames
+            frames = frames[frames < reader.usable_frames()]
+            if not len(frames):
+                raise DataError(reader.mismatch())
+            yield reader, frames
+
+    def jpegs(self, reader: Reader, frames: Sequence[int]) -> Iterator[bytes]:
+        """The packed form of some frames. Raises DataError."""
+        for first in range(0, len(frames), CHUNK):
+            for frame in reader.frames(frames[first : first + CHUNK]):
+                yield self.settings.jpeg(frame)
 
 
 def pack_clip(job: Job) -> PackedClip | DataError:
     """Write the zip of a clip. The same source and settings give the same bytes, which appear whole or not at all."""
-    path, frames = job.root / job.file, job.clip.stored_frames
+    path = job.root / job.file
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         original = stamp(job.clip)
-        with replaced(path) as temporary:
+        with job.opened() as (reader, frames), replaced(path) as temporary:
             with zipfile.ZipFile(temporary, "w") as z:
-                for frame, data in zip(frames.tolist(), job.jpegs(frames), strict=True):
+                for frame, data in zip(frames.tolist(), job.jpegs(reader, frames), strict=True):
                     z.writestr(zipfile.ZipInfo(job.clip.picture(frame)), data)  # of 1980: no time of writing
-            digest = _sha256(temporary)
+            digest = sha256(temporary)
     except DataError as e:
         return e
     own, anomalous = describe(job.clip)
@@ -111,28 +123,21 @@ def pack_clip(job: Job) -> PackedClip | DataError:
     return PackedClip(own, anomalous, original, asdict(job.settings), job.file, size, digest, len(frames))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def stamp(clip: Clip) -> dict[str, Any]:
     """What tells that the source of a clip has changed: path, bytes and the latest mtime in ns. Raises DataError."""
-    path = Path(find_source(clip))
-    status = [p.stat() for p in ([path, *path.iterdir()] if path.is_dir() else [path])]
+    path = Path(os.path.abspath(find_source(clip)))
+    with data_errors(path):
+        status = [p.stat() for p in ([path, *path.iterdir()] if path.is_dir() else [path])]
     size = sum(s.st_size for s in (status[1:] if path.is_dir() else status))
     return {"path": str(path), "size": size, "mtime_ns": max(s.st_mtime_ns for s in status)}
 
 
 def sample_bytes(job: Job) -> float | None:
     """Mean bytes of a frame of the clip in its packed form, of a few; None where it cannot be read."""
-    frames = job.clip.stored_frames
-    few = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
     try:
-        return float(np.mean([len(data) for data in job.jpegs(few)]))
+        with job.opened() as (reader, frames):
+            few = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
+            return float(np.mean([len(data) for data in job.jpegs(reader, few)]))
     except DataError:
         return None
 
@@ -151,8 +156,8 @@ def pack(
     """Pack splits (default: all there are) of a data set into the folder `out`, or go on with it.
 
     assume_fps: as in build_clips; the pack keeps it.
-    Raises DataError: `out` is another pack or no pack, is being written, is on a disk that is too small; clips that
-    cannot be read, after all others are done, named in out/bad_clips.txt.
+    Raises DataError: `out` is another pack, a pack of another root or no pack, is being written, cannot be, is on a
+    disk that is too small; clips that cannot be read, after all others are done, named in out/bad_clips.txt.
     """
     out = Path(out)
     if is_packed(root):
@@ -161,17 +166,19 @@ def pack(
         scan = VideoScan(out / "videos.json", workers=workers)
         (data_set,) = find_data_sets([name], assume_fps)
         splits = splits or data_set.splits
-        failed: dict[str, str] = {}
-        wanted = {"leave_out": leave_out, "problems": failed}
+        problems: dict[str, DataError] = {}
+        wanted = {"leave_out": leave_out, "problems": problems}
         tables = {s: build_clips(name, root, s, scan, assume_fps, **wanted) for s in splits}
+        warn_unmatched(leave_out, tables.values())
         jobs = _jobs(tables, out, settings)
         done = {entry.clip["name"]: entry for entry in read_manifest(out)}
+        _refuse_other_originals(name, os.path.abspath(root), out, jobs, done)
         with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
             _write_manifest(temporary, done.values())
         to_do = [job for job in jobs.values() if not _is_done(job, done.get(job.clip.name))]
         logger.info(f"{name}: {len(jobs)} clips, {len(jobs) - len(to_do)} of them packed already")
         _check_space(to_do, out, workers)
-        failed |= _pack_all(to_do, done, out, workers)
+        failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
             (out / BAD_CLIPS).write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
             first = "; ".join(list(failed.values())[:3])
@@ -179,17 +186,19 @@ def pack(
                 f"{len(failed)} clips cannot be packed: {first}; {len(done)} are. Repair them and run "
                 f"this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
             )
-        _finish(name, tables, jobs, done, out, settings)
+        _finish(name, os.path.abspath(root), tables, jobs, done, out, settings)
 
 
 @contextmanager
 def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Hold the folder of a pack, alone, without what an earlier process left half-written."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not is_packed(out) and any(out.iterdir()):
-        raise DataError(f"{out}: neither empty nor a pack; choose another folder")
-    (out / MANIFEST).touch()
-    with (out / ".lock").open("w") as lock:
+    with data_errors(out, "written, choose another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        if not is_packed(out) and any(out.iterdir()):
+            raise DataError(f"{out}: neither empty nor a pack; choose another folder")
+        (out / MANIFEST).touch()
+        lock = (out / ".lock").open("w")
+    with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -216,7 +225,8 @@ def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[s
             if clip.name in jobs:
                 other = jobs[clip.name].clip
                 if (clip.source, clip.num_frames) != (other.source, other.num_frames):
-                    raise DataError(f"{table.name}: two clips are called {clip.name}: {clip.source}, {other.source}")
+                    both = f"{clip.source}, {other.source}"
+                    raise DataError(f"{table.name}: two clips are called {clip.name}: {both}; rename one")
                 continue
             jobs[clip.name] = job
             steps[clip.fps, clip.pack_step] += 1
@@ -226,6 +236,21 @@ def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[s
         kept = f"1 frame in {step}, for windows that end on those" if step > 1 else "every frame"
         logger.info(f"{count} clips at {fps:g} fps: {kept}")
     return jobs
+
+
+def _refuse_other_originals(
+    name: str, root: str, out: Path, jobs: Mapping[str, Job], done: Mapping[str, PackedClip]
+) -> None:
+    """Raise DataError where the pack has this data set from another root, or another data set's clip of one name."""
+    for other, splits in (read_index(out) or {"tables": {}})["tables"].items():
+        for table in splits.values():
+            held = table.get("root", root)  # packs made before roots were kept lack it
+            if other == name and held != root:
+                raise DataError(f"{out}: a pack of {name} of {held}; pack that of {root} into another folder")
+            for clip in sorted(jobs.keys() & table["clips"]) if other != name else ():
+                own, held = os.path.abspath(jobs[clip].clip.source), os.path.abspath(done[clip].original["path"])
+                if own != held.removesuffix(".zip"):
+                    raise DataError(f"{out}: holds {clip} of {other}, {held}; pack {name} into another folder")
 
 
 def file_of(name: str) -> str:
@@ -267,6 +292,8 @@ def _pack_all(jobs: list[Job], done: dict[str, PackedClip], out: Path, workers: 
                 if isinstance(entry, DataError):
                     failed[job.clip.name] = str(entry)
                     continue
+                if entry.frames < (expected := len(job.clip.stored_frames)):
+                    logger.warning(f"{job}: its source ends after {entry.frames} of the {expected} frames to pack")
                 done[job.clip.name] = entry
                 manifest.write(_line(entry))
                 manifest.flush()
@@ -276,13 +303,20 @@ def _pack_all(jobs: list[Job], done: dict[str, PackedClip], out: Path, workers: 
 
 
 def _finish(
-    name: str, tables: dict[str, ClipTable], jobs: dict[str, Job], done: dict[str, PackedClip], out: Path, settings
+    name: str,
+    root: str,
+    tables: dict[str, ClipTable],
+    jobs: dict[str, Job],
+    done: dict[str, PackedClip],
+    out: Path,
+    settings: Settings,
 ) -> None:
     """Manifest in the order of the tables, with the annotations of now; then the index, which makes it a pack."""
     index = read_index(out) or {"settings": asdict(settings), "tables": {}}
     index["tables"].setdefault(name, {}).update(
         {
             split: {
+                "root": root,
                 "clips": [clip.name for clip in table],
                 "left_out": table.left_out,
                 "one_clip_per_video": table.one_clip_per_video,
@@ -324,7 +358,7 @@ def main() -> None:
     parser.add_argument(
         "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
     )
-    parser.add_argument("--assume_fps", type=positive_float, help="as in the run scripts")
+    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
     parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
     parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
@@ -342,7 +376,7 @@ def main() -> None:
             assume_fps=args.assume_fps,
             workers=args.workers,
         )
-    except DataError as e:
+    except (DataError, OSError) as e:
         sys.exit(f"error: {e}")
 
 

@@ -1,6 +1,7 @@
 """A packed data set: what `python -m datasets.pack` writes, read in place of the original.
 
-ROOT/pack.json          written last, when all is there: settings; the clips of each split of each data set, in order
+ROOT/pack.json          written last, when all is there: settings; of each split of each data set its original root, and
+                        its clips in order
 ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it came from, size and SHA-256 of its zip
 ROOT/frames/<clip>.zip  JPEGs, each named by the number of its frame in the original: 000000.jpg, 000003.jpg, ...
 
@@ -9,16 +10,17 @@ numbers, rate, labels and names of the original, so windows are those of the ori
 frame, the last of them on the clip's last frame, as `WindowIndex` anchors them at a stride of n.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, Selection
+from datasets.clips import Clip, ClipTable, DataError, Selection, data_errors
 
 logger = logging.getLogger("tad")
 
@@ -44,6 +46,16 @@ class PackedClip:
     sha256: str
     frames: int
 
+    def damage(self, root: Path, *, deep: bool) -> str:
+        """How the zip differs from what was packed, in size or, if deep, in SHA-256; "" where not. Raises DataError."""
+        path = root / self.file
+        with data_errors(path):
+            if (size := path.stat().st_size) != self.bytes:
+                return f"{path}: {size} bytes, {self.bytes} when it was packed"
+            if deep and sha256(path) != self.sha256:
+                return f"{path}: another SHA-256 than when it was packed"
+        return ""
+
     def to_clip(self, root: Path) -> Clip:
         """The Clip, with its frames in the pack at root."""
         labels = None
@@ -61,6 +73,15 @@ def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
         return own, None
     edges = np.flatnonzero(np.diff(np.concatenate([[0], clip.labels > 0, [0]])))
     return own, edges.reshape(-1, 2).tolist()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_packed(root: str | Path) -> bool:
@@ -84,8 +105,8 @@ def read_index(root: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def load_packed(name: str, root: str, split: str, selection: Selection) -> ClipTable:
-    """A split of a packed data set; a split "all" that was not packed is all of the others.
+def load_packed(name: str, root: str, split: str, splits: Sequence[str], selection: Selection) -> ClipTable:
+    """A split of a packed data set; a split "all" that was not packed is all of `splits`, which the data set has.
 
     Raises DataError: packing is not finished, another data set or split, a clip without an entry.
     """
@@ -96,12 +117,13 @@ def load_packed(name: str, root: str, split: str, selection: Selection) -> ClipT
         known = ", ".join(index["tables"])
         raise DataError(f"{root}: a pack of {known}; python -m datasets.pack {name} ROOT {root} adds {name} to it")
     tables = index["tables"][name]
-    if split != "all" and split not in tables:
+    parts = splits if split == "all" and split not in tables else [split]
+    if missing := " ".join(part for part in parts if part not in tables):
         raise DataError(
             f"{root}: split {split!r} of {name} is not packed, only {', '.join(tables)}; "
-            f"python -m datasets.pack {name} ROOT {root} --split {split} adds it"
+            f"python -m datasets.pack {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
         )
-    wanted = [tables[split]] if split in tables else list(tables.values())
+    wanted = [tables[part] for part in parts]
     names = dict.fromkeys(clip for table in wanted for clip in table["clips"])
     left_out = list(dict.fromkeys(clip for table in wanted for clip in table["left_out"]))
     entries = {entry.clip["name"]: entry for entry in read_manifest(Path(root)) if entry.clip["name"] in names}

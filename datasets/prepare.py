@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from datasets import DataError, VideoScan, build_clips
+from datasets import DataError, VideoScan, build_clips, find_data_sets
 from datasets.clips import Clip, ClipTable
 from datasets.dada import LAYOUTS
 from datasets.dota import CATEGORIES, SPLIT_FILES
 from datasets.windows import index_clips
 from utils.files import replaced
+from utils.flags import ASSUME_FPS, positive_float
 from utils.logging import setup_logging
 
 CATEGORY_IDS = {name: number for number, name in CATEGORIES.items()}
@@ -110,6 +111,7 @@ def prepare_half(name: str, root: str, *, seed: int, out: str | None) -> str:
 
 def prepare_frames(name: str, root: str, out: str, *, split: str, assume_fps: float | None, **window: float) -> str:
     """Write the frame-level annotation of a labelled data set; returns what was done."""
+    find_data_sets([name], assume_fps)
     scan = VideoScan(Path(out).with_suffix(".videos.json"), workers=8)
     clips = build_clips(name, root, split, scan, assume_fps)
     clips.require_labels()
@@ -170,7 +172,7 @@ def main() -> None:
     command.add_argument("--split", default="val", help="train, val or all (default: val)")
     command.add_argument("--num_frames", type=int, default=16, help="frames of a window (default: 16)")
     command.add_argument("--view_fps", type=float, default=10, help="frames per second of a window (default: 10)")
-    command.add_argument("--assume_fps", type=float, help="frame rate where the annotation has none (default: 30)")
+    command.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
 
     command = commands.add_parser("bdd100k", help="list of BDD100K's videos that open")
     command.add_argument("root", help=".../bdd100k/videos")

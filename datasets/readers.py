@@ -16,6 +16,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.clips import Clip, DataError
+from datasets.clips import Clip, DataError, data_errors
 
-# What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG; RuntimeError is zipfile's, for an
-# encrypted member or a version or compression it does not know.
+# What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as is that for a picture which claims
+# to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
 _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError),
-    *(struct.error, zlib.error, zipfile.BadZipFile),
+    *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
 )
 
 
@@ -122,10 +123,13 @@ class ZipReader(PictureReader):
 
     def __init__(self, clip: Clip, path: str):
         super().__init__(clip, path)
+        self._file = open(path, "rb")  # noqa: SIM115 (where this fails, it is no matter of what is in it)
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = zipfile.ZipFile(self._file)
         except _UNREADABLE as e:
-            reason = "it is a web page" if _is_web_page(path) else _reason(e)
+            with self._file as f:
+                f.seek(0)
+                reason = "it is a web page" if b"<html" in f.read(1024).lower() else _reason(e)
             raise DataError(f"{path}: not a readable zip ({reason}); copy or download it again") from e
 
     def _bytes(self, name: str) -> bytes:
@@ -145,15 +149,15 @@ class ZipReader(PictureReader):
 
     def close(self) -> None:
         self._zip.close()
-
-
-def _is_web_page(path: str) -> bool:
-    with open(path, "rb") as f:
-        return b"<html" in f.read(1024).lower()
+        self._file.close()
 
 
 class FolderReader(PictureReader):
     """A folder of pictures."""
+
+    def __init__(self, clip: Clip, path: str):
+        super().__init__(clip, path)
+        os.scandir(os.path.join(path, ".")).close()  # whether it may be listed and entered
 
     def _bytes(self, name: str) -> bytes:
         return Path(self.path, name).read_bytes()
@@ -172,6 +176,8 @@ class VideoReader(Reader):
         super().__init__(clip, path)
         import decord
 
+        with open(path, "rb"):  # decord does not say why
+            pass
         try:
             self._video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         except (RuntimeError, decord.DECORDError) as e:
@@ -206,11 +212,12 @@ def _reason(error: Exception) -> str:
 def find_source(clip: Clip) -> str:
     """Where the frames of a clip are: "<source>.zip", a folder, or a video file, the first that exists.
 
-    Raises DataError where none does.
+    Raises DataError where none does, or that cannot be told.
     """
     packed = f"{clip.source}.zip"
     for path in (packed, clip.source):
-        if os.path.exists(path):
+        with data_errors(path), suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)
             return path
     raise DataError(f"clip {clip.name}: no frames: expected {packed}, a folder {clip.source}/ or a video {clip.source}")
 
@@ -218,6 +225,7 @@ def find_source(clip: Clip) -> str:
 def open_clip(clip: Clip) -> Reader:
     """The reader of a clip. Raises DataError where there are no frames or the file cannot be opened."""
     path = find_source(clip)
-    if os.path.isdir(path):
-        return FolderReader(clip, path)
-    return ZipReader(clip, path) if path != clip.source else VideoReader(clip, path)
+    with data_errors(path):
+        if os.path.isdir(path):
+            return FolderReader(clip, path)
+        return ZipReader(clip, path) if path != clip.source else VideoReader(clip, path)

@@ -14,8 +14,6 @@ start_frame and end_frame. Without either pair clips are unlabelled, for DAPT. P
 img_0001.png, img_0002.png; the first is frame 0, whatever its number.
 """
 
-import csv
-import io
 import logging
 import math
 import os
@@ -27,7 +25,17 @@ from typing import NoReturn
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, Unreadable, read_text, whole_number
+from datasets.clips import (
+    ALL_CLIPS,
+    BeyondEnd,
+    Clip,
+    ClipTable,
+    DataError,
+    Selection,
+    Unreadable,
+    read_csv,
+    whole_number,
+)
 from datasets.scan import VideoInfo, VideoScan
 from datasets.videos import SUFFIXES
 
@@ -84,24 +92,20 @@ def load_csv(
     return selection.table("csv", split, entries, clip)
 
 
-def _fail(path: Path, row: int, column: str, problem: str) -> NoReturn:
-    raise DataError(f"{path}: row {row}, column {column}: {problem}")
+def _fail(path: Path, row: int, column: str, problem: str, error: type[DataError] = DataError) -> NoReturn:
+    raise error(f"{path}: row {row}, column {column}: {problem}")
 
 
 def _read(path: Path) -> tuple[set[str], dict[str, _Entry]]:
     """The known columns there are, and what the rows say: {clip: entry}."""
-    with io.StringIO(read_text(path), newline="") as f:
-        reader = csv.reader(f)
-        header = [cell.strip().lower() for cell in next(reader, [])]
-        columns = _check_header(path, header)
-        entries: dict[str, _Entry] = {}
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if len(cells) > len(header):
-                raise DataError(f"{path}: row {reader.line_num} has {len(cells)} cells, the header {len(header)}")
-            _add_row(path, entries, dict(zip(header, cells, strict=False)), reader.line_num)
+    rows = read_csv(path)
+    header = [cell.lower() for cell in next(rows, (0, []))[1]]
+    columns = _check_header(path, header)
+    entries: dict[str, _Entry] = {}
+    for number, cells in rows:
+        if len(cells) > len(header):
+            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}")
+        _add_row(path, entries, dict(zip(header, cells, strict=False)), number)
     if not entries:
         raise DataError(f"{path}: no rows")
     return columns, entries
@@ -159,10 +163,13 @@ def _add_row(path: Path, entries: dict[str, _Entry], row: dict[str, str], number
 # Sources
 
 
+def _absolute(path: Path, entry: _Entry) -> str:
+    return os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
+
+
 def _source(path: Path, entry: _Entry) -> str:
-    """The source of a Clip: the absolute path without the .zip of a packed folder."""
-    own = os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
-    return own[: -len(".zip")] if own.lower().endswith(".zip") else own
+    """The source of a Clip: its absolute path without the .zip of a packed folder."""
+    return _absolute(path, entry).removesuffix(".zip")
 
 
 def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> dict[str, _Frames]:
@@ -171,29 +178,34 @@ def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> di
     for name, entry in entries.items():
         if "path" not in entry.values:
             _fail(path, entry.row, "path", f"empty, in every row of clip {name}")
-        source = _source(path, entry)
+        source, own = _source(path, entry), _absolute(path, entry)
+        if source == own and os.path.isfile(f"{own}.zip"):  # which would be read in its place
+            _fail(path, entry.row, "path", f"{entry.values['path']}.zip is there too; name that, or move it away")
         if other := sources.get(source):
             _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
         sources[source] = name
     videos = [source for source in sources if Path(source).suffix.lower() in SUFFIXES and not os.path.isdir(source)]
     frames = {sources[v]: _of_video(info) for v, info in zip(videos, scan(videos), strict=True)}
-    return frames | {name: _of_pictures(source) for source, name in sources.items() if name not in frames}
+    return frames | {
+        name: _of_pictures(_absolute(path, entries[name])) for name in sources.values() if name not in frames
+    }
 
 
 def _of_video(info: VideoInfo) -> _Frames:
     return _Frames(info.frames, info.fps, problem=info.problem)
 
 
-def _of_pictures(source: str) -> _Frames:
-    """The numbered pictures of <source>.zip or of the folder."""
+def _of_pictures(own: str) -> _Frames:
+    """The numbered pictures of a zip or folder."""
     try:
-        if os.path.isfile(f"{source}.zip"):
-            with zipfile.ZipFile(f"{source}.zip") as z:
+        if own.endswith(".zip"):
+            with zipfile.ZipFile(own) as z:
                 names = z.namelist()
-        elif os.path.isfile(source):
-            return _Frames(problem=f"neither a zip nor a video with a suffix of {' '.join(sorted(SUFFIXES))}")
+        elif os.path.isfile(own):
+            videos = " ".join(sorted(SUFFIXES))
+            return _Frames(problem=f"neither a zip nor a video with a suffix of {videos}; a zip's is .zip")
         else:
-            names = os.listdir(source)
+            names = os.listdir(own)
         return _numbered(names)
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
@@ -219,14 +231,15 @@ def _numbered(names: list[str]) -> _Frames:
 
 def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Frames, assumed_fps: float | None) -> Clip:
     values = entry.values
+    stated = values.get("fps") or frames.fps or assumed_fps or math.nan
     try:
-        fps = float(values.get("fps") or frames.fps or assumed_fps or math.nan)
+        fps = float(stated)
     except ValueError:
         fps = -1.0
     if math.isnan(fps):
         _fail(path, entry.row, "fps", "empty; pictures do not know their frame rate: fill it in or give --assume_fps")
     if not 0 < fps < 1000:
-        _fail(path, entry.row, "fps", f"{values['fps']!r} is not a frame rate")
+        _fail(path, entry.row, "fps", f"{stated!r} is not a frame rate, above 0 and below 1000")
     flags: dict[str, bool | None] = {}
     for column in ("ego", "night"):
         flags[column] = _YES_NO.get(values.get(column, "").lower())
@@ -251,14 +264,16 @@ def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int)
     if columns.issuperset(INTERVAL):
         for start, end, row in entry.intervals:
             if end >= count:
-                _fail(path, row, "end_frame", f"{end}, but clip {name} has {count} frames, 0 to {count - 1}")
+                problem = f"{end}, but clip {name} has {count} frames, 0 to {count - 1}"
+                _fail(path, row, "end_frame", problem, BeyondEnd)
             labels[start : end + 1] = 1
         return labels
     if columns.issuperset(PER_FRAME):
         if entry.labels.keys() != set(range(count)):
             odd = min(entry.labels.keys() ^ set(range(count)))
             problem = "has no label" if odd < count else f"has a label, but there are {count} frames"
-            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}")
+            error = DataError if odd < count else BeyondEnd
+            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}", error)
         labels[list(entry.labels)] = list(entry.labels.values())
         return labels
     return None

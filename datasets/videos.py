@@ -9,8 +9,6 @@ For BDD100K and videos, a text file may stand in place of ROOT: one path per lin
 folder.
 """
 
-import csv
-import io
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -24,8 +22,8 @@ from datasets.clips import (
     Selection,
     Unreadable,
     first_repeated,
+    read_csv,
     read_lines,
-    read_text,
 )
 from datasets.scan import VideoScan
 
@@ -61,12 +59,12 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
     """(folder, paths relative to it) of the videos below root's folders `search`, or of those a list file names, of
     which only what begins with one of `keep` is kept, if any is given.
     """
-    path = Path(root)
+    path, every = Path(root), "; split all has every video there is (--split all)" if keep else ""
     if path.is_file():
         lines = [os.path.normpath(line) for line in read_lines(path)]
         videos = [line for line in lines if not keep or line.split("/")[0] in keep]
         if not videos:
-            raise DataError(f"{path}: no line names a video below {' or '.join(keep) or 'any folder'}")
+            raise DataError(f"{path}: no line names a video below {' or '.join(keep) or 'any folder'}{every}")
         if repeated := first_repeated(videos):
             raise DataError(f"{path}: video {repeated} is listed twice")
         if len(videos) < len(lines):
@@ -77,7 +75,7 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
     videos = [video for folder in search for video in _find(path, folder)]
     if not videos:
         raise DataError(
-            f"{path}: no video below {' or '.join(search) or 'it'}; known suffixes: {' '.join(sorted(SUFFIXES))}"
+            f"{path}: no video below {' or '.join(search) or 'it'}; known suffixes: {' '.join(sorted(SUFFIXES))}{every}"
         )
     return path, videos
 
@@ -105,17 +103,19 @@ def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection =
     path = Path(root, "annotations", f"{split}.csv")
     if not path.is_file():
         raise DataError(f"{path}: Kinetics annotation not found; it comes with the data set")
-    with io.StringIO(read_text(path), newline="") as f:
-        rows = csv.DictReader(f)
-        if absent := [c for c in KINETICS_COLUMNS if c not in (rows.fieldnames or ())]:
-            raise DataError(f"{path}: no column {', '.join(absent)}; expected {', '.join(KINETICS_COLUMNS)}")
+    rows = read_csv(path)
+    header = next(rows, (0, []))[1]
+    if absent := [c for c in KINETICS_COLUMNS if c not in header]:
+        raise DataError(f"{path}: no column {', '.join(absent)}; expected {', '.join(KINETICS_COLUMNS)}")
+    videos = []
+    for line, cells in rows:
+        if len(cells) < len(header):
+            raise DataError(f"{path}: line {line} has {len(cells)} cells, the header {len(header)}")
         try:
-            videos = [
-                f"{split}/{row['label']}/{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}.mp4"
-                for row in rows
-            ]
-        except (TypeError, ValueError) as e:
-            raise DataError(f"{path}: line {rows.line_num}: {e}") from e
+            label, video, start, end = (cells[header.index(c)] for c in KINETICS_COLUMNS)
+            videos.append(f"{split}/{label}/{video}_{int(start):06d}_{int(end):06d}.mp4")
+        except ValueError as e:
+            raise DataError(f"{path}: line {line}: {e}") from e
     return _table("Kinetics", split, Path(root), videos, scan, selection, one_clip_per_video=True)
 
 

@@ -159,16 +159,19 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
 def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str, Any]:
     """What of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
 
-    clips: the ClipTable. faults: of its clips, with name and frames, 0 where the clip cannot be read.
+    clips: the ClipTable. faults: of its clips, with number, name and frames, 0 where the clip cannot be read. A clip
+    that is not scored is in "unreadable", "left_out", "frame_mismatch" or, without a fault, "too_short" for a window.
     """
-    scored = len(np.unique(predictions.clip))
+    scored, faults = set(predictions.clip.tolist()), list(faults)
+    known = scored | {fault.number for fault in faults}
     return {
         "clips": clips.listed,
-        "clips_scored": scored,
-        "coverage": f"{scored} of {clips.listed} clips",
+        "clips_scored": len(scored),
+        "coverage": f"{len(scored)} of {clips.listed} clips",
         "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
         "left_out": clips.left_out,
         "frame_mismatch": [fault.name for fault in faults if fault.frames],
+        "too_short": [clip.name for number, clip in enumerate(clips) if number not in known],
         "frames": int(clips.frame_counts.sum()),
     }
 

@@ -1,5 +1,9 @@
+import os
 import shutil
+import tempfile
 import zipfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from helpers import write_video
@@ -29,3 +33,22 @@ def data(dota_root, tmp_path_factory):
     for i in range(2):
         write_video(root / "videos" / f"{i}.mp4", frames=60, fps=10)
     return root
+
+
+@pytest.fixture
+def as_nobody():
+    """A folder, and a context in which this process, root in a container, is held to permissions as a user is."""
+
+    @contextmanager
+    def drop():
+        own = os.geteuid()
+        if own == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(own)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder), drop

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -143,3 +144,12 @@ def test_abbreviations_are_not_guessed():
     assert isinstance(finetune_parser("x"), Parser)
     with pytest.raises(SystemExit):
         finetune_parser("x").parse_args(["--data_path", "x", "--output_dir", "y", "--epoch", "3"])
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_start(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # scripts add to it
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(script), run_name="__main__")
+    assert not exit_.value.code and f"python benchmarks/{script.name} " in capsys.readouterr().out

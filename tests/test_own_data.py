@@ -110,7 +110,7 @@ def test_checking_and_packing(own, tmp_path):
     ):
         out = tmp_path / f"{fps}"
         pack("csv", str(root), out, splits=[split], settings=settings, assume_fps=fps)
-        original, packed = (build_clips("csv", str(r), split, scan, fps) for r in (root, out))
+        original, packed = build_clips("csv", str(root), split, scan, fps), build_clips("csv", str(out), split, scan)
         for a, b in zip(original, packed, strict=True):
             assert (a.name, a.num_frames, a.fps, a.category) == (b.name, b.num_frames, b.fps, b.category)
             assert np.array_equal(a.labels, b.labels) and np.array_equal(a.ttc, b.ttc, equal_nan=True)

@@ -11,6 +11,7 @@ from typing import Any
 from utils.config import Parser
 
 LOSS_NAMES = ["crossentropy", "focal", "focal6x100", "focal2_6", "focal2_2", "smoothap", "exponential1", "2bce"]
+ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
 
 # Flags of simple-tad's commands that have no counterpart, and why.
 _NO_EFFECT = "it had no effect in simple-tad either"
@@ -214,10 +215,9 @@ def _encoder_flags(add: Callable) -> None:
 
 
 def _clip_flags(add: Callable) -> None:
-    help = "lists of clips to leave out, as python -m datasets.check writes; a name per line"
+    help = "lists of clips to leave out, as python -m datasets.check writes; a name per line, for every data set"
     add("--bad_clips", None, help, type=str, nargs="+", metavar="FILE")
-    rate = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
-    add("--assume_fps", None, rate, type=positive_float)
+    add("--assume_fps", None, ASSUME_FPS, type=positive_float)
     add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
     add("--num_frames", None, "frames of a window (default: the model's)", type=positive)
     add("--view_fps", None, "frames per second of a window (default: the model's)", type=positive_float)

@@ -152,6 +152,7 @@ def test_the_command_reports_and_its_list_goes_into_training_and_evaluation(fort
     done = run("run_finetune.py", "--eval", *common, "--output_dir", tmp_path / "eval")
     assert done.returncode == 0, done.stderr
     assert "DoTA val: 2 of 11 clips are left out: syntheticva_000004, syntheticva_000006" in done.stdout
+    assert "--bad_clips: 4 names are of no clip of DoTA val: synthetictr_000001, synthetictr_000003, " in done.stdout
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["coverage"] == "9 of 11 clips" and metrics["clips"] == 11
     assert metrics["left_out"] == ["syntheticva_000004", "syntheticva_000006"]
@@ -162,6 +163,7 @@ def test_the_command_reports_and_its_list_goes_into_training_and_evaluation(fort
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "DoTA train: 4 of 24 clips are left out" in done.stdout
+    assert "2 names are of no clip of DoTA train: syntheticva_000004, syntheticva_000006" in done.stdout
 
 
 def test_only_decoding_finds_a_picture_that_was_broken_before_it_was_zipped(forty):
@@ -226,7 +228,65 @@ def test_a_pack_is_checked_like_its_original(forty, tmp_path):
     assert check("BDD100K", str(tmp_path / "bdd"), deep=True, workers=2)[0] == []
     rewrite(tmp_path / "bdd" / "frames" / "train" / "2.mov.zip", without(32))
     (tmp_path / "out" / "frames" / "syntheticva_000003.zip").unlink()
-    (finding,), _ = check("BDD100K", str(tmp_path / "bdd"), workers=2)
-    assert (finding.kind, finding.clip) == ("missing_frames", "train/2.mov") and "1 of 20" in finding.message
+    (size, frames), _ = check("BDD100K", str(tmp_path / "bdd"), workers=2)
+    assert (size.kind, size.clip) == ("changed", "train/2.mov") and "when it was packed; pack it again" in size.message
+    assert (frames.kind, frames.clip) == ("missing_frames", "train/2.mov") and "1 of 20" in frames.message
     (finding,), _ = check("DoTA", str(tmp_path / "out"), workers=2)
     assert (finding.kind, finding.clip) == ("unreadable", "syntheticva_000003")
+
+
+def test_a_zip_of_a_pack_that_was_exchanged_for_one_as_long_is_found_by_its_sum(whole, tmp_path):
+    pack("BDD100K", str(whole / "BDD"), tmp_path / "out", settings=Settings(32, 10, 90), workers=2)
+    path = tmp_path / "out" / "frames" / "test" / "0.mov.zip"
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1  # the date of the first picture
+    path.write_bytes(data)
+    assert check("BDD100K", str(tmp_path / "out"), workers=1)[0] == []
+    (finding,), _ = check("BDD100K", str(tmp_path / "out"), deep=True, workers=1)
+    assert (finding.kind, finding.clip) == ("changed", "test/0.mov") and "another SHA-256" in finding.message
+
+
+def test_mistakes_in_a_csv_have_their_kind_and_names_are_of_one_clip(whole, tmp_path):
+    for i in range(4):
+        shutil.copy(whole / "BDD" / "train" / "0.mov", tmp_path / f"{i}.mov")  # 60 frames
+    (tmp_path / "4.mov").write_bytes(b"no video")
+    header = "clip,path,fps,start_frame,end_frame\n"
+    (tmp_path / "train.csv").write_text(header + "a,0.mov,,10,20\nb,1.mov,,50,60\nc,2.mov,-1,,\nd,4.mov,,,\n")
+    (tmp_path / "val.csv").write_text(header + "a,3.mov,,10,20\ne,0.mov,,10,20\n")
+    findings, _ = check("csv", str(tmp_path), workers=1)
+    assert {(f.split, f.clip): f.kind for f in findings} == {
+        ("train", "b"): "label_beyond_end",
+        ("train", "c"): "annotation",
+        ("train", "d"): "unreadable",
+        ("val", "a"): "in_two_splits",
+        ("val", "e"): "in_two_splits",
+    }
+    messages = {f.clip: f.message for f in findings}
+    assert messages["a"] == f"the name of {tmp_path}/0.mov in train too; give {tmp_path}/3.mov another"
+    assert messages["e"] == f"in train too; take it out of one split file ({tmp_path}/0.mov)"
+
+
+def test_what_cannot_be_written_is_known_before_the_work(as_nobody):
+    root, drop = as_nobody
+    (root / "file").touch()
+    for folder in (root / "file", "/proc"):
+        done = run("-m", "datasets.check", "DoTA", "/absent", "--output_dir", folder)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {folder}: cannot be written, choose another --output_dir (")
+    for folder, why in ((root / "file", "File exists"), (root / "new", "Permission denied")):
+        with drop(), pytest.raises(DataError, match=rf"{folder}: cannot be written, choose another folder \({why}"):
+            pack("DoTA", "/absent", folder, settings=Settings(32, 10, 90))
+
+
+def test_a_root_that_may_not_be_entered_is_said(as_nobody):
+    root, drop = as_nobody
+    (root / "DoTA").mkdir(mode=0)
+    with drop(), pytest.raises(DataError, match=r"DoTA: cannot be read \(.*Permission denied: .*DoTA/pack.json"):
+        build_clips("DoTA", str(root / "DoTA"), "train")
+
+
+def test_a_report_that_cannot_be_written_has_been_shown(whole, tmp_path):
+    (tmp_path / "BDD100K_check.json").mkdir()
+    done = run("-m", "datasets.check", "BDD100K", whole / "BDD", "--output_dir", tmp_path)
+    assert done.returncode == 1 and "0 errors, 0 warnings" in done.stdout
+    assert done.stderr.startswith("error: ") and "Is a directory" in done.stderr and "Traceback" not in done.stderr

@@ -173,5 +173,8 @@ def test_what_is_wrong_is_named(dada):
         refused(match)
     write(sheet, DADA_HEADER[:10], [good[:10]])
     refused("0 columns begin with 'total frames', 1 is needed")
+    write(sheet, DADA_HEADER, [good])
+    sheet.write_text(sheet.read_text() + '"' + sheet.read_text())
+    refused("full_anno.csv: in the row that begins in line 3: .*; check its quotes")
     sheet.unlink()
     refused("full_anno.csv: annotation sheet not found; python -m datasets.prepare sheet makes it")

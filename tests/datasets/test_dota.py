@@ -86,7 +86,7 @@ def test_bad_input_is_named(copy, damage, message):
 
 def test_missing_half_split_says_where_it_comes_from(copy):
     (copy / "dataset" / "half_train_split.txt").unlink()
-    with pytest.raises(DataError, match="half_train_split.txt.*huggingface.co/tue-mps/simple-tad"):
+    with pytest.raises(DataError, match="half_train_split.txt.*simple-tad .*python -m datasets.prepare half"):
         build_clips("DoTA_half", str(copy), "train")
 
 

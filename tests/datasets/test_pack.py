@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run, write_video
+from helpers import rewrite_zip, run, write_video
 from PIL import Image
 
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
-from datasets.evaluation import ClipStream
+from datasets.check import check
+from datasets.evaluation import ClipStream, window_batches
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.pack import Settings, file_of, pack
 from datasets.readers import open_clip
 from datasets.synthetic import render_dota
-from datasets.transforms import EvalTransform
+from datasets.transforms import EvalTransform, FinetuneTransform
 from datasets.windows import WindowIndex, index_clips
 
 SMALL = Settings(short_side=48, fps=10, quality=92)
@@ -279,6 +280,65 @@ def test_what_does_not_fit_is_refused(copy, tmp_path, monkeypatch):
     assert done.returncode == 2 and "--fps: -1 is not a rate" in done.stderr
 
 
+def test_a_pack_is_of_one_root_and_a_name_in_it_of_one_clip(copy, dota_root, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pack("DoTA", str(copy), out, splits=["val"], settings=SMALL)
+    before = tree(out)
+    with pytest.raises(DataError, match=f"out: a pack of DoTA of {copy}; pack that of {dota_root} into another folder"):
+        pack("DoTA", str(dota_root), out, splits=["train"], settings=SMALL)
+    with pytest.raises(DataError, match=f"holds syntheticva_000000 of DoTA, {copy}.*; pack DoTA_half into another"):
+        pack("DoTA_half", str(dota_root), out, splits=["val"], settings=SMALL)
+    pack("DoTA_half", str(dota_root), out, splits=["train"], settings=SMALL)  # other names
+    now = tree(out)
+    assert all(now[path] == data for path, data in before.items() if path.startswith("frames/"))
+    assert [c.source for c in build_clips("DoTA", str(out), "val")][0] == str(out / "frames" / "syntheticva_000000")
+    monkeypatch.chdir(tmp_path)
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("*.zip")}
+    pack("DoTA", copy.name, "out", splits=["val"], settings=SMALL)  # the same root, typed in another way
+    assert times == {p: p.stat().st_mtime_ns for p in out.rglob("*.zip")}
+
+
+def test_all_of_a_pack_is_every_split(copy, tmp_path):
+    out = tmp_path / "out"
+    pack("DoTA", str(copy), out, splits=["val"], settings=SMALL)
+    with pytest.raises(DataError, match="split 'all' of DoTA is not packed, only val; .* --split train adds train"):
+        build_clips("DoTA", str(out), "all")
+    pack("DoTA", str(copy), tmp_path / "every", splits=["all"], settings=SMALL)
+    assert len(build_clips("DoTA", str(tmp_path / "every"), "all")) == 13
+
+
+@pytest.mark.parametrize("fps", [10, 0])
+def test_a_source_that_ends_early_is_packed_as_it_is_read(dada, tmp_path, fps, caplog):
+    """The zip of a clip of 61 frames lacks its last four: what can be read of it is the same in the pack."""
+    rewrite_zip(dada / "frames" / "1" / "001" / "images.zip", drop=[f"{number:04d}.png" for number in range(58, 62)])
+    out = tmp_path / "out"
+    pack("DADA2K", str(dada), out, settings=Settings(30, fps, 92))
+    kept = 19 if fps else 57
+    assert f"1/001: its source ends after {kept} of the {21 if fps else 61} frames to pack" in caplog.text
+    seen = []
+    for root in (dada, out):
+        clips = build_clips("DADA2K", str(root), "train")
+        index = index_clips(clips, **WINDOW, stride=3)
+        stream, faults = ClipStream(clips, index, EvalTransform(32), chunk_frames=7), []
+        batches = list(window_batches(stream, index, batch_size=4, device="cpu", faults=faults))
+        usable = {fault.number: fault.frames for fault in faults}
+        assert "ends after" in faults[0].reason and 0 < usable[0] < 61
+        seen.append((fields(clips[0]), [n for batch in batches for n in batch.last.tolist() if n < usable[0]]))
+        dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=0, targets=True)
+        samples = [dataset[0, 0, i, i] for i in range(len(index))]
+        seen[-1] += ([s.get("label") if isinstance(s, dict) else "skipped" for s in samples],)
+    assert seen[0] == seen[1] and len(seen[0][1]) == len(index) - 2 and seen[0][2][-1] == "skipped"
+    (finding,) = [f for f in check("DADA2K", str(out))[0] if f.is_error]
+    assert finding.kind == "missing_frames" and "before them are trained on and evaluated" in finding.message
+
+
+def test_packs_keep_their_frame_rates(dada, tmp_path):
+    pack("DADA2K", str(dada), tmp_path / "out", settings=Settings(30, 10, 92), assume_fps=25)
+    assert build_clips("DADA2K", str(tmp_path / "out"), "train")[0].fps == 25
+    with pytest.raises(DataError, match="out: the pack keeps its frame rates; leave out --assume_fps"):
+        build_clips("DADA2K", str(tmp_path / "out"), "train", assume_fps=30)
+
+
 def test_names_stay_below_the_root():
     assert file_of("1/001") == "frames/1/001.zip"
     assert file_of("train/a b.mov") == "frames/train/a b.mov.zip"
@@ -350,7 +410,7 @@ def test_dapt_runs_on_a_pack_with_a_step_of_its_frames(tmp_path):
     for name in "abc":
         write_video(tmp_path / "v" / f"{name}.mp4", frames=70, fps=30, size=(96, 64))
     pack("videos", str(tmp_path / "v"), tmp_path / "packed", settings=Settings(64, 10, 92), workers=2)
-    (tmp_path / "bad.txt").write_text("b.mp4\tunreadable: for a trial\n")
+    (tmp_path / "bad.txt").write_text("b.mp4\tunreadable: for a trial\nB.mp4\n")
     common = ["run_dapt.py", "--model", "pretrain_videomae_tiny_patch16_64", "--data_set", "videos", "--data_path"]
     common += [tmp_path / "packed", "--output_dir", tmp_path / "run", "--device", "cpu", "--num_workers", "1"]
     common += ["--epochs", "1", "--nb_samples_per_epoch", "8", "--total_batch_size", "4", "--warmup_epochs", "0"]
@@ -359,6 +419,7 @@ def test_dapt_runs_on_a_pack_with_a_step_of_its_frames(tmp_path):
     done = run(*common, "--bad_clips", tmp_path / "bad.txt", "--sampling_rate", "3", "--max_bad_samples", "0")
     assert done.returncode == 0, done.stderr
     assert "1 of 3 clips are left out: b.mp4" in done.stdout
+    assert "--bad_clips: 1 names are of no clip of videos all: B.mp4" in done.stdout
     assert f"2 clips, 140 frames, {2 * ((70 - 19) // 3 + 1)} windows" in done.stdout  # 4 frames at 5 fps
     assert (tmp_path / "run" / "pictures" / "epoch-000.png").exists()
 

@@ -99,6 +99,8 @@ def test_frame_level_annotation_of_dada(tmp_path, monkeypatch):
     assert rows[0] == ["", "clip", "filename", "cat", "ego", "night"] and len(rows) == 1 + 2 * (60 - 45)
     assert rows[1] == ["0", "1/001", "0046.png", "0", "0", "True"]
     assert rows[5] == ["4", "1/001", "0050.png", "1", "1", "True"]
+    with pytest.raises(SystemExit, match="the frame rate of DoTA is known; --assume_fps is for DADA2K"):
+        command(monkeypatch, "frames", "DoTA", root, tmp_path / "other.csv", "--assume_fps", 20)
     assert rows[16 + 4] == ["19", "20/001", "0050.png", "20", "0", "True"]  # without the recording car
 
 
@@ -113,8 +115,12 @@ def test_bdd100k_list_holds_what_opens(tmp_path, monkeypatch, capsys):
     assert "2 videos, in" in said and "1 do not open" in said and "c4742900-81aa45ae.mov (" in said
     scan = VideoScan(root / "all.json", workers=1)
     assert [c.name for c in build_clips("BDD100K", str(out), "train", scan)] == ["train/a.mov"]
+    with pytest.raises(DataError, match=r"videos: no video below test; .*; split all has .* \(--split all\)"):
+        build_clips("BDD100K", str(root), "test", scan)
     command(monkeypatch, "bdd100k", root, tmp_path / "elsewhere.txt", "--workers", 1)
     assert [c.num_frames for c in build_clips("BDD100K", str(tmp_path / "elsewhere.txt"), "all", scan)] == [8, 8]
+    with pytest.raises(DataError, match=r"elsewhere.txt: no line names a video below train; .* \(--split all\)"):
+        build_clips("BDD100K", str(tmp_path / "elsewhere.txt"), "train", scan)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import io
 import shutil
 import zipfile
+import zlib
 
 import av
 import numpy as np
@@ -170,3 +171,39 @@ def test_what_a_zip_holds_instead_is_said(tmp_path):
             reader.read([0])
         with pytest.raises(DataError, match="000001.jpg: ValueError: the picture is empty, 0 bytes"):
             reader.read([1])
+
+
+@pytest.mark.parametrize("what", ["clip.zip", "clip", "clip/000001.jpg", "clip.mp4", "."])
+def test_what_may_not_be_read_is_said_with_the_reason(as_nobody, what):
+    root, drop = as_nobody
+    if what == "clip.zip":
+        write_zip(root / what, {"000000.jpg": encoded(0)})
+    elif what == "clip.mp4":
+        (root / what).touch()
+    else:
+        (root / "clip").mkdir()
+        for i in range(4):
+            (root / "clip" / f"{i:06d}.jpg").write_bytes(encoded(i))
+    source = root / what.removesuffix(".zip") if what.startswith("clip.") else root / "clip"
+    (root / what).chmod(0)
+    reason = f"{root / what}.*Permission denied|Permission denied: '{root / what}"
+    with drop(), pytest.raises(DataError, match=reason), open_clip(clip(source)) as reader:
+        reader.read([1])
+
+
+def test_a_folder_that_may_be_entered_but_not_listed_is_named(as_nobody):
+    root, drop = as_nobody
+    for mode in (0o444, 0o111):
+        (root / f"{mode}").mkdir(mode=mode)
+        with drop(), pytest.raises(DataError, match=rf"{mode}: cannot be read \(Permission denied\)"):
+            open_clip(clip(root / f"{mode}"))
+
+
+def test_a_picture_that_claims_to_be_huge_is_a_damaged_one(tmp_path):
+    png = bytearray(encoded(0, "PNG"))
+    png[16:24] = (60000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    write_zip(tmp_path / "images.zip", {"0.png": bytes(png)})
+    huge, reason = clip(tmp_path / "images", frame_name="{}.png"), "frame 0.png: DecompressionBombError: Image size"
+    with open_clip(huge) as reader, pytest.raises(DataError, match=reason):
+        reader.read([0])

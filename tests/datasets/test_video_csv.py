@@ -67,6 +67,27 @@ def test_pictures_need_a_frame_rate_and_videos_may_be_given_another(table):
     with pytest.raises(DataError, match="train.csv: row 2, column fps: empty; pictures do not .* give --assume_fps"):
         table("path\nf\n")
     assert [c.fps for c in table("path,fps\nf,\na.mp4,\nb.mov,5\n", fps=12.5)] == [12.5, 25.0, 5.0]
+    with pytest.raises(DataError, match="row 2, column fps: 1000 is not a frame rate, above 0 and below 1000"):
+        table("path\nf\n", fps=1000)
+
+
+def test_what_a_row_names_is_what_is_read(table, sources, tmp_path):
+    for name in ("both", "folder", "h"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    for name in ("both.zip", "h.ZIP", "a.mp4.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as z:
+            z.write(tmp_path / "h" / "1.png", "1.png")
+            z.write(tmp_path / "h" / "1.png", "2.png")
+    (tmp_path / "a.mp4").write_bytes((sources / "a.mp4").read_bytes())
+    for name in ("both", "a.mp4"):
+        with pytest.raises(DataError, match=rf"row 2, column path: \S+/{name}.zip is there too; name that, or move it"):
+            table(f"path,fps\n{tmp_path}/{name},10\n")
+    (clip,) = table(f"path,fps\n{tmp_path}/both.zip,10\n")
+    assert clip.num_frames == 2
+    clips = table(f"path,fps\na.mp4,10\n{tmp_path}/h.ZIP,10\n{tmp_path}/folder.zip,10\n")
+    reasons = list(clips.unreadable.values())
+    assert "; a zip's is .zip" in reasons[0] and reasons[1].endswith("folder.zip: no such file")
 
 
 def test_zips_with_folders_inside(table, sources):
@@ -121,6 +142,8 @@ def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
         ("path,start_frame\na.mp4,1\n", "row 1 has one of the columns start_frame and end_frame; both are needed"),
         ("path,start_frame,end_frame,frame,label\n", "use one pair"),
         ("path\n", "no rows"),
+        ('path,category\na.mp4,x\nb.mov,"side\nf,x\n', "train.csv: in the row that begins in line 3: unexpected end"),
+        ('path,category\na.mp4,"x\nb.mov,"side"\n', "in the row that begins in line 2: ',' expected after"),
         ("path\na.mp4,1\n", "row 2 has 2 cells, the header 1"),
         ("path,start_frame,end_frame\na.mp4,1,x\n", "row 2, column end_frame: 'x' is not a whole number, 0 or above"),
         ("path,start_frame,end_frame\na.mp4,-1,3\n", "row 2, column start_frame: '-1' is not a whole number"),

@@ -186,8 +186,14 @@ def test_kinetics(tmp_path, caplog):
     with pytest.raises(DataError, match="train.csv: no column time_end"):
         build_clips("Kinetics", str(tmp_path), "train", scan)
     sheet.write_text("label,youtube_id,time_start,time_end\na,b,1\n")
-    with pytest.raises(DataError, match="train.csv: line 2: int"):
-        build_clips("Kinetics", str(tmp_path), "train", scan)
+    for row, reason in (
+        ("a,b,1", "line 2 has 3 cells, the header 4"),
+        ("a,b,x,2", "line 2: invalid literal for int"),
+        ('a,b,1,2\n"a,b,1,2\na,b,3,4', "in the row that begins in line 3: unexpected end of data; check its quotes"),
+    ):
+        sheet.write_text(f"label,youtube_id,time_start,time_end\n{row}\n")
+        with pytest.raises(DataError, match=f"train.csv: {reason}"):
+            build_clips("Kinetics", str(tmp_path), "train", scan)
     sheet.write_text("label,youtube_id,time_start,time_end\n")
     with pytest.raises(DataError, match="Kinetics train: no videos"):
         index_clips(build_clips("Kinetics", str(tmp_path), "train", scan), num_frames=16, view_fps=10, stride=4)

@@ -9,9 +9,11 @@ from torch import nn
 
 from datasets.clips import Clip, ClipTable
 from datasets.evaluation import WindowBatch
+from datasets.faults import Fault
 from engine.evaluate import (
     EvaluationError,
     Predictions,
+    coverage,
     gather_predictions,
     score_windows,
     write_metrics,
@@ -99,6 +101,16 @@ def test_predictions_csv(tmp_path):
     assert np.float32(rows[1]["logits_safe"]) == np.float32(0.1234567891)  # nothing lost on the way
     assert [r["label"] for r in rows] == ["1", "1", "0", "0"]
     assert [r["ttc"] for r in rows] == ["0", "0", "", ""]
+
+
+def test_every_clip_that_is_not_scored_stands_in_a_list():
+    clips = ClipTable("DoTA", "val", CLIPS.clips, unreadable={"u": "why"}, left_out=["l"])
+    lists = ("unreadable", "left_out", "frame_mismatch", "too_short")
+    own = coverage(gathered(), clips, iter([Fault(2, "1/001", "more", 4)]))
+    assert [own[name] for name in lists] == [["u"], ["l"], ["1/001"], ["short"]] and own["coverage"] == "2 of 5 clips"
+    without = Predictions(*(np.asarray(part)[:2] for part in vars(gathered()).values()))
+    own = coverage(without, clips, [Fault(2, "1/001", "broken")])
+    assert [own[name] for name in lists] == [["u", "1/001"], ["l"], [], ["short"]] and own["clips_scored"] == 1
 
 
 def test_metrics_json_has_null_where_undefined(tmp_path):
