@@ -244,7 +244,7 @@ def _refuse_other_originals(
     """Raise DataError where the pack has this data set from another root, or another data set's clip of one name."""
     for other, splits in (read_index(out) or {"tables": {}})["tables"].items():
         for table in splits.values():
-            held = table.get("root", root)  # packs made before roots were kept lack it
+            held = table["root"]
             if other == name and held != root:
                 raise DataError(f"{out}: a pack of {name} of {held}; pack that of {root} into another folder")
             for clip in sorted(jobs.keys() & table["clips"]) if other != name else ():
