@@ -39,6 +39,14 @@ class Progress:
     steps_per_epoch: int = 0
     left_out: int = 0
 
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the start of the schedule."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, {self.step} of {self.steps_per_epoch} steps"
+
 
 def contagious(loss: Tensor) -> Tensor:
     """The loss; if it is not finite, one that makes every gradient NaN, and through their mean those of all ranks."""

@@ -259,10 +259,10 @@ def test_options_train(roots, tmp_path, options):
 def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(model, batches, set_epoch, objective, optimization, progress, reporting, **kwargs):
+    def spy(model, batches, set_epoch, objective, optimization, session, reporting, **kwargs):
         (seen["batch"], *_) = batches
         seen.update(model=model, optimization=optimization, dataset=batches.loader.dataset)
-        progress.epoch = 1
+        session.progress.epoch = 1
 
     monkeypatch.setattr(run_dapt, "train_epochs", spy)
     options = ["--drop_path", ".3", "--use_checkpoint", "--mask_ratio", ".5", "--opt", "sgd", "--clip_grad", "2"]

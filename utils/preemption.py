@@ -94,7 +94,7 @@ def shield_worker(_number: int = 0) -> None:
 def remove_marker(output_dir: str | Path) -> None:
     """To be called first by a run that starts, so that its own failure is not taken for a preemption."""
     if (marker := Path(output_dir, MARKER)).exists():
-        marker.unlink()
+        marker.unlink(missing_ok=True)  # another process may have done it
 
 
 class Preemption:

@@ -19,6 +19,7 @@ FREE_ON_RESUME = frozenset(
 
 SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "clip_grad")
+SESSION = ("log_dir", "save_ckpt", "save_every_minutes", "max_nonfinite")
 
 
 def picked(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
