@@ -28,6 +28,7 @@ from utils.resolve import (
     SESSION,
     fill,
     given,
+    keep_origin,
     picked,
     resolve_runtime,
     resolve_schedule,
@@ -119,6 +120,8 @@ def pretrain(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
+    if resumed:
+        keep_origin(args, resumed["args"])
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -132,7 +135,9 @@ def pretrain(args: Namespace, process: Process) -> None:
     shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
     logger.info(f"clips per step: {shares}")
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
-    progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
+    progress = Progress(
+        epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
+    )
     session = start(
         output_dir, process, model, optimization, progress, batches,
         resumed=resumed, record=vars(args), **picked(args, SESSION),

@@ -29,6 +29,7 @@ from utils.resolve import (
     SESSION,
     fill,
     given,
+    keep_origin,
     picked,
     resolve_runtime,
     resolve_schedule,
@@ -136,6 +137,8 @@ def train(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
+    if resumed:
+        keep_origin(args, resumed["args"])
     loader, sampler = training_data(args, process)
     batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
@@ -151,7 +154,10 @@ def train(args: Namespace, process: Process) -> None:
 
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(
-        epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf), steps_per_epoch=sampler.steps_per_epoch
+        epoch=args.start_epoch,
+        best=dict.fromkeys(BEST, -math.inf),
+        num_windows=sampler.num_windows,
+        steps_per_epoch=sampler.steps_per_epoch,
     )
     session = start(
         output_dir, process, model, optimization, progress, batches,

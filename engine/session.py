@@ -38,6 +38,7 @@ def start(
     resumed: Mapping[str, Any] | None,
     record: Mapping[str, Any],
     log_dir: str,
+    auto_resume: bool,
     save_ckpt: bool,
     save_every_minutes: float | None,
     max_nonfinite: int,
@@ -47,8 +48,8 @@ def start(
     Args:
         model: unwrapped; it, optimization, progress and samples are set to the state. samples: counts of this rank.
         resumed: of `find_resume`. record: the run's arguments. log_dir: of TensorBoard.
-        save_ckpt: whether to keep states; save_every_minutes: how often, beside after each epoch.
-        max_nonfinite: steps in a row that end the run.
+        auto_resume: whether the same command would continue the run. save_ckpt: whether to keep states.
+        save_every_minutes: how often, beside after each epoch. max_nonfinite: steps in a row that end the run.
 
     Raises ConfigError where the data is not that of the state, or a folder cannot be written.
     """
@@ -69,6 +70,7 @@ def start(
         Agreement(process, questions=2),
         save if save_ckpt else None,
         is_main=process.is_main,
+        auto_resume=auto_resume,
         save_every_minutes=save_every_minutes,
     )
     log_file = output_dir / "log.txt" if process.is_main else None
