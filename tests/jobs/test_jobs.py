@@ -209,8 +209,8 @@ got = []
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
     signal.signal(getattr(signal, name), lambda number, _: got.append(signal.Signals(number).name))
 print("ready", flush=True)
-while not got:
-    time.sleep(0.01)
+for _ in range(500):
+    time.sleep(0.01 * (not got))
 time.sleep(0.2)  # for another
 print(*got, flush=True)
 sys.exit(7)
