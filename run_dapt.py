@@ -120,8 +120,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
-    if resumed:
-        keep_origin(args, resumed["args"])
+    keep_origin(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)

@@ -137,8 +137,7 @@ def train(args: Namespace, process: Process) -> None:
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
-    if resumed:
-        keep_origin(args, resumed["args"])
+    keep_origin(args, resumed)
     loader, sampler = training_data(args, process)
     batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)

@@ -254,18 +254,6 @@ def test_resume_from_another_folder(finished, dota_root, tmp_path):
             in_process(*flags(dota_root, tmp_path / "c", *SHORT, "--resume", wrong))
 
 
-def test_what_a_run_started_from_stays_on_record(dota_root, weights, tmp_path, capsys):
-    start = flags(dota_root, tmp_path, *SHORT, "--disable_eval_during_finetuning", "--stop_epoch")
-    in_process(*start, "1", "--finetune", str(weights))
-    capsys.readouterr()
-    in_process(*start, "2", "--finetune", "other.pth")
-    line = f"--finetune other.pth is not used: the run to continue started from {weights}\n"
-    assert capsys.readouterr().out.count(line) == 1
-    last = torch.load(tmp_path / "checkpoint-last" / "state.pth", weights_only=True)
-    assert json.loads((tmp_path / "args.json").read_text())["args"]["finetune"] == last["args"]["finetune"]
-    assert last["epoch"] == 2 and last["args"]["finetune"] == str(weights)
-
-
 def test_a_damaged_checkpoint_is_named(finished, dota_root, tmp_path):
     whole = (finished / "checkpoint-last" / "state.pth").read_bytes()
     (tmp_path / "checkpoint-last").mkdir()

@@ -1,5 +1,6 @@
 """Runs that are killed or signalled lose nothing."""
 
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from helpers import ROOT, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_finetune
+from models import create_model
 from utils.flags import finetune_parser
 
 KILLS = 20
@@ -100,6 +102,20 @@ def test_what_a_killed_save_leaves_is_removed(data, tmp_path, capsys):
     text = f"{tmp_path} holds a run that ended before a state was saved: starting from the beginning"
     assert text in capsys.readouterr().out
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".new"))] and len(log(tmp_path)) == 1
+
+
+def test_what_a_run_started_from_stays_on_record(data, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    torch.save(create_model("vit_tiny_patch16_64").state_dict(), weights)
+    words = finetune(data, "--warmup_epochs", 0, "--nb_samples_per_epoch", 4, "--disable_eval_during_finetuning")
+    words += ["--output_dir", tmp_path]
+    in_process(*words, "--stop_epoch", 1, "--finetune", weights)
+    capsys.readouterr()
+    in_process(*words, "--stop_epoch", 2, "--finetune", "other.pth")
+    line = f"--finetune other.pth is not used: the run to continue started from {weights}\n"
+    assert capsys.readouterr().out.count(line) == 1
+    record, saved = json.loads((tmp_path / "args.json").read_text()), state(tmp_path)
+    assert saved["epoch"] == 2 and saved["args"]["finetune"] == record["args"]["finetune"] == str(weights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,8 +42,9 @@ def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in picked(args, names).items() if value is not None}
 
 
-def keep_origin(args: argparse.Namespace, saved: Mapping[str, Any]) -> None:
-    """Set what the weights came from to what `saved`, the arguments of the run to continue, says; log what changes."""
+def keep_origin(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
+    """Set what the weights came from to what the arguments in a state to continue from say; log what changes."""
+    saved = resumed["args"] if resumed else {}
     for name in (name for name in ORIGIN if name in saved and getattr(args, name) != saved[name]):
         logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
         setattr(args, name, saved[name])
