@@ -20,8 +20,19 @@ import sys
 
 from utils.config import ConfigError, config_errors, split_batch
 from utils.flags import dapt_parser
-from utils.preemption import Preemption, catch_signals, remove_marker
-from utils.resolve import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, fill, given, picked, resolve_runtime, resolve_schedule
+from utils.preemption import catch_signals, remove_marker
+from utils.resolve import (
+    FREE_ON_RESUME,
+    OPTIMIZER,
+    SCHEDULE,
+    SESSION,
+    fill,
+    given,
+    keep_origin,
+    picked,
+    resolve_runtime,
+    resolve_schedule,
+)
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
@@ -44,25 +55,18 @@ from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import CheckpointWriteError, claim, find_resume, keep_epoch, restore, save_last
+from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch
 from engine.dapt import DaptObjective
-from engine.guard import NonFinite, Progress, TrainingError
+from engine.guard import Progress, TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
+from engine.session import start
 from models import create_model, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained
-from utils.distributed import (
-    Agreement,
-    Process,
-    data_parallel,
-    from_main,
-    local_main_first,
-    process_group,
-    seed_everything,
-)
-from utils.logging import Averages, TensorBoard, setup_logging
+from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
+from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
 PICTURES = 4  # clips drawn after each epoch
@@ -113,11 +117,11 @@ def resolve(args: Namespace, world_size: int) -> None:
 def pretrain(args: Namespace, process: Process) -> None:
     """The DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
-    if process.is_main:
-        remove_marker(output_dir)
+    remove_marker(output_dir)
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
+    keep_origin(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -131,35 +135,19 @@ def pretrain(args: Namespace, process: Process) -> None:
     shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
     logger.info(f"clips per step: {shares}")
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
-    progress = Progress(epoch=args.start_epoch, steps_per_epoch=sampler.steps_per_epoch)
-    parts = {"statistics": Averages(), "samples": batches}
-    if resumed:
-        restore(resumed, model, optimization, progress, parts=parts, rank=process.rank, world_size=process.world_size)
-        del resumed  # three times the weights
-    if process.is_main:
-        claim(output_dir, progress, record=vars(args), world_size=process.world_size)
-    steps_done = progress.epoch * sampler.steps_per_epoch + progress.step
-    tensorboard = TensorBoard(args.log_dir if process.is_main else None, steps_done)
-    pictures = Pictures(args, dataset, to_input, tensorboard) if process.is_main else None
-
-    guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)
-
-    def save() -> None:
-        guard.read()
-        save_last(output_dir, model, optimization, progress, parts=parts, record=vars(args))
-
-    preemption = Preemption(
-        output_dir,
-        Agreement(process, questions=2),
-        save if args.save_ckpt else None,
-        is_main=process.is_main,
-        save_every_minutes=args.save_every_minutes,
+    progress = Progress(
+        epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
     )
+    session = start(
+        output_dir, process, model, optimization, progress, batches,
+        resumed=resumed, record=vars(args), **picked(args, SESSION),
+    )  # fmt: skip
+    del resumed  # three times the weights
+    pictures = Pictures(args, dataset, to_input, session.tensorboard) if process.is_main else None
 
     def after_epoch() -> dict[str, float]:
         if pictures:
-            step = (progress.epoch + 1) * sampler.steps_per_epoch
-            pictures.draw(model, process.device, progress.epoch, step=step)
+            pictures.draw(model, process.device, progress.epoch, step=progress.steps_done)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
         return batches.end_epoch()
@@ -170,17 +158,13 @@ def pretrain(args: Namespace, process: Process) -> None:
         sampler.set_epoch,
         DaptObjective(model, to_input, process.device),
         optimization,
-        progress,
-        Reporting(tensorboard, sum(args.total_batch_size), args.print_freq, process.is_main, parts["statistics"]),
-        steps_per_epoch=sampler.steps_per_epoch,
+        session,
+        Reporting(sum(args.total_batch_size), args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
         device=process.device,
-        preemption=preemption,
-        guard=guard,
         after_epoch=after_epoch,
-        log_file=output_dir / "log.txt" if process.is_main else None,
     )
-    tensorboard.close()
+    session.tensorboard.close()
     batches.log_summary()
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 

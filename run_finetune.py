@@ -22,7 +22,18 @@ import sys
 from utils.config import ConfigError, config_errors, split_batch, write_run_record
 from utils.flags import finetune_parser
 from utils.preemption import Preemption, catch_signals, remove_marker
-from utils.resolve import FREE_ON_RESUME, OPTIMIZER, SCHEDULE, fill, given, picked, resolve_runtime, resolve_schedule
+from utils.resolve import (
+    FREE_ON_RESUME,
+    OPTIMIZER,
+    SCHEDULE,
+    SESSION,
+    fill,
+    given,
+    keep_origin,
+    picked,
+    resolve_runtime,
+    resolve_schedule,
+)
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -48,15 +59,7 @@ from datasets.faults import SkipBad
 from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
 from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
 from datasets.windows import index_clips
-from engine.checkpoint import (
-    CheckpointWriteError,
-    claim,
-    find_resume,
-    keep_epoch,
-    restore,
-    save_last,
-    save_weights,
-)
+from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, save_weights
 from engine.evaluate import (
     EvaluationError,
     Predictions,
@@ -69,15 +72,15 @@ from engine.evaluate import (
     write_predictions,
 )
 from engine.finetune import FinetuneObjective
-from engine.guard import NonFinite, Progress, TrainingError
+from engine.guard import Progress, TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
+from engine.session import Session, start
 from models import create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained
 from utils.distributed import (
-    Agreement,
     Process,
     broadcast,
     data_parallel,
@@ -86,7 +89,7 @@ from utils.distributed import (
     process_group,
     seed_everything,
 )
-from utils.logging import Averages, TensorBoard, setup_logging
+from utils.logging import setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
@@ -131,11 +134,11 @@ def resolve(args: Namespace, world_size: int) -> None:
 def train(args: Namespace, process: Process) -> None:
     """The fine-tuning recipe, top to bottom."""
     output_dir = Path(args.output_dir)
-    if process.is_main:
-        remove_marker(output_dir)
+    remove_marker(output_dir)
     resumed = find_resume(
         output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
     )
+    keep_origin(args, resumed)
     loader, sampler = training_data(args, process)
     batches = SkipBad(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else Validation(args, process)
@@ -151,36 +154,22 @@ def train(args: Namespace, process: Process) -> None:
 
     optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(
-        epoch=args.start_epoch, best=dict.fromkeys(BEST, -math.inf), steps_per_epoch=sampler.steps_per_epoch
+        epoch=args.start_epoch,
+        best=dict.fromkeys(BEST, -math.inf),
+        num_windows=sampler.num_windows,
+        steps_per_epoch=sampler.steps_per_epoch,
     )
-    parts = {"statistics": Averages(), "samples": batches}
-    if resumed:
-        restore(resumed, model, optimization, progress, parts=parts, rank=process.rank, world_size=process.world_size)
-        del resumed  # three times the weights
+    session = start(
+        output_dir, process, model, optimization, progress, batches,
+        resumed=resumed, record=vars(args), **picked(args, SESSION),
+    )  # fmt: skip
+    del resumed  # three times the weights
     eval_model = optimization.ema.module if optimization.ema else model
-    if process.is_main:  # only now: a command that fails before it trains leaves its folder free
-        claim(output_dir, progress, record=vars(args), world_size=process.world_size)
-    steps_done = progress.epoch * sampler.steps_per_epoch + progress.step
-    tensorboard = TensorBoard(args.log_dir if process.is_main else None, steps_done)
-    guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=args.max_nonfinite)
-
-    def save() -> None:
-        guard.read()
-        save_last(output_dir, model, optimization, progress, parts=parts, record=vars(args))
-
-    preemption = Preemption(
-        output_dir,
-        Agreement(process, questions=2),
-        save if args.save_ckpt else None,
-        is_main=process.is_main,
-        save_every_minutes=args.save_every_minutes,
-    )
 
     def after_epoch() -> dict[str, float]:
         metrics = {}
         if validation:
-            step = (progress.epoch + 1) * sampler.steps_per_epoch
-            metrics = validation.evaluate(eval_model, tensorboard, step, preemption)
+            metrics = validation.evaluate(eval_model, session)
             save_best(args, process, eval_model, metrics, progress)
         if args.save_ckpt and process.is_main:
             keep_epoch(output_dir, eval_model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
@@ -192,19 +181,13 @@ def train(args: Namespace, process: Process) -> None:
         sampler.set_epoch,
         FinetuneObjective(LOSSES[args.loss], to_input, process.device),
         optimization,
-        progress,
-        Reporting(
-            tensorboard, args.total_batch_size * args.num_sample, args.print_freq, process.is_main, parts["statistics"]
-        ),
-        steps_per_epoch=sampler.steps_per_epoch,
+        session,
+        Reporting(args.total_batch_size * args.num_sample, args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
         device=process.device,
-        preemption=preemption,
-        guard=guard,
         after_epoch=after_epoch,
-        log_file=output_dir / "log.txt" if process.is_main else None,
     )
-    tensorboard.close()
+    session.tensorboard.close()
     batches.log_summary()
     best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
     logger.info(f"{progress.epoch} of {args.epochs} epochs done{f'; best {best}' * bool(best)}; see {output_dir}")
@@ -308,11 +291,10 @@ class Validation:
         local, expected = (within(windows, usable) for windows in (local, self.index.locations()))
         return gather_predictions(local, expected, lambda clip: self.clips[clip].labels)
 
-    def evaluate(
-        self, model: nn.Module, tensorboard: TensorBoard, step: int, preemption: Preemption
-    ) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, session: Session) -> dict[str, float]:
         """Metrics, on every rank; scalars and figures to TensorBoard."""
-        predictions, metrics = self.predict(model, preemption), None
+        predictions, metrics = self.predict(model, session.preemption), None
+        tensorboard, step = session.tensorboard, session.progress.steps_done
         if predictions:
             metrics = predictions.metrics()
             logger.info(f"{summary(metrics)}  {coverage(predictions, self.clips, self.windows.faults)['coverage']}")

@@ -196,13 +196,15 @@ def restore(
     """Set model, optimizer, scaler, EMA, progress, this rank's parts and random states to a loaded state, in place.
 
     On another number of ranks, parts are shared out anew and a rank that did not exist keeps its fresh random states.
-    Raises ConfigError where an epoch had another number of steps than progress says it has now.
+    Raises ConfigError where there were other numbers of windows, or of steps in an epoch, than progress says there are.
     """
-    if progress.steps_per_epoch and progress.steps_per_epoch != state["steps_per_epoch"]:
-        raise ConfigError(
-            f"the run to continue had {state['steps_per_epoch']} steps in an epoch, now there are "
-            f"{progress.steps_per_epoch}: the data has changed; restore it or start in another --output_dir"
-        )
+    for name, what in (("num_windows", "windows to draw from"), ("steps_per_epoch", "steps in an epoch")):
+        before, now = state[name], getattr(progress, name)
+        if now and now != before:
+            raise ConfigError(
+                f"the run to continue had {before} {what}, now there are {now}: the data has changed; restore it or "
+                "start in another --output_dir"
+            )
     model.load_state_dict(state["model"])
     optimization.optimizer.load_state_dict(state["optimizer"])
     if optimization.scaler:

@@ -27,17 +27,26 @@ class TrainingError(RuntimeError):
 class Progress:
     """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
 
-    means: of the last epoch trained, for a run that is killed between training and evaluation. steps_per_epoch: what
-    the data and the batch make of an epoch; a resumed run must find the same. left_out: steps in a row, up to the last,
-    that were not finite.
+    means: of the last epoch trained, for a run that is killed between training and evaluation. num_windows: of each
+    data set, and steps_per_epoch, what data and batch make of an epoch: a resumed run must find the same. left_out:
+    steps in a row, up to the last, that were not finite.
     """
 
     epoch: int = 0
     step: int = 0
     best: dict[str, float] = field(default_factory=dict)
     means: dict[str, float] = field(default_factory=dict)
+    num_windows: list[int] = field(default_factory=list)
     steps_per_epoch: int = 0
     left_out: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the start of the schedule."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, {self.step} of {self.steps_per_epoch} steps"
 
 
 def contagious(loss: Tensor) -> Tensor:

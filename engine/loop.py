@@ -9,17 +9,16 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine.guard import NonFinite, Progress, contagious, step_if_finite
+from engine.guard import contagious, step_if_finite
 from engine.optim import Optimization, set_schedule
-from utils.logging import Averages, TensorBoard, append_json_line, progress_bar
-from utils.preemption import Preemption
+from engine.session import Session
+from utils.logging import append_json_line, progress_bar
 
 logger = logging.getLogger("tad")
 
@@ -31,16 +30,11 @@ Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tenso
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where statistics go. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal.
+    """What is told and how often. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal."""
 
-    averages: of the epoch in progress.
-    """
-
-    tensorboard: TensorBoard
     clips_per_step: int
     log_every: int = 20
     progress_bar: bool = False
-    averages: Averages = field(default_factory=Averages)
 
 
 def train_epochs(
@@ -49,57 +43,39 @@ def train_epochs(
     set_epoch: Callable[[int, int], None],
     objective: Objective,
     optimization: Optimization,
-    progress: Progress,
+    session: Session,
     reporting: Reporting,
     *,
-    steps_per_epoch: int,
     stop_epoch: int,
     device: torch.device,
-    preemption: Preemption,
-    guard: NonFinite,
     after_epoch: Callable[[], dict[str, float]],
-    log_file: Path | None,
 ) -> None:
-    """Train from where progress stands until stop_epoch epochs are done.
+    """Train from where session.progress stands until stop_epoch epochs are done.
+
+    The state is saved after the training of an epoch, after what follows it, and when session.preemption is asked or
+    due.
 
     Args:
         loader: the batches of the epoch that set_epoch(epoch, first step) announced.
-        preemption: saves after the training of an epoch, after what follows it, and when it is asked or due.
         after_epoch: evaluates or draws, once the epoch is trained; what it returns goes to the log.
-        log_file: a line of JSON for each epoch, or None.
 
     Raises Preempted where a signal stops the run.
     """
-    saved = False
+    progress, preemption, saved = session.progress, session.preemption, False
     while progress.epoch < stop_epoch:
-        preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=saved)
+        preemption.stop_if_asked(str(progress), saved=saved)
         started = time.perf_counter()
-        if progress.step < steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
+        if progress.step < progress.steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
             set_epoch(progress.epoch, progress.step)
-            progress.means = train_one_epoch(
-                model,
-                loader,
-                objective,
-                optimization,
-                progress,
-                reporting,
-                steps_per_epoch=steps_per_epoch,
-                device=device,
-                guard=guard,
-                after_step=preemption.after_step,
-            )
+            progress.means = train_one_epoch(model, loader, objective, optimization, session, reporting, device=device)
             preemption.save()
-            preemption.stop_if_asked(_place(progress, steps_per_epoch), saved=True)
+            preemption.stop_if_asked(str(progress), saved=True)
         record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()} | after_epoch()
-        if log_file:
-            append_json_line(log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
+        if session.log_file:
+            append_json_line(session.log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
         progress.epoch, progress.step = progress.epoch + 1, 0
         preemption.save()
         saved = True
-
-
-def _place(progress: Progress, steps_per_epoch: int) -> str:
-    return f"epoch {progress.epoch}, {progress.step} of {steps_per_epoch} steps"
 
 
 def train_one_epoch(
@@ -107,48 +83,44 @@ def train_one_epoch(
     batches: Iterable,
     objective: Objective,
     optimization: Optimization,
-    progress: Progress,
+    session: Session,
     reporting: Reporting,
     *,
-    steps_per_epoch: int,
     device: torch.device,
-    guard: NonFinite,
-    after_step: Callable[[str], None] = lambda where: None,
 ) -> dict[str, float]:
-    """Train from progress.step to the end of the epoch; progress.step follows.
+    """Train from session.progress.step to the end of the epoch; it follows. Every step but the last may save or stop.
 
     Args:
         model: as wrapped (DDP or not). batches: the remaining ones of the epoch, `accumulate` for each step.
-        after_step: called with the place in the run after every step but the last.
 
     Returns the means of the objective's statistics and of grad_norm over the steps of the epoch and all ranks, those
-    left out excepted. Raises TrainingError where too many steps in a row are not finite.
+    left out excepted. Raises TrainingError where too many steps in a row are not finite, Preempted.
     """
     model.train()
-    averages, clock = reporting.averages, _Clock()
+    progress, averages, guard, clock = session.progress, session.statistics, session.guard, _Clock()
     if progress.step == 0:
         averages.reset()
     batches = clock.waiting_for(batches)
-    before = progress.epoch * steps_per_epoch
-    steps = range(progress.step, steps_per_epoch)
-    for step in progress_bar(steps, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
-        lr, weight_decay = optimization.lr(before + step), optimization.weight_decay(before + step)
+    steps = range(progress.step, progress.steps_per_epoch)
+    for _ in progress_bar(steps, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
+        step = progress.steps_done
+        lr, weight_decay = optimization.lr(step), optimization.weight_decay(step)
         set_schedule(optimization.optimizer, lr=lr, weight_decay=weight_decay)
         statistics, left_out, samples = _optimizer_step(model, batches, objective, optimization, device)
         averages.update(statistics, leave_out=left_out)
         guard.note(samples, statistics["loss"], left_out)
         if optimization.ema:
-            optimization.ema.update(getattr(model, "module", model), step=before + step)
+            optimization.ema.update(getattr(model, "module", model), step=step)
         progress.step += 1
         clock.steps += 1
-        if progress.step % reporting.log_every == 0 or progress.step == steps_per_epoch:
+        if progress.step % reporting.log_every == 0 or progress.step == progress.steps_per_epoch:
             guard.read()
-            _report(averages.read_window() | {"lr": lr}, weight_decay, clock, progress, steps_per_epoch, reporting)
+            _report(averages.read_window() | {"lr": lr}, weight_decay, clock, session, reporting)
             clock.restart()
         elif guard.unread >= _READ_EVERY:
             guard.read()
-        if progress.step < steps_per_epoch:
-            after_step(_place(progress, steps_per_epoch))
+        if progress.step < progress.steps_per_epoch:
+            session.preemption.after_step(str(progress))
     return averages.read_total()
 
 
@@ -207,10 +179,10 @@ def _report(
     means: dict[str, float],
     weight_decay: float,
     clock: _Clock,
-    progress: Progress,
-    steps_per_epoch: int,
+    session: Session,
     reporting: Reporting,
 ) -> None:
+    progress = session.progress
     seconds = time.perf_counter() - clock.start
     performance = {
         "clips_per_s": clock.steps * reporting.clips_per_step / seconds,
@@ -218,9 +190,9 @@ def _report(
     }
     if torch.cuda.is_available():
         performance["mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    step = progress.epoch * steps_per_epoch + progress.step
-    reporting.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, step)
-    reporting.tensorboard.scalars("perf", performance, step)
-    left = seconds / clock.steps * (steps_per_epoch - progress.step)
+    session.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, progress.steps_done)
+    session.tensorboard.scalars("perf", performance, progress.steps_done)
+    left = seconds / clock.steps * (progress.steps_per_epoch - progress.step)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in (means | performance).items())
-    logger.info(f"epoch {progress.epoch}  step {progress.step}/{steps_per_epoch}  {left / 60:.1f} min left  {numbers}")
+    place = f"epoch {progress.epoch}  step {progress.step}/{progress.steps_per_epoch}"
+    logger.info(f"{place}  {left / 60:.1f} min left  {numbers}")

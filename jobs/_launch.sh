@@ -4,8 +4,8 @@
 #   launch run_finetune.py FLAGS...        a bare -- among the flags is dropped
 #
 # In a Slurm job it takes all nodes of the job, elsewhere this machine. It exits with 0 if the run finished; with 75 if
-# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py), having requeued the job;
-# with another code if it failed: a job that crashes fails once.
+# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py), having requeued the job
+# unless that was cancelled; with another code if it failed: a job that crashes fails once.
 #
 # From the environment:
 #   NPROC_PER_NODE    processes on each node; default: the GPUs of the job there, 1 where there are none
@@ -40,6 +40,7 @@ trap "" USR1 USR2
 [[ $* == *--signals-to-handle=* ]] && exec "$@"
 "$@" & pid=$!
 trap "kill -TERM $pid" TERM USR1 USR2
+for name in INT HUP QUIT; do trap "kill -$name $pid" $name; done
 while wait $pid; code=$?; kill -0 $pid 2>/dev/null; do :; done
 exit $code'
 
@@ -48,7 +49,10 @@ _command() { # sets `command` to the words that run $@ on every node
     help=$(torchrun --help) || return
     command=(torchrun --nproc_per_node="$NPROC_PER_NODE")
     if [[ $help == *--signals-to-handle* ]]; then
-        command+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 --shutdown-timeout=150)
+        command+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2)
+    fi
+    if [[ $help == *--shutdown-timeout* ]]; then
+        command+=(--shutdown-timeout=150)
     fi
     if ((nodes == 1)); then
         command+=(--standalone)
@@ -71,6 +75,18 @@ _output_dir() { # the last --output_dir among $@
     echo "$found"
 }
 
+_here() { # run $@ and pass the signals to this shell on, which may be all that is told
+    local name
+    for name in TERM INT HUP QUIT USR1 USR2; do
+        trap "kill -$name \$! 2>/dev/null || :" $name
+    done
+    set -m # a process group of its own, so that a signal to that of this shell does not come twice
+    "$@" &
+    set +m
+    while wait $!; kill -0 $! 2>/dev/null; do :; done
+    wait $!
+}
+
 _run() { # torchrun with $@ on every node; 75 if it was preempted
     local nodes=${SLURM_JOB_NUM_NODES:-1} folder code=0
     folder=$(_output_dir "$@")
@@ -78,13 +94,20 @@ _run() { # torchrun with $@ on every node; 75 if it was preempted
     command=(bash -c "$_torchrun" torchrun "${command[@]}")
     if [[ -n ${SLURM_JOB_ID-} ]]; then
         export SRUN_CPUS_PER_TASK=$_cpus # srun does not take it from sbatch
-        command=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "${command[@]}")
+        trap : TERM # Slurm tells every process; this shell must see the end of the run
+        srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "${command[@]}" || code=$?
+    else
+        _here "${command[@]}" || code=$?
     fi
-    trap : TERM # the run gets it too; this shell must see its end
-    "${command[@]}" || code=$?
     # Looked up in the listing: a network file system may remember for a while that there was no such file.
     [[ $'\n'$(ls "$folder" 2>/dev/null)$'\n' == *$'\nREQUEUE\n'* ]] && return 75
     return "$code"
+}
+
+_cancelled() { # whether Slurm is ending this job, but not for its time limit
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r')
+    [[ $state == COMPLETING* && $state != *TimeLimit ]]
 }
 
 launch() {
@@ -97,7 +120,7 @@ launch() {
         exit
     fi
     _run "${words[@]}" || code=$?
-    if ((code == 75)) && [[ -n ${SLURM_JOB_ID-} ]]; then
+    if ((code == 75)) && [[ -n ${SLURM_JOB_ID-} ]] && ! _cancelled; then
         echo "preempted with its state saved: requeueing job $SLURM_JOB_ID"
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -3,13 +3,14 @@
     python jobs/submit.py --nodes 2 --gpus_per_node 4 --time 24:00:00 run_dapt.py -- <flags of run_dapt.py>
 
 Like a job file it starts one torchrun per node (jobs/_launch.sh), stops --signal_delay seconds before its time is over
-or when it is preempted, and is requeued if and only if its state was saved; a crash is not requeued. Partition, account
-and others: --sbatch partition=gpu, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the environment.
+or when it is preempted, and is requeued if and only if its state was saved; a crash is not requeued, nor is a job that
+was cancelled. Partition, account and others: --sbatch partition=gpu, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the
+environment; what is given here wins over those.
 --cluster local runs it in the background of this machine, --cluster debug in the foreground; both wait for its end.
+A local run goes on after a signal up to five times (submitit's limit); then the same command continues it.
 """
 
 import argparse
-import contextlib
 import os
 import re
 import signal
@@ -22,10 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 from utils.config import ConfigError, Parser
 from utils.flags import dapt_parser, finetune_parser, positive
-from utils.preemption import EXIT_CODE
+from utils.preemption import EXIT_CODE, MARKER
 
 SCRIPTS = {"run_dapt.py": dapt_parser, "run_finetune.py": finetune_parser}
 LOCAL_REQUEUE = 144  # submitit.local.local.LOCAL_REQUEUE_RETURN_CODE
+SLURM_ONLY = ("cpus_per_node", "signal_delay", "name", "sbatch")
+UNUSED = {"slurm": (), "local": SLURM_ONLY, "debug": ("time", *SLURM_ONLY)}  # flags, by cluster
+CPUS_PER_GPU = 16  # as in the job files
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -48,9 +52,8 @@ class Launch:
         process = subprocess.Popen([*command, *self.words], cwd=self.folder, env=environment, start_new_session=True)
 
         def forward(number: int, _frame: object) -> None:
-            with contextlib.suppress(ProcessLookupError):
-                if "SLURM_JOB_ID" not in os.environ:  # Slurm tells every process itself
-                    os.killpg(process.pid, number)
+            if "SLURM_JOB_ID" not in os.environ:  # Slurm tells every process itself
+                process.send_signal(number)
 
         for number in FORWARDED:
             signal.signal(number, forward)
@@ -88,10 +91,10 @@ def submit_parser() -> Parser:
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="where it runs (default: %(default)s)")
     add("--nodes", type=positive, default=1, help="machines (default: %(default)s)")
     add("--gpus_per_node", type=positive, help="GPUs of each machine; left out: CPUs only")
-    add("--cpus_per_node", type=positive, help="CPUs of each machine (default: what the cluster gives)")
+    add("--cpus_per_node", type=positive, help=f"CPUs of each machine (default: {CPUS_PER_GPU} for each GPU)")
     add("--nproc_per_node", type=positive, help="processes on each machine (default: --gpus_per_node, or 1)")
-    add("--time", type=minutes, default="24:00:00", help="limit, as sbatch takes it (default: %(default)s)")
-    add("--signal_delay", type=positive, default=180, help="seconds before the limit to stop (default: %(default)s)")
+    add("--time", type=minutes, help="limit, as sbatch takes it (default: 24:00:00)")
+    add("--signal_delay", type=positive, help="seconds before the limit to stop (default: 180)")
     add("--name", help="of the job (default: that of the run's --output_dir)")
     add("--folder", type=Path, help="where submitit keeps the job and its log (default: OUTPUT_DIR/submitit)")
     more = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
@@ -99,18 +102,35 @@ def submit_parser() -> Parser:
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ConfigError where the cluster has no use for a flag."""
+    if unused := [f"--{name}" for name in UNUSED[args.cluster] if getattr(args, name)]:
+        raise ConfigError(f"--cluster {args.cluster} has no use for {', '.join(unused)}")
+    if args.cluster != "slurm" and args.nodes > 1:
+        raise ConfigError(f"--cluster {args.cluster} is this machine alone: leave out --nodes")
+
+
+def drop_variables(args: argparse.Namespace) -> None:
+    """Remove from the environment the SBATCH_ variables of what is given: sbatch prefers them to submitit's script."""
+    flags = {"TIMELIMIT": args.time, "GPUS_PER_NODE": args.gpus_per_node, "SIGNAL": args.signal_delay}
+    names = [name for name, value in (flags | {"JOB_NAME": args.name}).items() if value]
+    names += ["OUTPUT", "ERROR", "OPEN_MODE"]  # the log is where this says it is, and is kept
+    for name in names + [{"time": "timelimit"}.get(name, name) for name, _ in args.sbatch]:
+        os.environ.pop(f"SBATCH_{name.upper().replace('-', '_')}", None)
+
+
 def main(words: list[str]) -> None:
     """Submit; for a local run, wait for its end too."""
     split = words.index("--") if "--" in words else len(words)
     args, flags = submit_parser().parse_args(words[:split]), words[split + 1 :]
+    check_flags(args)
     run_parser = SCRIPTS[args.script]("")
     run_parser.prog = args.script
     output_dir = Path(run_parser.parse_args(flags).output_dir)  # a mistake is answered now, not from the queue
 
     import submitit
 
-    for name, _ in args.sbatch:  # sbatch prefers these to the script that submitit writes
-        os.environ.pop(f"SBATCH_{name.upper().replace('-', '_')}", None)
+    drop_variables(args)
     run = Launch([str(ROOT / args.script), *flags], args.nproc_per_node or args.gpus_per_node or 1)
     try:
         executor = submitit.AutoExecutor(args.folder or output_dir / "submitit", cluster=args.cluster)
@@ -120,18 +140,20 @@ def main(words: list[str]) -> None:
                 nodes=args.nodes,
                 tasks_per_node=1,
                 gpus_per_node=args.gpus_per_node,
-                cpus_per_task=args.cpus_per_node,
-                timeout_min=args.time,
+                cpus_per_task=args.cpus_per_node or (args.gpus_per_node and CPUS_PER_GPU * args.gpus_per_node),
+                timeout_min=args.time or minutes("24:00:00"),
                 stderr_to_stdout=True,
                 slurm_use_srun=False,  # the launcher does
-                slurm_signal_delay_s=args.signal_delay,
+                slurm_signal_delay_s=args.signal_delay or 180,
                 slurm_additional_parameters={"requeue": True, **dict(args.sbatch)},
             )
         job = executor.submit(run)
-    except (RuntimeError, ValueError) as e:  # no Slurm here, an option it refuses, several nodes of one machine
+    except (RuntimeError, ValueError) as e:  # no Slurm here, an option it refuses
         raise ConfigError(f"--cluster {args.cluster}: {e}") from e
     print(f"job {job.job_id}, its log: {job.paths.stdout}", flush=True)
     if args.cluster != "slurm" and (error := job.exception()):
+        if isinstance(error, submitit.core.utils.UncompletedJobError) and (output_dir / MARKER).exists():
+            error = "interrupted six times; the state is saved, the same command continues"
         sys.exit(f"error: {error}")
 
 

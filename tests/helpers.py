@@ -16,6 +16,11 @@ from PIL import Image
 
 from datasets.clips import Clip
 from datasets.readers import VideoReader
+from engine.guard import NonFinite
+from engine.session import Session
+from utils.distributed import Agreement, Process
+from utils.logging import Averages, TensorBoard
+from utils.preemption import Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real data beside the checkout; tests that need it skip where it is absent
@@ -84,6 +89,13 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def session(progress, *, guard=None, save=None, log_file=None) -> Session:
+    """A run of one process without files."""
+    vote = Agreement(Process(0, 0, 1, torch.device("cpu")), questions=2)
+    preemption = Preemption(os.devnull, vote, save, is_main=True, save_every_minutes=None)
+    return Session(progress, Averages(), TensorBoard(None), guard or NonFinite(progress), preemption, log_file)
 
 
 def write_video(path: Path, *, frames: int, fps: int, size: tuple[int, int] = (64, 48)) -> None:

@@ -138,10 +138,10 @@ def test_a_run_is_not_continued_on_other_data(roots, tmp_path):
     folder = tmp_path / "videos"
     shutil.copytree(roots / "videos", folder)
     words = [*TINY, *SHORT, "--data_set", "videos", "--data_path", folder, "--output_dir", tmp_path / "run"]
-    words += ["--total_batch_size", 4, "--nb_samples_per_epoch", 0, "--sampling_rate", 1]
+    words += ["--total_batch_size", 4, "--sampling_rate", 1]  # the steps of an epoch stay the same
     in_process(*words, "--stop_epoch", 1)
     (folder / "0.mp4").unlink()
-    with pytest.raises(ConfigError, match=r"had \d+ steps in an epoch, now there are \d+: the data has changed"):
+    with pytest.raises(ConfigError, match=r"had \[\d+\] windows to draw from, now there are \[\d+\]: the data has"):
         in_process(*words)
 
 
@@ -259,10 +259,10 @@ def test_options_train(roots, tmp_path, options):
 def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(model, batches, set_epoch, objective, optimization, progress, reporting, **kwargs):
+    def spy(model, batches, set_epoch, objective, optimization, session, reporting, **kwargs):
         (seen["batch"], *_) = batches
         seen.update(model=model, optimization=optimization, dataset=batches.loader.dataset)
-        progress.epoch = 1
+        session.progress.epoch = 1
 
     monkeypatch.setattr(run_dapt, "train_epochs", spy)
     options = ["--drop_path", ".3", "--use_checkpoint", "--mask_ratio", ".5", "--opt", "sgd", "--clip_grad", "2"]

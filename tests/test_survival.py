@@ -1,19 +1,23 @@
 """Runs that are killed or signalled lose nothing."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from background import EVERY_STEP, USR2_PASSES, Run, assert_same_run, dapt, finetune, log, state
-from helpers import run
+from helpers import ROOT, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_finetune
+from models import create_model
 from utils.flags import finetune_parser
 
 KILLS = 20
@@ -100,6 +104,20 @@ def test_what_a_killed_save_leaves_is_removed(data, tmp_path, capsys):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".new"))] and len(log(tmp_path)) == 1
 
 
+def test_what_a_run_started_from_stays_on_record(data, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    torch.save(create_model("vit_tiny_patch16_64").state_dict(), weights)
+    words = finetune(data, "--warmup_epochs", 0, "--nb_samples_per_epoch", 4, "--disable_eval_during_finetuning")
+    words += ["--output_dir", tmp_path]
+    in_process(*words, "--stop_epoch", 1, "--finetune", weights)
+    capsys.readouterr()
+    in_process(*words, "--stop_epoch", 2, "--finetune", "other.pth")
+    line = f"--finetune other.pth is not used: the run to continue started from {weights}\n"
+    assert capsys.readouterr().out.count(line) == 1
+    record, saved = json.loads((tmp_path / "args.json").read_text()), state(tmp_path)
+    assert saved["epoch"] == 2 and saved["args"]["finetune"] == record["args"]["finetune"] == str(weights)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Signals
 
@@ -164,9 +182,7 @@ def test_signals_to_a_single_process(data, tmp_path):
     attempt.until_said("epoch 0  step 96/")
     attempt.until(lambda: state(folder)["step"] == 96)
     time.sleep(0.3)
-    for _ in range(2):  # the second does no harm
-        os.kill(attempt.process.pid, signal.SIGUSR2)
-        time.sleep(0.05)
+    os.kill(attempt.process.pid, signal.SIGUSR2)
     assert attempt.end(60) == 75 and steps_of(folder) == (0, 96) and marker.exists()
     assert "stopped on SIGUSR2: in an evaluation, which will be repeated; the state is saved" in attempt.output
 
@@ -180,13 +196,41 @@ def test_signals_to_a_single_process(data, tmp_path):
     assert "the third signal within 5 seconds: leaving at once" in attempt.output
 
 
+def test_another_signal_while_it_saves_does_no_harm(data, tmp_path):
+    """torch.save waits for a line on its input; until then USR1 comes after USR2."""
+    script = """
+import runpy, sys, torch
+save = torch.save
+torch.save = lambda *a: (print("saving", flush=True), sys.stdin.readline(), save(*a))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    command = [sys.executable, "-c", script, *finetune(data, "--num_workers", 0, "--output_dir", tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([str(word) for word in command], cwd=ROOT, **pipes) as attempt:
+        for text, number in (("  step 14/", signal.SIGUSR2), ("saving", signal.SIGUSR1)):
+            assert any(text in line for line in iter(attempt.stdout.readline, ""))
+            attempt.send_signal(number)
+        time.sleep(0.7)
+        assert attempt.poll() is None and not (tmp_path / "checkpoint-last" / "state.pth").exists()
+        said, _ = attempt.communicate("\n" * 9)
+    assert attempt.returncode == 75 and (tmp_path / "REQUEUE").read_text().startswith("SIGUSR2, epoch 0, ")
+    assert said.count("stopped on SIGUSR2: epoch 0, ") == 1 and 14 <= steps_of(tmp_path)[1] < 96
+
+
 @pytest.mark.slow
-def test_a_run_that_keeps_no_state_writes_no_marker(data, tmp_path):
-    attempt = Run(finetune(data, "--no_save_ckpt"), tmp_path / "run", processes=0)
+@pytest.mark.parametrize(
+    ("flag", "kept"),
+    [
+        ("--no_save_ckpt", "nothing is saved (--no_save_ckpt)"),
+        ("--no_auto_resume", "the state is saved; the command without --no_auto_resume continues"),
+    ],
+)
+def test_a_run_that_its_command_would_not_continue_writes_no_marker(data, tmp_path, flag, kept):
+    attempt = Run(finetune(data, flag), tmp_path / "run", processes=0)
     attempt.until_said("epoch 0  step 7/")
     os.kill(attempt.process.pid, signal.SIGTERM)
     assert attempt.end(60) == 75 and not (tmp_path / "run" / "REQUEUE").exists()
-    assert "nothing is saved (--no_save_ckpt)" in attempt.output
+    assert kept in attempt.output
 
 
 @pytest.mark.slow

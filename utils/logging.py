@@ -141,7 +141,7 @@ def jsonable(value: Any) -> Any:
 class TensorBoard:
     """Scalars and figures by optimizer step; silent where folder is None. Raises ConfigError where it cannot write.
 
-    steps_done: of the run that is continued; what it wrote of later steps is written again.
+    steps_done: of the run that is continued, 0 for one that begins; what stands there of later steps is written again.
     """
 
     def __init__(self, folder: str | Path | None, steps_done: int = 0):
@@ -150,7 +150,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             try:
-                self._writer = SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1 if steps_done else None)
+                self._writer = SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1)
             except OSError as e:
                 raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
             atexit.register(self._writer.close)  # for a run that does not come to its end

@@ -3,12 +3,13 @@
 The contract with whatever started the run (a Slurm job file, say):
 - USR1, USR2 or TERM asks a run to stop. All processes stop after the same optimizer step, write checkpoint-last/, and
   only then OUTPUT_DIR/REQUEUE. During an evaluation they leave it unfinished; it is repeated after the restart.
-- OUTPUT_DIR/REQUEUE exists exactly when the run stopped that way: the same command continues it. A run that starts
-  takes the file away; one that fails, or that finishes although a signal came, does not write it.
+- OUTPUT_DIR/REQUEUE exists exactly when the run stopped that way and the same command continues it. A run that starts
+  takes the file away; one that fails, that finishes although a signal came, or that the same command would not
+  continue (--no_auto_resume, --no_save_ckpt), does not write it.
 - Each process then exits with code 75 (EX_TEMPFAIL of sysexits.h: try again). torchrun exits with 1 in any case, so
   the file tells, not the code.
 - More signals while it saves change nothing, but the third within 5 seconds ends the process at once. The same signal
-  again within half a second is the same one: Slurm, srun and torchrun may each deliver it.
+  within half a second of one that counted does not count: Slurm, srun and torchrun may each deliver it.
 
 torchrun passes TERM on; for USR1 and USR2 it needs --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
@@ -61,13 +62,13 @@ def catch_signals() -> None:
 
 
 def _listen(pipe: int) -> None:
-    latest: dict[int, float] = {}  # of each signal
+    latest: dict[int, float] = {}  # of each signal: when it counted last
     while number := os.read(pipe, 1):
         if number[0] not in SIGNALS:
             continue
         now, before = time.monotonic(), latest.get(number[0], -_ECHO)
-        latest[number[0]] = now
         if now - before > _ECHO:
+            latest[number[0]] = now
             _arrivals.append((now, number[0]))
             if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _IMPATIENT:
                 os.write(2, b"the third signal within 5 seconds: leaving at once\n")
@@ -94,7 +95,7 @@ def shield_worker(_number: int = 0) -> None:
 def remove_marker(output_dir: str | Path) -> None:
     """To be called first by a run that starts, so that its own failure is not taken for a preemption."""
     if (marker := Path(output_dir, MARKER)).exists():
-        marker.unlink()
+        marker.unlink(missing_ok=True)  # another process may have done it
 
 
 class Preemption:
@@ -103,6 +104,7 @@ class Preemption:
     Args:
         output_dir: where the marker goes. vote: how the processes agree.
         save: writes checkpoint-last; None if the run keeps no state, and then there is no marker either.
+        auto_resume: whether the same command would continue the run; there is no marker if not.
         is_main: whether this process writes the marker, and its clock tells when save_every_minutes have passed.
     """
 
@@ -113,9 +115,11 @@ class Preemption:
         save: Callable[[], None] | None,
         *,
         is_main: bool,
-        save_every_minutes: float | None,
+        auto_resume: bool = True,
+        save_every_minutes: float | None = None,
     ):
         self.marker, self._vote, self._save, self._is_main = Path(output_dir, MARKER), vote, save, is_main
+        self._auto_resume = auto_resume
         self._interval = 60 * save_every_minutes if save_every_minutes and is_main and save else None
         self._saved = time.monotonic()
 
@@ -159,10 +163,11 @@ class Preemption:
 
     def _leave(self, where: str) -> NoReturn:
         name = signal.Signals(_arrivals[0][1]).name if _arrivals else "a signal to another process"
-        if self._is_main and self._save:
+        if self._is_main and self._save and self._auto_resume:
             self.marker.write_text(f"{name}, {where}\n")
         self._vote.ask(False, False)
         self._vote.answer()  # nobody leaves, and so ends the others, before the marker is written
-        kept = "the state is saved; the same command continues" if self._save else "nothing is saved (--no_save_ckpt)"
+        command = "the same command" if self._auto_resume else "the command without --no_auto_resume"
+        kept = f"the state is saved; {command} continues" if self._save else "nothing is saved (--no_save_ckpt)"
         logger.info(f"stopped on {name}: {where}; {kept}")
         raise Preempted(EXIT_CODE)

@@ -1,7 +1,8 @@
 """What the flags of the run scripts stand for: values that were left open, and which may change when a run resumes."""
 
 import argparse
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config import ConfigError
@@ -17,8 +18,11 @@ FREE_ON_RESUME = frozenset(
     )
 )
 
+ORIGIN = ("finetune", "from_ckpt", "model_key", "model_prefix")  # what the weights came from
 SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "clip_grad")
+SESSION = ("log_dir", "auto_resume", "save_ckpt", "save_every_minutes", "max_nonfinite")
+logger = logging.getLogger("tad")
 
 
 def picked(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
@@ -38,8 +42,21 @@ def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in picked(args, names).items() if value is not None}
 
 
+def keep_origin(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
+    """Set what the weights came from to what the arguments in a state to continue from say; log what changes."""
+    saved = resumed["args"] if resumed else {}
+    for name in (name for name in ORIGIN if name in saved and getattr(args, name) != saved[name]):
+        logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
+        setattr(args, name, saved[name])
+
+
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
-    """Fill device, precision, log_dir and pin_mem in place. cuda: whether there is a GPU."""
+    """Fill device, precision, log_dir and pin_mem in place. cuda: whether there is a GPU.
+
+    Raises ConfigError where --save_every_minutes has nothing to save.
+    """
+    if args.save_every_minutes and not args.save_ckpt:
+        raise ConfigError("--save_every_minutes needs checkpoints: leave out --no_save_ckpt")
     args.device = args.device or ("cuda" if cuda else "cpu")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     args.log_dir = args.log_dir or args.output_dir

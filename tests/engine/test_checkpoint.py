@@ -1,6 +1,7 @@
 import math
 import os
 import random
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_everything_comes_back(tmp_path):
     assert old["param_groups"] == new["param_groups"]
     for key, moments in old["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in moments.items())
+
+
+@pytest.mark.parametrize("change", [{"num_windows": [7, 3]}, {"steps_per_epoch": 6}])
+def test_a_state_of_other_data_is_refused(tmp_path, change):
+    model, state = trained()
+    now = {"num_windows": [8, 3], "steps_per_epoch": 5}
+    save_last(tmp_path, model, state, Progress(**now | change), parts={}, record={})
+    ((name, before),) = change.items()
+    match = re.escape(f"had {before} ") + ".*" + re.escape(f", now there are {now[name]}: the data has changed")
+    with pytest.raises(ConfigError, match=match):
+        restore(load_last(find_last(tmp_path)), model, state, Progress(**now), parts={}, rank=0, world_size=1)
 
 
 class Killed(BaseException):

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
+from helpers import session
 from torch import nn
 
 from engine.guard import NonFinite, Progress, TrainingError
 from engine.loop import Reporting, train_one_epoch
 from engine.optim import Optimization
-from utils.logging import TensorBoard
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {
@@ -32,16 +32,15 @@ def run(values, *, optimizer="sgd", log_every=3, guard=None, objective=None, acc
     )
     batches = [{"x": torch.full((2, 3), v), "samples": [f"clip {i}a", f"clip {i}b"]} for i, v in enumerate(values)]
     guard = guard or NonFinite(Progress())
+    guard.progress.steps_per_epoch = len(values) // accumulate
     means = train_one_epoch(
         model,
         batches,
         objective or squared,
         optimization,
-        guard.progress,
-        Reporting(TensorBoard(None), clips_per_step=2, log_every=log_every),
-        steps_per_epoch=len(values) // accumulate,
+        session(guard.progress, guard=guard),
+        Reporting(clips_per_step=2, log_every=log_every),
         device=CPU,
-        guard=guard,
     )
     return model, optimization.optimizer.state_dict()["state"], means
 

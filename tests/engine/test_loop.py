@@ -2,21 +2,18 @@ import json
 
 import pytest
 import torch
+from helpers import session
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.finetune import FinetuneObjective
-from engine.guard import NonFinite, Progress
+from engine.guard import Progress
 from engine.loop import Reporting, train_epochs, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import Optimization, build_optimizer, cosine, parameter_groups
 from models import create_model
-from utils.distributed import Agreement, Process
-from utils.logging import TensorBoard
-from utils.preemption import Preemption
 
 CPU = torch.device("cpu")
-ALONE = Process(0, 0, 1, CPU)
 
 
 def linear(seed=0):
@@ -29,22 +26,13 @@ def squared(model, batch):
     return loss, {"loss": loss}
 
 
-def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, guard=None, **kwargs):
+def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, **kwargs):
     progress = progress or Progress()
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0, "weight_decay": 0.0}], lr=0.0)
     optimization = Optimization(optimizer, lr=lr, weight_decay=lambda step: 0.0, **kwargs)
-    reporting = Reporting(TensorBoard(None), clips_per_step=1, log_every=2)
-    return train_one_epoch(
-        model,
-        batches,
-        squared,
-        optimization,
-        progress,
-        reporting,
-        steps_per_epoch=steps or len(batches) // optimization.accumulate,
-        device=CPU,
-        guard=guard or NonFinite(progress),
-    )
+    progress.steps_per_epoch = steps or len(batches) // optimization.accumulate
+    reporting = Reporting(clips_per_step=1, log_every=2)
+    return train_one_epoch(model, batches, squared, optimization, session(progress), reporting, device=CPU)
 
 
 def test_accumulation_equals_a_large_batch():
@@ -106,12 +94,9 @@ def test_every_loss_trains_the_model(loss):
         weight_decay=lambda step: 0.05,
     )
     to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
-    reporting = Reporting(TensorBoard(None), clips_per_step=4)
+    run = session(Progress(steps_per_epoch=40))
     objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
-    progress, epoch = Progress(), {"steps_per_epoch": 40, "device": CPU}
-    train_one_epoch(
-        model, [batch] * 40, objective, optimization, progress, reporting, guard=NonFinite(progress), **epoch
-    )
+    train_one_epoch(model, [batch] * 40, objective, optimization, run, Reporting(clips_per_step=4), device=CPU)
     before = [p.clone() for p in model.parameters()]
     objective(model, batch | {"weight": 0.0})[0].backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters()), "nothing was read, nothing is learnt"
@@ -132,11 +117,8 @@ def test_the_model_trains_in_the_precision_asked_for(dtype):
     model, optimizer = linear().eval(), torch.optim.SGD(linear().parameters(), lr=0.0)
     optimizer.param_groups[0]["lr_scale"] = 1.0
     optimization = Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0, dtype=dtype)
-    reporting = Reporting(TensorBoard(None), clips_per_step=1)
-    progress, epoch = Progress(), {"steps_per_epoch": 1, "device": CPU}
-    train_one_epoch(
-        model, [torch.ones(2, 3)], objective, optimization, progress, reporting, guard=NonFinite(progress), **epoch
-    )
+    run, batches = session(Progress(steps_per_epoch=1)), [torch.ones(2, 3)]
+    train_one_epoch(model, batches, objective, optimization, run, Reporting(clips_per_step=1), device=CPU)
     assert seen == [(True, dtype)]
 
 
@@ -160,7 +142,7 @@ def test_epochs_continue_where_a_kill_left_them(tmp_path):
     """A run that was killed at epoch 1, step 2, and one that was killed between the training of epoch 1 and its end."""
     for step, trained in ((2, [(1, 2), (2, 0)]), (4, [(2, 0)])):
         announced, saved, log_file = [], [], tmp_path / f"{step}.txt"
-        progress = Progress(epoch=1, step=step, means={"loss": 7.0})
+        progress = Progress(epoch=1, step=step, means={"loss": 7.0}, steps_per_epoch=4)
         batches = [torch.ones(2, 3)] * 4
 
         def after_epoch(progress=progress):
@@ -177,15 +159,11 @@ def test_epochs_continue_where_a_kill_left_them(tmp_path):
             lambda epoch, first, announced=announced: announced.append((epoch, first)),
             squared,
             Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0),
-            progress,
-            Reporting(TensorBoard(None), clips_per_step=1),
-            steps_per_epoch=4,
+            session(progress, save=save, log_file=log_file),
+            Reporting(clips_per_step=1),
             stop_epoch=3,
             device=CPU,
-            preemption=Preemption(tmp_path, Agreement(ALONE, 2), save, is_main=True, save_every_minutes=None),
-            guard=NonFinite(progress),
             after_epoch=after_epoch,
-            log_file=log_file,
         )
         assert announced == trained and (progress.epoch, progress.step) == (3, 0)
         assert saved == ([(1, 4)] if step == 2 else []) + [(2, 0), (2, 4), (3, 0)]

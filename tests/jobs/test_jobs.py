@@ -152,12 +152,13 @@ def test_missing_path_is_named(job, launch):
 
 
 @every_job
-@pytest.mark.parametrize("option", ["", "  --signals-to-handle X, --signals_to_handle X"])
-def test_signals_are_handled_where_torchrun_can(job, option, launch):
-    words = shlex.split(launch(job, **PATHS, TORCHRUN_HELP=option).stdout)
+@pytest.mark.parametrize("options", [[], ["--signals-to-handle"], ["--signals-to-handle", "--shutdown-timeout"]])
+def test_torchrun_gets_the_options_it_has(job, options, launch):
+    words = shlex.split(launch(job, **PATHS, TORCHRUN_HELP=" X, ".join(options)).stdout)
     assert words[:2] == ["torchrun", "--nproc_per_node=1"] and words.count("--standalone") == 1
     handled = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-    assert (handled in words) == ("--shutdown-timeout=150" in words) == bool(option)
+    assert (handled in words) == ("--signals-to-handle" in options)
+    assert ("--shutdown-timeout=150" in words) == ("--shutdown-timeout" in options)
     assert "\n#SBATCH --signal=USR2@180\n" in job.read_text() and "\n#SBATCH --requeue\n" in job.read_text()
 
 
@@ -200,10 +201,59 @@ def test_the_marker_tells_an_interrupted_run_from_a_failed_one(torchrun, marker,
     assert done.returncode == code, done.stderr
 
 
+LISTENER = f"""#!{sys.executable}
+import os, signal, sys, time
+if sys.argv[1] == "--help":
+    sys.exit(print(os.environ["TORCHRUN_HELP"]))
+got = []
+for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), lambda number, _: got.append(signal.Signals(number).name))
+print("ready", flush=True)
+for _ in range(500):
+    time.sleep(0.01 * (not got))
+time.sleep(0.2)  # for another
+print(*got, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize("option", ["", "--signals-to-handle"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_to_the_launcher_alone_reaches_torchrun_once(name, option, send, launch, tmp_path):
+    """As `docker stop` and `kill PID` send it, or a terminal, to a group of processes."""
+    (tmp_path / "torchrun").write_text(LISTENER)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCHRUN_HELP": option, **PATHS}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words = ["bash", str(FINETUNE[0])]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes) as job:
+        assert job.stdout.readline() == "ready\n"
+        send(job.pid, getattr(signal, name))
+        told = name if option or "USR" not in name else "SIGTERM"  # what torchrun without the option passes on
+        assert job.stdout.read() == f"{told}\n" and job.wait(5) == 7
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [
+        ("RUNNING None", True),
+        ("COMPLETING TimeLimit", True),
+        ("COMPLETING None", False),
+        ("", True),  # the controller does not answer
+    ],
+)
+def test_a_cancelled_job_is_not_requeued(state, requeued, launch, tmp_path):
+    for name, content in (("squeue", f'echo "{state}"'), ("srun", 'exec "${@:5}"'), ("ls", "echo REQUEUE")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    done = launch(FINETUNE[0], **PATHS, DRY_RUN="", SLURM_JOB_ID="7", TORCHRUN_CODE="1", MARKER="")
+    assert done.returncode == 75 and ("requeueing job 7" in done.stdout) == requeued, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("handled", sorted({USR2_PASSES, False}))
-def test_usr2_to_every_process_stops_the_run_whatever_the_torch(handled, data, tmp_path):
-    """Without Slurm, but with its way of signalling: to the launcher and torchrun, not to sessions of their own."""
+def test_usr2_to_the_launcher_stops_the_run_whatever_the_torch(handled, data, tmp_path):
+    """Without Slurm: while it starts to the launcher's group, then to the launcher alone."""
     real = Path(sys.executable).parent / "torchrun"
     stand_in = tmp_path / "bin" / "torchrun"  # of a torch with --signals-to-handle, or of one before it
     stand_in.parent.mkdir()
@@ -223,7 +273,7 @@ def test_usr2_to_every_process_stops_the_run_whatever_the_torch(handled, data, t
     while "epoch 0  step 21/" not in said():
         assert time.monotonic() < deadline and job.poll() is None, said()
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGUSR2)
+    os.kill(job.pid, signal.SIGUSR2)
     assert job.wait(120) == 75, said()
     assert f"stopped on SIG{'USR2' if handled else 'TERM'}: epoch 0, " in said()
     assert (tmp_path / "run" / "REQUEUE").exists()

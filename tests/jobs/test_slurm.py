@@ -1,4 +1,4 @@
-"""Job files and jobs/submit.py on a real Slurm: preempted, requeued, finished; crashed and not requeued.
+"""Job files and jobs/submit.py on a real Slurm: preempted, requeued, finished; crashed or cancelled and not requeued.
 
 All jobs go in at once and share the machine; each test looks at its own.
 """
@@ -63,6 +63,12 @@ class Jobs:
         self.slurm.call("scancel", "--signal=USR2", number)
         return self.slurm.end(number)
 
+    def cancel(self, number, name, text):
+        """Once the job has said text, cancel it; wait for its end."""
+        self.slurm.until(number, lambda job: text in self.said(name) or job["JobState"] in ("COMPLETED", "FAILED"))
+        self.slurm.call("scancel", number)
+        return self.slurm.end(number)
+
     def submitit(self, name):
         """A job of jobs/submit.py with a time limit of a minute, which it must not end in; then with more."""
         words = finetune(self.data, "--epochs", 10, "--output_dir", self.folder / name)
@@ -83,7 +89,7 @@ def jobs(slurm, tmp_path_factory, data, weights):
 @pytest.fixture(scope="module")
 def ended(jobs):
     """{name: future of what Slurm knows of the job once it has ended}."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=7) as pool:
         ends = {"submitit": pool.submit(jobs.submitit, "submitit")}
         for name, job in (("d", DAPT), ("f", FINETUNE)):
             ends[f"{name} whole"] = pool.submit(jobs.slurm.end, jobs.submit(job, f"{name} whole"))
@@ -91,6 +97,8 @@ def ended(jobs):
             ends[f"{name} preempted"] = pool.submit(jobs.preempt, number, f"{name} preempted", "epoch 0  step 21/")
         number = jobs.submit(FINETUNE, "crash", "--max_bad_samples", 3, *EVERY_STEP)
         ends["crash"] = pool.submit(jobs.slurm.end, number)
+        number = jobs.submit(FINETUNE, "cancelled")
+        ends["cancelled"] = pool.submit(jobs.cancel, number, "cancelled", "epoch 0  step 21/")
         yield ends
 
 
@@ -111,6 +119,13 @@ def test_crashed_job_fails_once(jobs, ended):
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert (jobs.folder / "crash" / "checkpoint-last").is_dir() and not (jobs.folder / "crash" / "REQUEUE").exists()
     assert "--max_bad_samples" in said and "requeueing" not in said
+
+
+def test_cancelled_job_saves_its_state_and_is_not_requeued(jobs, ended):
+    job, said = ended["cancelled"].result(), jobs.said("cancelled")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), said
+    assert "stopped on SIGTERM: epoch 0, " in said and "requeueing" not in said
+    assert (jobs.folder / "cancelled" / "REQUEUE").exists()
 
 
 def test_submitit_job_is_requeued_at_its_time_limit(jobs, ended):

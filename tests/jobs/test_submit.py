@@ -1,6 +1,8 @@
 """jobs/submit.py without Slurm: its flags, submitit's local and debug executors. With it: tests/jobs/test_slurm.py."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 from background import assert_same_run, finetune, log, tree
 from helpers import ROOT, run
 
-from jobs.submit import minutes, option, submit_parser
+from jobs.submit import main, minutes, option, submit_parser
+from utils.config import ConfigError
 
 
 def submit(*words, timeout=300):
@@ -65,13 +68,72 @@ def test_mistakes_are_answered_before_the_queue(words, answer):
     assert done.returncode == 2 and answer in done.stderr
 
 
-def test_what_a_cluster_cannot_do_is_an_error(data, tmp_path):
-    words = ["run_finetune.py", "--", *finetune(data)[1:], "--output_dir", tmp_path]
-    done = submit("--cluster", "local", "--nodes", 2, *words)
-    assert (
-        done.returncode == 1
-        and done.stderr == "error: --cluster local: LocalExecutor can use only one node. Use nodes=1\n"
-    )
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("--cluster local --nodes 2", "--cluster local is this machine alone: leave out --nodes"),
+        ("--cluster debug --nodes 2", "--cluster debug is this machine alone: leave out --nodes"),
+        ("--cluster local --signal_delay 9 --name x", "--cluster local has no use for --signal_delay, --name"),
+        ("--cluster debug --time 9 --sbatch a=b", "--cluster debug has no use for --time, --sbatch"),
+        ("--cluster debug --cpus_per_node 9", "--cluster debug has no use for --cpus_per_node"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_an_error(words, answer):
+    with pytest.raises(ConfigError, match=re.escape(answer)):
+        main([*words.split(), "run_finetune.py", "--", "--data_path", "x", "--output_dir", "y"])
+
+
+SBATCH = f"""#!{sys.executable}
+import os, sys
+lines = [line[8:].strip() for line in open(sys.argv[1]) if line.startswith("#SBATCH ")]
+with open(os.environ["TOLD"], "w") as f:
+    f.write("\\n".join(lines + sorted(name for name in os.environ if name.startswith("SBATCH_"))))
+print("Submitted batch job 1")
+"""
+
+
+def test_what_sbatch_is_told(tmp_path):
+    """A stand-in of sbatch notes the options of the script and the variables it would prefer to them."""
+    for name, content in (("sbatch", SBATCH), ("srun", "")):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    names = ("TIMELIMIT", "SIGNAL", "GPUS_PER_NODE", "OPEN_MODE", "OUTPUT", "PARTITION", "QOS")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")}
+    environment |= {f"SBATCH_{name}": "1" for name in names}
+
+    def told(*words):
+        words = [*words, "run_finetune.py", "--", "--data_path", "x", "--output_dir", tmp_path / "run"]
+        done = run("jobs/submit.py", *words, env=environment)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "told").read_text().splitlines()
+        return {line for line in lines if line.startswith("--")}, [x for x in lines if x.startswith("SBATCH_")]
+
+    options, left = told("--time", "1:00:00", "--signal_delay", 60, "--gpus_per_node", 4, "--sbatch", "qos=high")
+    assert {"--time=60", "--signal=USR2@60", "--gpus-per-node=4", "--cpus-per-task=64", "--qos=high"} <= options
+    assert left == ["SBATCH_PARTITION"]
+    options, left = told("--gpus_per_node", 2, "--cpus_per_node", 8, "--sbatch", "time=5")
+    assert {"--time=5", "--signal=USR2@180", "--cpus-per-task=8"} <= options
+    assert left == ["SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_SIGNAL"]
+    options, left = told()
+    assert {"--time=1440", "--job-name=run"} <= options and not any("cpus" in option for option in options)
+    assert "SBATCH_TIMELIMIT" in left and "SBATCH_GPUS_PER_NODE" in left
+
+
+def test_a_local_job_that_is_stopped_again_and_again(tmp_path):
+    """A Python of the same packages whose torchrun stops on a signal, always."""
+    venv, output_dir = Path(sys.executable).parents[1], tmp_path / "run"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "lib").symlink_to(venv / "lib")
+    shutil.copy(venv / "pyvenv.cfg", tmp_path)
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\n[ "$1" = --help ] && exit\necho stopped\ntouch {output_dir}/REQUEUE\nexit 1\n')
+    torchrun.chmod(0o755)
+    words = ["--cluster", "local", "run_finetune.py", "--", "--data_path", "x", "--output_dir", output_dir]
+    words = [tmp_path / "bin" / "python", "jobs/submit.py", *words]
+    done = subprocess.run([str(w) for w in words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and Path(done.stdout.split("its log: ")[1].strip()).read_text().count("stopped\n") == 6
+    assert done.stderr == "error: interrupted six times; the state is saved, the same command continues\n"
 
 
 @pytest.mark.slow

@@ -4,7 +4,15 @@ import pytest
 
 from utils.config import ConfigError, differing, split_batch, write_run_record
 from utils.flags import dapt_parser, finetune_parser
-from utils.resolve import FREE_ON_RESUME
+from utils.resolve import FREE_ON_RESUME, resolve_runtime
+
+
+@pytest.mark.parametrize("parser", [dapt_parser, finetune_parser])
+def test_saving_more_often_needs_saving(parser):
+    words = ["--data_path", "x", "--output_dir", "y", "--save_every_minutes", "5"]
+    resolve_runtime(parser("").parse_args(words), cuda=False)
+    with pytest.raises(ConfigError, match="--save_every_minutes needs checkpoints: leave out --no_save_ckpt"):
+        resolve_runtime(parser("").parse_args([*words, "--no_save_ckpt"]), cuda=False)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@ import io
 import json
 import logging
 import sys
+import time
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.logging import Averages, append_json_line, drop_records_from, progress_bar, setup_logging
+from utils.logging import Averages, TensorBoard, append_json_line, drop_records_from, progress_bar, setup_logging
 
 
 def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
@@ -31,6 +33,17 @@ def test_averages_are_exact_and_read_late():
     assert averages.read_window() == {"loss": 3.0}
     averages.update({"loss": torch.tensor(7.0)})
     assert averages.read_window() == {"loss": 7.0} and averages.read_total() == {"loss": 4.0}
+
+
+def test_what_is_written_again_stands_once_in_tensorboard(tmp_path):
+    for steps_done in (0, 0, 2):  # begun, begun again, continued
+        time.sleep(1)  # files are read in the order of their second
+        board = TensorBoard(tmp_path, steps_done)
+        for step in range(steps_done + 1, 5):
+            board.scalars("train", {"loss": 10 * steps_done + step}, step)
+        board.close()
+    points = [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")]
+    assert points == [(1, 1), (2, 2), (3, 23), (4, 24)]
 
 
 def averages_of(*values):
