@@ -417,7 +417,7 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
         (["--data_set", "BDD100K"], "BDD100K has no labels to fine-tune on; it is for run_dapt.py"),
         (
             ["--model", "pretrain_videomae_tiny_patch16_64"],
-            "is for run_dapt.py; fine-tuning takes one of the vit_ models",
+            "is for run_dapt.py; fine-tuning takes a classifier",
         ),
         (["--weight_decay", "0", "--weight_decay_end", "0.1"], "--weight_decay_end needs a --weight_decay above 0"),
         (["--epochs", "5"], "the warm-up (30 steps) must be shorter than --epochs 5 (30 steps)"),
