@@ -111,7 +111,7 @@ def prepare_half(name: str, root: str, *, seed: int, out: str | None) -> str:
 
 def prepare_frames(name: str, root: str, out: str, *, split: str, assume_fps: float | None, **window: float) -> str:
     """Write the frame-level annotation of a labelled data set; returns what was done."""
-    find_data_sets([name], assume_fps)
+    find_data_sets([name], assume_fps)  # refuses a rate that nothing would use
     scan = VideoScan(Path(out).with_suffix(".videos.json"), workers=8)
     clips = build_clips(name, root, split, scan, assume_fps)
     clips.require_labels()

@@ -268,11 +268,14 @@ def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
     options = ["--drop_path", ".3", "--use_checkpoint", "--mask_ratio", ".5", "--opt", "sgd", "--clip_grad", "2"]
     options += ["--update_freq", "2", "--decoder_depth", "3", "--aa", "rand-m3-n1", "--short_side", "70"]
     options += ["--no_normalize_target", "--tubelet_size", "4", "--weight_decay", ".2", "--view_fps", "7"]
+    options += ["--gelu", "tanh", "--pos_embed", "learned"]
     in_process(*mix(roots, tmp_path, *SHARES, *options))
     model, optimization = seen["model"], seen["optimization"]
     assert model.encoder.blocks[-1].drop_path1.drop_prob == model.decoder.blocks[-1].drop_path1.drop_prob > 0.29
     assert model.encoder.grad_checkpointing and model.decoder.grad_checkpointing and not model.normalize_target
     assert len(model.decoder.blocks) == 3 and model.grid == (1, 4, 4)
+    assert model.encoder.blocks[0].mlp.act.approximate == "tanh"
+    assert isinstance(model.encoder.pos_embed, torch.nn.Parameter)
     assert seen["batch"]["mask"].shape == (3, 16) and (seen["batch"]["mask"].sum(dim=1) == 8).all()
     assert type(optimization.optimizer).__name__ == "SGD" and (optimization.clip_grad, optimization.accumulate) == (
         2,
@@ -307,6 +310,7 @@ def test_kinetics_and_labelled_sets_mix(roots, dota_root, tmp_path):
         ([*SHARES, "--data_set", "videos", "CAPDATA"], "unknown data set 'CAPDATA'; known: BDD100K"),
         ([*SHARES, "--model", "vit_tiny_patch16_64"], "is a classifier; DAPT takes one of the pretrain_ models"),
         ([*SHARES, "--model", "pretrain_tiny"], "unknown model 'pretrain_tiny'"),
+        ([*SHARES, "--model", "pretrain_internvideo2_tiny_patch14_56", "--pos_embed", "sincos"], "table alone"),
         ([*SHARES, "--mask_ratio", "1"], "mask ratio 1.0 of 16 places: some must be masked"),
         ([*SHARES, "--from_ckpt", "absent.pth"], "absent.pth: no such checkpoint file"),
         ([*SHARES, "--data_split", "all", "nights"], "CAP-DATA has no split 'nights'"),

@@ -390,6 +390,15 @@ def test_inspecting_files_of_ours(name, tmp_path, capsys, monkeypatch):
     assert "missing     0" in trial and f"  model    {pretrain}\n" in trial
 
 
+def test_inspecting_what_tells_no_family_names_the_plain_model_first(tmp_path, capsys, monkeypatch):
+    """A classifier of 400 classes, as VideoMAE and MVD publish them: the keys are the same."""
+    state = dict(tiny("vit_tiny_patch16_64", num_classes=400).state_dict())
+    out = inspect(capsys, monkeypatch, save(tmp_path, state))
+    names = ["vit_tiny_patch16_64", "mvd_vit_tiny_patch16_64"]
+    names += ["pretrain_mvd_vit_tiny_patch16_64", "pretrain_videomae_tiny_patch16_64"]
+    assert "dialect  Video ViT under" in out and f"  model    {' or '.join(names)}\n" in out
+
+
 def test_inspecting_says_epoch_size_and_errors(tmp_path, capsys, monkeypatch):
     state = {f"encoder.{k}": v for k, v in tiny("vit_tiny_patch16_64").state_dict().items() if "head" not in k}
     torch.save({"model": state, "epoch": 1599}, tmp_path / "file.pth")
