@@ -230,8 +230,10 @@ def test_unreadable_clips_are_named_and_can_be_left_out(copy, tmp_path):
     assert sorted(line.split("\t")[0] for line in (out / "bad_clips.txt").read_text().splitlines()) == names
     with pytest.raises(DataError, match="packing is not finished; the same python -m datasets.pack command again"):
         build_clips("DoTA", str(out), "val")
-    done = run(*command, "--short_side", "48", "--bad_clips", str(out / "bad_clips.txt"))
+    (tmp_path / "more.txt").write_text("absent\n")
+    done = run(*command, "--short_side", "48", "--bad_clips", str(out / "bad_clips.txt"), str(tmp_path / "more.txt"))
     assert done.returncode == 0 and "10 clips, 10 of them packed already" in done.stdout, done.stderr
+    assert "--bad_clips: 1 names are of no clip of DoTA train, DoTA val: absent\n" in done.stdout
     assert not (out / "bad_clips.txt").exists()
     table = build_clips("DoTA", str(out), "val")
     assert (len(table), table.listed, table.left_out) == (3, 5, names[1:])
