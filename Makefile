@@ -12,7 +12,7 @@ LAUNCH := OMP_NUM_THREADS=1 $(RUN)/torchrun --standalone --nproc_per_node=2
 # -> evaluation on held-out clips, beside an untrained twin. Learning rates are high because the model is tiny and new.
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
-	$(RUN)/python -m datasets.synthetic $(DEMO)/data --train 200 --val 32 --videos 60
+	$(RUN)/python -m datasets.tools.synthetic $(DEMO)/data --train 200 --val 32 --videos 60
 	$(LAUNCH) run_dapt.py $(TINY) --model pretrain_videomae_tiny_patch16_64 --data_set videos \
 	    --data_path $(DEMO)/data/videos --output_dir $(DEMO)/dapt --epochs 4 --nb_samples_per_epoch 2048 \
 	    --sampling_rate 3 --total_batch_size 64 --lr 4e-3 --min_lr 1e-4

@@ -18,9 +18,8 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 
 import sys
 
-from utils.config import ConfigError, config_errors, split_batch
+from utils.cli import ConfigError, config_errors, split_batch
 from utils.flags import dapt_parser
-from utils.preemption import catch_signals, remove_marker
 from utils.resolve import (
     FREE_ON_RESUME,
     OPTIMIZER,
@@ -33,6 +32,7 @@ from utils.resolve import (
     resolve_runtime,
     resolve_schedule,
 )
+from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
@@ -50,10 +50,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
-from datasets.clips import read_bad_clips, warn_unmatched
-from datasets.faults import SkipBad
+from datasets.augment.dapt import PretrainTransform
+from datasets.augment.device import ToModelInput
+from datasets.faults import SkipBad, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
-from datasets.transforms import PretrainTransform, ToModelInput
 from datasets.windows import index_clips
 from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch
 from engine.dapt import DaptObjective

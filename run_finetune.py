@@ -19,9 +19,9 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 
 import sys
 
-from utils.config import ConfigError, config_errors, split_batch, write_run_record
+from utils.cli import ConfigError, config_errors, split_batch
 from utils.flags import finetune_parser
-from utils.preemption import Preemption, catch_signals, remove_marker
+from utils.record import write_run_record
 from utils.resolve import (
     FREE_ON_RESUME,
     OPTIMIZER,
@@ -34,6 +34,7 @@ from utils.resolve import (
     resolve_runtime,
     resolve_schedule,
 )
+from utils.signals import Preemption, catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
@@ -53,11 +54,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
-from datasets.clips import read_bad_clips, warn_unmatched
-from datasets.evaluation import SplitWindows
-from datasets.faults import SkipBad
+from datasets.augment.device import ToModelInput
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
+from datasets.faults import SkipBad, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
-from datasets.transforms import EvalTransform, FinetuneTransform, ToModelInput
+from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch, save_weights
 from engine.evaluate import (

@@ -1,6 +1,6 @@
 """How far the scores of evaluations are apart, row by row; a line of JSON for each against the first.
 
-    python -m datasets.pack DoTA /data/DoTA /data/DoTA_320 --short_side 320 --split val
+    python -m datasets.tools.pack DoTA /data/DoTA /data/DoTA_320 --short_side 320 --split val
     python run_finetune.py --eval --data_path /data/DoTA     --output_dir runs/eval     ...
     python run_finetune.py --eval --data_path /data/DoTA_320 --output_dir runs/eval_320 ...
     python benchmarks/compare_predictions.py runs/eval/predictions.csv runs/eval_320/predictions.csv

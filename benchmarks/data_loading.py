@@ -1,6 +1,6 @@
 """Windows per second that one core loads, in training and in evaluation; prints a line of JSON.
 
-    python -m datasets.synthetic build/hd --train 6 --val 1 --width 1280
+    python -m datasets.tools.synthetic build/hd --train 6 --val 1 --width 1280
     python benchmarks/data_loading.py --data_path build/hd
 
 Training: random windows, decoded, padded, squashed and augmented as in run_finetune.py. Evaluation: whole clips, each
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from datasets import build_clips
-from datasets.evaluation import ClipStream, window_batches
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.stream import ClipStream, window_batches
 from datasets.windows import WindowIndex
 
 

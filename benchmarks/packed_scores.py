@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from datasets import ClipTable, build_clips
-from datasets.evaluation import ClipStream, window_batches
-from datasets.pack import Settings, pack
-from datasets.transforms import EvalTransform, ToModelInput
+from datasets.augment.device import ToModelInput
+from datasets.augment.frames import EvalTransform
+from datasets.stream import ClipStream, window_batches
+from datasets.tools.pack import Settings, pack
 from datasets.windows import index_clips
 from engine.metrics import frame_metrics
 from models import create_model, model_defaults

@@ -1,6 +1,6 @@
 """What packing gains: windows per second that one core loads and bytes on disk, original and packed; a line of JSON.
 
-    python -m datasets.synthetic build/hd --train 6 --val 1 --width 1280 --videos 3
+    python -m datasets.tools.synthetic build/hd --train 6 --val 1 --width 1280 --videos 3
     python benchmarks/packing.py --data_set DoTA videos --data_path build/hd build/hd/videos
 
 Each data set is packed into a temporary folder. Training: random windows of 16 frames at 10 fps, decoded and augmented
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from datasets import ClipTable, VideoScan, build_clips
-from datasets.evaluation import ClipStream, window_batches
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
+from datasets.formats.packed import read_manifest
 from datasets.loader import Source, WindowDataset
-from datasets.pack import Settings, pack
-from datasets.packed import read_manifest
-from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.stream import ClipStream, window_batches
+from datasets.tools.pack import Settings, pack
 from datasets.windows import WindowIndex, index_clips
 
 

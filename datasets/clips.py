@@ -1,20 +1,16 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
-import csv
-import io
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-logger = logging.getLogger("tad")
+from datasets.labels import time_to_anomaly
 
-ANTICIPATION = 2.0  # seconds before an anomaly that time_to_anomaly counts down
-AFTERMATH = 1.0  # seconds after it that it counts up
-FAR = -100.0  # further away than that
+logger = logging.getLogger("tad")
 
 
 class DataError(RuntimeError):
@@ -45,7 +41,7 @@ class Clip:
     source: path of a video file, or of a folder of frames that may be packed as "<source>.zip" instead.
     fps: frames per second of the source. labels: (num_frames,) uint8, 1 = anomalous, or None for unlabelled video.
     category: name of the accident type; ego: the recording car is involved; night: filmed at night; None = unknown.
-    pack_step: the source is a zip of `datasets.pack`, which holds every pack_step-th frame, counted back from the last;
+    pack_step: the source is a zip of `datasets.tools.pack`, which holds every pack_step-th frame, counted back from the last;
     numbers, rate and labels are those of the original all the same.
     """
 
@@ -175,127 +171,3 @@ class Selection:
 
 
 ALL_CLIPS = Selection()
-
-
-def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
-    """The clips named in lists of bad ones, as `datasets.check` writes: a name per line, a tab before any remark.
-
-    Raises DataError where a list is missing.
-    """
-    names = set()
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise DataError(f"{path}: no such list of bad clips; python -m datasets.check writes one")
-        names |= {line.split("\t")[0].strip() for line in read_lines(path)}
-    return frozenset(names)
-
-
-def warn_unmatched(bad_clips: Iterable[str], tables: Iterable[ClipTable]) -> None:
-    """Log the names in lists of bad clips that are of no clip in any table of a run: misspelt, or of another split."""
-    tables = list(tables)
-    if rest := sorted(set(bad_clips).difference(*(table.left_out for table in tables))):
-        shown = ", ".join(rest[:5]) + ", ..." * (len(rest) > 5)
-        of = ", ".join(f"{table.name} {table.split}" for table in tables)
-        logger.warning(f"--bad_clips: {len(rest)} names are of no clip of {of}: {shown}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
-    try:
-        with data_errors(path):
-            return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
-
-
-def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, cells without the white space around them) of each row of a csv that is not empty.
-
-    Raises DataError where the file cannot be read, or a quote is not closed, or has something behind it.
-    """
-    with io.StringIO(read_text(path), newline="") as f:
-        reader, line = csv.reader(f, strict=True), 0
-        try:
-            for cells in reader:
-                line, cells = reader.line_num, [cell.strip() for cell in cells]
-                if any(cells):
-                    yield line, cells
-        except csv.Error as e:  # a quote that is not closed takes in the lines that follow
-            raise DataError(f"{path}: in the row that begins in line {line + 1}: {e}; check its quotes") from e
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without empty ones."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-
-
-def read_split(path: Path, hint: str) -> list[str]:
-    """Clip names of a split file, in its order. hint: where the file comes from.
-
-    Raises DataError where it is missing, empty or repeats a clip.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: split file not found; it comes with {hint}")
-    names = read_lines(path)
-    if not names:
-        raise DataError(f"{path}: the split file is empty")
-    if repeated := first_repeated(names):
-        raise DataError(f"{path}: clip {repeated} is listed twice")
-    return names
-
-
-def whole_number(text: str) -> int:
-    """An integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
-    try:
-        return int(text)
-    except ValueError:
-        if not (value := float(text)).is_integer():
-            raise
-        return int(value)
-
-
-def first_repeated(names: Iterable[Hashable]) -> Hashable | None:
-    """The first name that comes a second time, or None."""
-    seen: set[Hashable] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
-
-
-def time_to_anomaly(
-    labels: np.ndarray, fps: float, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
-) -> np.ndarray:
-    """(T,) 0/1 labels -> (T,) float64 seconds relative to the nearest anomaly.
-
-    0 inside an anomaly; -d before the next one if d <= anticipation (this wins over the one before); +d after the
-    last one if d <= aftermath; FAR otherwise. All NaN in a clip without anomaly. The reference (simple-tad) gives 0
-    there, which reads "inside an anomaly".
-    """
-    labels = np.asarray(labels) > 0
-    if not labels.any():
-        return np.full(len(labels), np.nan)
-    frame = np.arange(len(labels))
-    anomalous = frame[labels]
-    following = np.searchsorted(anomalous, frame)  # the first anomalous frame at or after each frame
-    none = len(labels) + int((anticipation + aftermath) * fps) + 1  # a distance beyond every limit
-    until = np.where(following < len(anomalous), anomalous[np.minimum(following, len(anomalous) - 1)] - frame, none)
-    since = np.where(following > 0, frame - anomalous[following - 1], none)
-    ttc = np.full(len(labels), FAR)
-    after = since <= int(aftermath * fps)
-    ttc[after] = since[after] / fps
-    before = until <= int(anticipation * fps)
-    ttc[before] = -until[before] / fps
-    ttc[labels] = 0.0
-    return ttc
-
-
-def smooth_labels(
-    labels: np.ndarray, ttc: np.ndarray, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
-) -> np.ndarray:
-    """(T,) 0/1 labels and their `time_to_anomaly` -> (T,) float32 soft probability of an anomaly.
-
-    A sigmoid ramp from 0.0025 at -anticipation to 0.9975 at 0 seconds, and back over aftermath, as in simple-tad.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        before = 1 / (1 + np.exp(-(12 / anticipation) * (ttc + anticipation / 2)))
-        after = 1 / (1 + np.exp(-(12 / aftermath) * (aftermath / 2 - ttc)))
-        soft = np.where((-anticipation <= ttc) & (ttc < 0), before, np.asarray(labels, dtype=np.float64))
-        return np.where((ttc > 0) & (ttc <= aftermath), after, soft).astype(np.float32)

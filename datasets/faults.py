@@ -4,9 +4,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets.clips import ClipTable, DataError
+from datasets.formats.text import read_lines
 from utils.distributed import broadcast, gather
 
 logger = logging.getLogger("tad")
@@ -58,7 +60,7 @@ class SkipBad:
                 if self._own > self.limit:
                     raise DataError(
                         f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
-                        f"so far of {_named(self._bad_clips)}; python -m datasets.check finds all such clips for "
+                        f"so far of {_named(self._bad_clips)}; python -m datasets.tools.check finds all such clips for "
                         "--bad_clips, or raise the limit"
                     )
             self._samples += len(batch["samples"])
@@ -116,3 +118,25 @@ def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool)
             raise DataError("\n  ".join([f"{message}; {remedy}:", *bad]))
         logger.warning(f"{message} and go unscored: {'; '.join(bad)}")
     return found
+
+
+def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
+    """The clips named in lists of bad ones, as `datasets.tools.check` writes: a name per line, a tab before any remark.
+
+    Raises DataError where a list is missing.
+    """
+    names = set()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise DataError(f"{path}: no such list of bad clips; python -m datasets.tools.check writes one")
+        names |= {line.split("\t")[0].strip() for line in read_lines(path)}
+    return frozenset(names)
+
+
+def warn_unmatched(bad_clips: Iterable[str], tables: Iterable[ClipTable]) -> None:
+    """Log the names in lists of bad clips that are of no clip in any table of a run: misspelt, or of another split."""
+    tables = list(tables)
+    if rest := sorted(set(bad_clips).difference(*(table.left_out for table in tables))):
+        shown = ", ".join(rest[:5]) + ", ..." * (len(rest) > 5)
+        of = ", ".join(f"{table.name} {table.split}" for table in tables)
+        logger.warning(f"--bad_clips: {len(rest)} names are of no clip of {of}: {shown}")

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.clips import Clip, ClipTable, DataError, smooth_labels
+from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
+from datasets.labels import smooth_labels
 from datasets.readers import open_clip
 from datasets.windows import RandomClipIndex, WindowIndex
-from utils.preemption import shield_worker
+from utils.signals import shield_worker
 
 _ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
 Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)

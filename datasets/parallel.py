@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from datasets.clips import DataError
 from utils.logging import progress_bar
-from utils.preemption import shield_worker
+from utils.signals import shield_worker
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 _PR_SET_PDEATHSIG = 1  # prctl(2)

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.clips import Clip, DataError, data_errors
+from datasets.video import Video
 
 # What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as is that for a picture which claims
 # to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
@@ -170,18 +171,13 @@ class FolderReader(PictureReader):
 
 
 class VideoReader(Reader):
-    """A video file, through decord, one decoding thread."""
+    """A video file."""
 
     def __init__(self, clip: Clip, path: str):
         super().__init__(clip, path)
-        import decord
-
-        with open(path, "rb"):  # decord does not say why
+        with open(path, "rb"):  # a decoder does not say why it cannot
             pass
-        try:
-            self._video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        except (RuntimeError, decord.DECORDError) as e:
-            raise DataError(f"{path}: not a readable video ({_reason(e)})") from e
+        self._video = Video(path)
 
     def _holds(self, frame: int) -> bool:
         return frame < len(self._video)
@@ -190,15 +186,7 @@ class VideoReader(Reader):
         yield from self.read(frame_ids)
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
-        import decord
-
-        ids = [int(i) for i in frame_ids]
-        if max(ids) >= len(self._video):
-            raise DataError(f"{self.path}: frame {max(ids)} asked for, the video has {len(self._video)}")
-        try:
-            return torch.from_numpy(self._video.get_batch(ids).asnumpy())
-        except (RuntimeError, decord.DECORDError) as e:
-            raise DataError(f"{self.path}: frames {ids[0]} to {ids[-1]}: {_reason(e)}") from e
+        return self._video.read([int(i) for i in frame_ids])
 
 
 def _reason(error: Exception) -> str:

@@ -10,41 +10,16 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.clips import DataError
 from datasets.parallel import in_processes
+from datasets.video import VideoInfo, probe
 from utils.files import replaced
 
 logger = logging.getLogger("tad")
 
 SAVE_EVERY = 60.0  # seconds between saves of a scan in progress
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What is known of a video file: frames and fps, or why it cannot be read ("" where it can)."""
-
-    frames: int
-    fps: float
-    problem: str = ""
-
-
-def probe(path: str) -> VideoInfo:
-    """Open a video with the decoder that will read it. decord counts the packets, whatever the container claims."""
-    import decord
-
-    try:
-        video = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        frames, fps = len(video), float(video.get_avg_fps())
-        if frames:
-            video[0]  # some open and cannot be decoded
-    except (RuntimeError, decord.DECORDError) as e:
-        return VideoInfo(0, 0.0, " ".join(str(e).split())[:160] or type(e).__name__)
-    if frames == 0 or not 0 < fps < 1000:
-        return VideoInfo(0, 0.0, f"{frames} frames at {fps:g} fps")
-    return VideoInfo(frames, fps)
 
 
 class VideoScan:

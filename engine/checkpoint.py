@@ -32,10 +32,11 @@ from torch import nn
 
 from engine.guard import Progress
 from engine.optim import Optimization
-from utils.config import ConfigError, differing, read_run_record, write_run_record
+from utils.cli import ConfigError
 from utils.distributed import gather
 from utils.files import replaced, sync
 from utils.logging import drop_records_from
+from utils.record import differing, read_run_record, write_run_record
 
 LAST = "checkpoint-last"
 _STATE = "state.pth"

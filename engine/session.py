@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from engine.averages import Averages
 from engine.checkpoint import Part, claim, restore, save_last
 from engine.guard import NonFinite, Progress
 from engine.optim import Optimization
 from utils.distributed import Agreement, Process
-from utils.logging import Averages, TensorBoard
-from utils.preemption import Preemption
+from utils.logging import TensorBoard
+from utils.signals import Preemption
 
 
 @dataclass(frozen=True)

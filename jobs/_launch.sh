@@ -4,7 +4,7 @@
 #   launch run_finetune.py FLAGS...        a bare -- among the flags is dropped
 #
 # In a Slurm job it takes all nodes of the job, elsewhere this machine. It exits with 0 if the run finished; with 75 if
-# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/preemption.py), having requeued the job
+# it stopped on a signal with its state saved (OUTPUT_DIR/REQUEUE, see utils/signals.py), having requeued the job
 # unless that was cancelled; with another code if it failed: a job that crashes fails once.
 #
 # From the environment:

@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.config import ConfigError, Parser
+from utils.cli import ConfigError, Parser
 from utils.flags import dapt_parser, finetune_parser, positive
-from utils.preemption import EXIT_CODE, MARKER
+from utils.signals import EXIT_CODE, MARKER
 
 SCRIPTS = {"run_dapt.py": dapt_parser, "run_finetune.py": finetune_parser}
 LOCAL_REQUEUE = 144  # submitit.local.local.LOCAL_REQUEUE_RETURN_CODE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import write_video
 
-from datasets.synthetic import render_dota
+from datasets.tools.synthetic import render_dota
 
 
 @pytest.fixture(scope="session")

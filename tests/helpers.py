@@ -16,11 +16,12 @@ from PIL import Image
 
 from datasets.clips import Clip
 from datasets.readers import VideoReader
+from engine.averages import Averages
 from engine.guard import NonFinite
 from engine.session import Session
 from utils.distributed import Agreement, Process
-from utils.logging import Averages, TensorBoard
-from utils.preemption import Preemption
+from utils.logging import TensorBoard
+from utils.signals import Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real data beside the checkout; tests that need it skip where it is absent

@@ -13,7 +13,7 @@ import run_finetune
 from datasets import DataError, build_clips
 from datasets.faults import SkipBad
 from datasets.loader import EpochSampler
-from datasets.synthetic import render_dota
+from datasets.tools.synthetic import render_dota
 from datasets.windows import WindowIndex
 from models import create_model
 from utils.flags import finetune_parser
@@ -90,7 +90,10 @@ def test_over_the_limit_training_stops(broken, tmp_path):
     done = run("run_finetune.py", *TRAIN, "--data_path", root, "--output_dir", tmp_path / "run", "--max_bad_samples", 2)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: more than --max_bad_samples 2 samples skipped in an epoch, the last of synthetictr_" in done.stderr
-    assert "so far of " in done.stderr and "; python -m datasets.check finds all such clips for --bad_" in done.stderr
+    assert (
+        "so far of " in done.stderr
+        and "; python -m datasets.tools.check finds all such clips for --bad_" in done.stderr
+    )
 
 
 def test_nothing_readable_at_all_is_an_error(dota_root, tmp_path):

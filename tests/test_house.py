@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT
 
-from utils.config import Parser
+from utils.cli import Parser
 from utils.flags import dapt_parser, finetune_parser
 
 ROOMS = ("models", "datasets", "engine", "utils")
@@ -23,12 +23,12 @@ MAY_IMPORT = {
 MODEL_LIBRARIES = {"torch", "timm", "einops", "models"}
 
 
-MAKE_ARGUMENTS = ("utils/config.py", "utils/flags.py", "utils/resolve.py")
+MAKE_ARGUMENTS = ("utils/cli.py", "utils/flags.py", "utils/resolve.py")
 PATHS = [p for room in ROOMS for p in sorted((ROOT / room).glob("**/*.py"))] + sorted(ROOT.glob("run_*.py"))
 PATHS += sorted((ROOT / "jobs").glob("*.py"))
 PATHS = [str(p.relative_to(ROOT)) for p in PATHS]
 INSIDE = [p for p in PATHS if p.startswith(ROOMS)]
-MODEL_FILES = sorted({p for p in PATHS if p.startswith("models/")} - {"models/weights.py", "models/checkpoint_file.py"})
+MODEL_FILES = [p for p in PATHS if p.startswith("models/") and not p.startswith("models/weights/")]
 
 
 def tree(path):

@@ -12,10 +12,10 @@ from PIL import Image
 import run_dapt
 import run_finetune
 from datasets import DataError, VideoScan, build_clips
-from datasets.check import check
-from datasets.pack import Settings, pack
+from datasets.tools.check import check
+from datasets.tools.pack import Settings, pack
 from models import create_model
-from utils.config import ConfigError
+from utils.cli import ConfigError
 from utils.flags import dapt_parser, finetune_parser
 
 TINY = ["--data_set", "csv", "--device", "cpu", "--num_workers", "0", "--aa", "none"]

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import run_dapt
 import run_finetune
 from datasets.clips import DataError
-from datasets.synthetic import Scene, render_clip
+from datasets.tools.synthetic import Scene, render_clip
 from models import create_model
 from models.weights import CheckpointError
-from utils.config import ConfigError
+from utils.cli import ConfigError
 from utils.flags import dapt_parser, finetune_parser
 
 TINY = ["--model", "pretrain_videomae_tiny_patch16_64", "--device", "cpu", "--num_workers", "0"]

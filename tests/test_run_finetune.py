@@ -15,7 +15,7 @@ from helpers import ROOT, run
 
 import run_finetune
 from models import create_model
-from utils.config import ConfigError
+from utils.cli import ConfigError
 from utils.distributed import Process
 from utils.flags import finetune_parser
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.config import ConfigError
+from utils.cli import ConfigError
 
 # What gloo and NCCL say when another process is gone or late.
 _LOST = r"timed out|timeout|connection (closed|reset)|broken pipe|ncclRemoteError"

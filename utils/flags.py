@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from utils.config import Parser
+from utils.cli import Parser
 
 LOSS_NAMES = ["crossentropy", "focal", "focal6x100", "focal2_6", "focal2_2", "smoothap", "exponential1", "2bce"]
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
@@ -215,7 +215,7 @@ def _encoder_flags(add: Callable) -> None:
 
 
 def _clip_flags(add: Callable) -> None:
-    help = "lists of clips to leave out, as python -m datasets.check writes; a name per line, for every data set"
+    help = "lists of clips to leave out, as python -m datasets.tools.check writes; a name per line, for every data set"
     add("--bad_clips", None, help, type=str, nargs="+", metavar="FILE")
     add("--assume_fps", None, ASSUME_FPS, type=positive_float)
     add("--scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")

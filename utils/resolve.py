@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.config import ConfigError
+from utils.cli import ConfigError
 
 # Arguments that may differ when a run is resumed: where, how fast, how far it runs, and what it started from.
 FREE_ON_RESUME = frozenset(

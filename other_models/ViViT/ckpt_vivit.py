@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.checkpoint_file import CheckpointError, brief, is_flax, read_checkpoint
+from models.weights.file import CheckpointError, brief, is_flax, read_checkpoint
 from utils.files import replaced
 
 SLOTS, SIDE = 16, 14  # the position table: slots of 2 frames, 16-pixel patches of 224

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from datasets.clips import Clip, smooth_labels, time_to_anomaly
+from datasets.clips import Clip
+from datasets.labels import smooth_labels, time_to_anomaly
 
 
 @pytest.mark.parametrize("case", golden("ttc")["cases"], ids=lambda c: c["name"])

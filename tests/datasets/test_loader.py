@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from datasets import build_clips
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
 from datasets.clips import Clip, ClipTable, DataError
-from datasets.evaluation import ClipStream, balance, eval_loader, window_batches
 from datasets.faults import settle_faults
 from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
 from datasets.readers import open_clip
-from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.stream import ClipStream, balance, eval_loader, window_batches
 from datasets.windows import WindowIndex
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from engine.guard import Progress
 from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
 from models.weights import load_pretrained
-from utils.config import ConfigError
+from utils.cli import ConfigError
 
 
 def optimization(model, **kwargs):

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 from datasets.clips import Clip, ClipTable
-from datasets.evaluation import WindowBatch
 from datasets.faults import Fault
+from datasets.stream import WindowBatch
 from engine.evaluate import (
     EvaluationError,
     Predictions,

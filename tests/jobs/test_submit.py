@@ -15,7 +15,7 @@ from background import assert_same_run, finetune, log, tree
 from helpers import ROOT, run
 
 from jobs.submit import main, minutes, option, submit_parser
-from utils.config import ConfigError
+from utils.cli import ConfigError
 
 
 def submit(*words, timeout=300):

@@ -8,10 +8,11 @@ import torch
 from helpers import fill_head, golden, golden_input, other_input, other_recipe, published_file, recipe, run
 
 from engine.checkpoint import save_weights
-from models import create_model, weights
+from models import create_model
 from models.pos_embed import likely_grid, position_table, resampled, sincos_3d, sinusoid_1d
 from models.vit import VideoViT
 from models.weights import CheckpointError, load_pretrained
+from models.weights.__main__ import main as weights_main
 
 VIDEOMAE = {f["name"]: f for f in golden("models_videomae")["fixtures"]}
 OTHER = {f["name"]: f for f in golden("models_other")["fixtures"]}
@@ -319,7 +320,7 @@ def test_a_head_trained_behind_another_pooling_is_refused(tmp_path):
 def inspect(capsys, monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["weights", *words])
     try:
-        weights.main()
+        weights_main()
     except SystemExit as e:
         return str(e.code)
     return capsys.readouterr().out

@@ -11,8 +11,8 @@ from helpers import ROOT, fill_head, golden, other_input, other_recipe, run
 from safetensors.torch import save_file
 
 from models import create_model
-from models.checkpoint_file import is_flax
 from models.weights import CheckpointError, load_pretrained
+from models.weights.file import is_flax
 
 SCRIPT = ROOT / "other_models" / "ViViT" / "ckpt_vivit.py"
 FIXTURES = {f["name"]: f for f in golden("models_other")["fixtures"] if f["family"] == "ViViT"}

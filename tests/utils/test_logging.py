@@ -7,7 +7,8 @@ import time
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.logging import Averages, TensorBoard, append_json_line, drop_records_from, progress_bar, setup_logging
+from engine.averages import Averages
+from utils.logging import TensorBoard, append_json_line, drop_records_from, progress_bar, setup_logging
 
 
 def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
@@ -62,7 +63,7 @@ def test_averages_go_on_from_a_checkpoint_of_any_number_of_ranks(monkeypatch):
     assert resumed.read_window() == {"loss": 6.0} and resumed.read_total() == {"loss": 3.0}
 
     with monkeypatch.context() as patch:  # two ranks saved two steps, one rank does the third
-        patch.setattr("utils.logging.world_size", lambda: 2)
+        patch.setattr("engine.averages.world_size", lambda: 2)
         states = [averages_of(1.0, 3.0).state_dict(), averages_of(2.0, 4.0).state_dict()]
     resumed.load_state_dicts(states)
     resumed.update({"loss": torch.tensor(8.5)})

@@ -14,17 +14,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from datasets.clips import (
-    ALL_CLIPS,
-    Clip,
-    ClipTable,
-    DataError,
-    Selection,
-    Unreadable,
-    first_repeated,
-    read_csv,
-    read_lines,
-)
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan
 
 logger = logging.getLogger("tad")

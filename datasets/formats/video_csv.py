@@ -25,19 +25,10 @@ from typing import NoReturn
 
 import numpy as np
 
-from datasets.clips import (
-    ALL_CLIPS,
-    BeyondEnd,
-    Clip,
-    ClipTable,
-    DataError,
-    Selection,
-    Unreadable,
-    read_csv,
-    whole_number,
-)
+from datasets.clips import ALL_CLIPS, BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.formats.text import read_csv, whole_number
+from datasets.formats.videos import SUFFIXES
 from datasets.scan import VideoInfo, VideoScan
-from datasets.videos import SUFFIXES
 
 logger = logging.getLogger("tad")
 
@@ -80,7 +71,9 @@ def load_csv(
     if path == Path(root) and split != "all":
         raise DataError(f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it")
     if not path.is_file():
-        raise DataError(f"{path}: not found; the data set csv has a table for each split, see datasets/video_csv.py")
+        raise DataError(
+            f"{path}: not found; the data set csv has a table for each split, see datasets/formats/video_csv.py"
+        )
     columns, entries = _read(path)
     frames = _count_frames(path, {k: v for k, v in entries.items() if k not in selection.leave_out}, scan)
 

@@ -8,9 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint_file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, brief, read_checkpoint
-from models.dialects import DIALECTS, Dialect
 from models.registry import create_model, list_models
+from models.weights.dialects import DIALECTS, Dialect
+from models.weights.file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, brief, read_checkpoint
 
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 Shapes = dict[str, tuple[int, ...]]  # by canonical key

@@ -1,4 +1,4 @@
-"""python -m datasets.prepare: half splits, frame-level annotation, video lists, sheets."""
+"""python -m datasets.tools.prepare: half splits, frame-level annotation, video lists, sheets."""
 
 import csv
 import json
@@ -10,8 +10,9 @@ import pytest
 import xlwt
 from helpers import SHARED, run, write_video
 
-from datasets import VideoScan, build_clips, prepare
+from datasets import VideoScan, build_clips
 from datasets.clips import Clip, DataError
+from datasets.tools import prepare
 from datasets.windows import WindowIndex
 
 HEADER = ["video", "light(day,night)1-2", "type", "abnormal start frame", "abnormal end frame", "total frames", "texts"]
@@ -41,7 +42,9 @@ def dada(root, counts):
 
 def test_half_of_each_category(tmp_path, monkeypatch, capsys):
     root, out = dada(tmp_path / "d", {1: 7, 20: 1, 61: 4}), tmp_path / "d" / "DADA2K_my_split" / "half_training.txt"
-    with pytest.raises(DataError, match="half_training.txt: split file not found; .* python -m datasets.prepare half"):
+    with pytest.raises(
+        DataError, match="half_training.txt: split file not found; .* python -m datasets.tools.prepare half"
+    ):
         build_clips("DADA2K_half", str(root), "train")
     command(monkeypatch, "half", "DADA2K", root)
     assert f"6 of 12 training clips, in {out}" in capsys.readouterr().out
@@ -168,5 +171,5 @@ def test_what_is_wrong_with_a_sheet_is_said(sheets, monkeypatch, suffix, module)
 
 
 def test_as_a_module():
-    done = run("-m", "datasets.prepare", "half", "DoTA", "/nowhere")
+    done = run("-m", "datasets.tools.prepare", "half", "DoTA", "/nowhere")
     assert done.returncode == 1 and done.stderr.startswith("error: /nowhere/dataset/train_split.txt: split file not")

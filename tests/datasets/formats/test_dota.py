@@ -6,9 +6,10 @@ import pytest
 from helpers import SHARED
 
 from datasets import DataError, build_clips
-from datasets.dota import CATEGORIES, load_dota, read_metadata, read_split
+from datasets.formats.dota import CATEGORIES, load_dota, read_metadata
+from datasets.formats.text import read_split
 from datasets.readers import open_clip
-from datasets.synthetic import Scene, render_dota
+from datasets.tools.synthetic import Scene, render_dota
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_bad_input_is_named(copy, damage, message):
 
 def test_missing_half_split_says_where_it_comes_from(copy):
     (copy / "dataset" / "half_train_split.txt").unlink()
-    with pytest.raises(DataError, match="half_train_split.txt.*simple-tad .*python -m datasets.prepare half"):
+    with pytest.raises(DataError, match="half_train_split.txt.*simple-tad .*python -m datasets.tools.prepare half"):
         build_clips("DoTA_half", str(copy), "train")
 
 

@@ -110,7 +110,9 @@ def test_absent_lists_follow_from_the_authors_own(dada, caplog):
     assert [c.name for c in build_clips("DADA2K", str(dada), "val")] == ["20/012"]
     assert [c.name for c in build_clips("DADA2K_half", str(dada), "val")] == ["20/012"]
     (lists / "half_training.txt").unlink()
-    with pytest.raises(DataError, match="half_training.txt: split file not found; .* python -m datasets.prepare half"):
+    with pytest.raises(
+        DataError, match="half_training.txt: split file not found; .* python -m datasets.tools.prepare half"
+    ):
         build_clips("DADA2K_half", str(dada), "train")
     (lists / "orig_training.txt").write_text(text + "20/012 0 0 0 0,z\n")
     with pytest.raises(DataError, match="orig_training.txt: lists every clip of .*full_anno.csv; none is left for val"):
@@ -177,4 +179,4 @@ def test_what_is_wrong_is_named(dada):
     sheet.write_text(sheet.read_text() + '"' + sheet.read_text())
     refused("full_anno.csv: in the row that begins in line 3: .*; check its quotes")
     sheet.unlink()
-    refused("full_anno.csv: annotation sheet not found; python -m datasets.prepare sheet makes it")
+    refused("full_anno.csv: annotation sheet not found; python -m datasets.tools.prepare sheet makes it")

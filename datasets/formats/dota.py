@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, first_repeated, read_split
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection
+from datasets.formats.text import first_repeated, read_split
 
 FPS = 10.0
 CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
@@ -31,7 +32,7 @@ SPLIT_FILES = {  # variant -> {split: its files under dataset/}; every variant i
     "DoTA_half": {"train": ("half_train_split.txt",), "val": ("val_split.txt",)},
 }
 _HINT = "DoTA's repository (dataset/)"
-_HALF = "huggingface.co/tue-mps/simple-tad (datasets/DoTA); or make it with python -m datasets.prepare half"
+_HALF = "huggingface.co/tue-mps/simple-tad (datasets/DoTA); or make it with python -m datasets.tools.prepare half"
 _HINTS = {"half_train_split.txt": _HALF}
 
 

@@ -1,4 +1,4 @@
-"""A packed data set: what `python -m datasets.pack` writes, read in place of the original.
+"""A packed data set: what `python -m datasets.tools.pack` writes, read in place of the original.
 
 ROOT/pack.json          written last, when all is there: settings; of each split of each data set its original root, and
                         its clips in order
@@ -112,16 +112,20 @@ def load_packed(name: str, root: str, split: str, splits: Sequence[str], selecti
     """
     index = read_index(Path(root))
     if index is None:
-        raise DataError(f"{root}: packing is not finished; the same python -m datasets.pack command again goes on")
+        raise DataError(
+            f"{root}: packing is not finished; the same python -m datasets.tools.pack command again goes on"
+        )
     if name not in index["tables"]:
         known = ", ".join(index["tables"])
-        raise DataError(f"{root}: a pack of {known}; python -m datasets.pack {name} ROOT {root} adds {name} to it")
+        raise DataError(
+            f"{root}: a pack of {known}; python -m datasets.tools.pack {name} ROOT {root} adds {name} to it"
+        )
     tables = index["tables"][name]
     parts = splits if split == "all" and split not in tables else [split]
     if missing := " ".join(part for part in parts if part not in tables):
         raise DataError(
             f"{root}: split {split!r} of {name} is not packed, only {', '.join(tables)}; "
-            f"python -m datasets.pack {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
+            f"python -m datasets.tools.pack {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
         )
     wanted = [tables[part] for part in parts]
     names = dict.fromkeys(clip for table in wanted for clip in table["clips"])
@@ -130,7 +134,7 @@ def load_packed(name: str, root: str, split: str, splits: Sequence[str], selecti
 
     def clip(own: str) -> Clip:
         if own not in entries:
-            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {own}; run python -m datasets.pack again")
+            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {own}; run python -m datasets.tools.pack again")
         return entries[own].to_clip(Path(root))
 
     table = selection.table(name, split, names, clip, one_clip_per_video=wanted[0]["one_clip_per_video"])

@@ -13,9 +13,9 @@ from helpers import SHARED, write_video
 
 from datasets import VideoScan, build_clips
 from datasets.clips import DataError
+from datasets.formats.videos import load_videos
 from datasets.readers import open_clip
 from datasets.scan import VideoInfo, probe
-from datasets.videos import load_videos
 from datasets.windows import RandomClipIndex, index_clips
 
 

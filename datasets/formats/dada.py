@@ -20,18 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import (
-    ALL_CLIPS,
-    Clip,
-    ClipTable,
-    DataError,
-    Selection,
-    first_repeated,
-    read_csv,
-    read_lines,
-    read_split,
-    whole_number,
-)
+from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection
+from datasets.formats.text import first_repeated, read_csv, read_lines, read_split, whole_number
 
 logger = logging.getLogger("tad")
 
@@ -105,7 +95,7 @@ def _split(layout: Layout, root: str, split: str, rows: dict[Key, dict[str, int]
         path = original
         lines = [(line.split(",")[0].split() or [line])[0] for line in read_lines(path)]
     else:
-        other = f"put {layout.original} there" if derivable else "make it with python -m datasets.prepare half"
+        other = f"put {layout.original} there" if derivable else "make it with python -m datasets.tools.prepare half"
         lines = read_split(path, f"huggingface.co/tue-mps/simple-tad (datasets/); or {other}")
     keys = [_key(line, path) for line in lines]
     if not built:
@@ -134,7 +124,9 @@ def _key(line: str, path: Path) -> Key:
 def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
     """{(type, video): {column: value}} of the columns that are used. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"{path}: annotation sheet not found; python -m datasets.prepare sheet makes it of .xlsx, .xls")
+        raise DataError(
+            f"{path}: annotation sheet not found; python -m datasets.tools.prepare sheet makes it of .xlsx, .xls"
+        )
     columns = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
     lines = read_csv(path)
     header = [cell.lower() for cell in next(lines, (0, []))[1]]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import ROOT
 
-from utils import preemption
+from utils import signals
 from utils.distributed import Agreement, Process
-from utils.preemption import EXIT_CODE, Preempted, Preemption, remove_marker
+from utils.signals import EXIT_CODE, Preempted, Preemption, remove_marker
 
 ALONE = Process(0, 0, 1, torch.device("cpu"))
 
@@ -21,7 +21,7 @@ ALONE = Process(0, 0, 1, torch.device("cpu"))
 def arrivals(monkeypatch):
     """The signals noted so far."""
     noted = []
-    monkeypatch.setattr(preemption, "_arrivals", noted)
+    monkeypatch.setattr(signals, "_arrivals", noted)
     return noted
 
 
@@ -95,7 +95,7 @@ def test_saves_come_by_the_clock_of_the_main_process(tmp_path, arrivals):
 def stuck():
     """A process that catches signals, while its main thread waits in C for a lock that it holds itself."""
     script = (
-        "import ctypes\nfrom utils.preemption import catch_signals\ncatch_signals()\nprint('ready', flush=True)\n"
+        "import ctypes\nfrom utils.signals import catch_signals\ncatch_signals()\nprint('ready', flush=True)\n"
         "libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
         "while True: libc.pthread_mutex_lock(lock)\n"
     )

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from utils.config import ConfigError, differing, split_batch, write_run_record
+from utils.cli import ConfigError, split_batch
 from utils.flags import dapt_parser, finetune_parser
+from utils.record import differing, write_run_record
 from utils.resolve import FREE_ON_RESUME, resolve_runtime
 
 

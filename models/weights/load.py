@@ -7,10 +7,8 @@ keys of both sides are brought to one canonical form and matched; what the file 
 rule of its dialect. What the file may lack is the head of a classifier and the whole decoder of a masked autoencoder.
 """
 
-import argparse
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,11 +16,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from models.checkpoint_file import MODEL_KEYS, CheckpointError, brief, fetch, read_checkpoint
-from models.dialects import Dialect
-from models.identify import Entry, Shapes, check_architecture, find_entries, likely_models, recognise
 from models.pos_embed import likely_grid, resampled
-from models.registry import create_model, list_models
+from models.registry import list_models
+from models.weights.dialects import Dialect
+from models.weights.file import MODEL_KEYS, CheckpointError, brief, fetch, read_checkpoint
+from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise
 
 __all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_checkpoint"]
 
@@ -289,31 +287,3 @@ def _check_complete(lacking: list[str], unknown: list[str], dialect: Dialect, pa
         )
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# python -m models.weights CHECKPOINT
-
-
-def main() -> None:
-    """Command line: say what a checkpoint is and load it into a model, for a trial."""
-    parser = argparse.ArgumentParser(description="Say what a checkpoint is; exit with an error if it does not load.")
-    parser.add_argument("checkpoint", help="path or URL")
-    parser.add_argument("--model", help="registered model to load it into (default: the one it seems to be for)")
-    parser.add_argument("--model_key", default=MODEL_KEYS, help=f"where the weights are (default: {MODEL_KEYS})")
-    parser.add_argument("--model_prefix", default="", help="read only the keys under this prefix")
-    args = parser.parse_args()
-    where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
-    try:
-        names, decoder_depth = likely_models(args.checkpoint, **where)
-        name = args.model or names[0]
-        options = {"decoder_depth": decoder_depth} if decoder_depth and name.startswith("pretrain_") else {}
-        report = load_pretrained(create_model(name, **options), args.checkpoint, **where)
-    except (CheckpointError, ValueError) as e:
-        sys.exit(f"error: {e}")
-    print(report)
-    print(f"  model    {args.model or ' or '.join(names)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from helpers import golden
 
-from datasets.masking import tube_mask
+from datasets.augment.masks import tube_mask
 
 
 @pytest.mark.parametrize("case", golden("augment")["tube_mask"], ids=lambda c: f"{c['window']}-{c['ratio']}")

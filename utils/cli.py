@@ -2,18 +2,11 @@
 
 import argparse
 import difflib
-import json
 import re
-import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NoReturn
-
-from utils.files import replaced
 
 
 class ConfigError(ValueError):
@@ -82,52 +75,3 @@ def split_batch(
             f"use --total_batch_size {' or '.join(str(n) for n in (below, above) if n)}"
         )
     return total // parts, total
-
-
-def differing(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> list[str]:
-    """The arguments both know, not among `free`, that differ: ["name: saved -> current", ...]."""
-    keys = sorted((saved.keys() & current.keys()) - free)
-    return [f"{k}: {saved[k]} -> {current[k]}" for k in keys if saved[k] != current[k]]
-
-
-def write_run_record(path: Path, args: Mapping[str, Any], world_size: int) -> None:
-    """args.json: resolved arguments, command line, git revision, versions. Raises ConfigError where path's folder
-    cannot be written.
-    """
-    record = {
-        "args": dict(args),
-        "command": shlex.join(sys.argv),
-        "world_size": world_size,
-        "git": _git_revision(),
-        "versions": {"python": sys.version.split()[0]} | {p: _version(p) for p in ("torch", "torchvision", "timm")},
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be written ({e.strerror}); choose another --output_dir") from e
-
-
-def read_run_record(path: Path) -> dict[str, Any]:
-    """The arguments in an args.json. Raises ConfigError where it is damaged."""
-    try:
-        return json.loads(path.read_text())["args"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); remove it or choose another folder") from e
-
-
-def _git_revision() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -21,13 +21,14 @@ from helpers import rewrite_zip, run, write_video
 from PIL import Image
 
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
-from datasets.check import check
-from datasets.evaluation import ClipStream, window_batches
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
 from datasets.loader import EpochSampler, Source, WindowDataset
-from datasets.pack import Settings, file_of, pack
 from datasets.readers import open_clip
-from datasets.synthetic import render_dota
-from datasets.transforms import EvalTransform, FinetuneTransform
+from datasets.stream import ClipStream, window_batches
+from datasets.tools.check import check
+from datasets.tools.pack import Settings, file_of, pack
+from datasets.tools.synthetic import render_dota
 from datasets.windows import WindowIndex, index_clips
 
 SMALL = Settings(short_side=48, fps=10, quality=92)
@@ -219,7 +220,7 @@ def test_unreadable_clips_are_named_and_can_be_left_out(copy, tmp_path):
     (copy / "frames" / names[0] / "images.zip").write_bytes(b"<!DOCTYPE html><html>quota exceeded</html>")
     (copy / "frames" / names[1] / "images.zip").unlink()
     (copy / "dataset" / "annotations" / f"{names[2]}.json").unlink()
-    out, command = tmp_path / "out", ["-m", "datasets.pack", "DoTA", str(copy), str(tmp_path / "out")]
+    out, command = tmp_path / "out", ["-m", "datasets.tools.pack", "DoTA", str(copy), str(tmp_path / "out")]
     done = run(*command, "--short_side", "48")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
@@ -228,7 +229,9 @@ def test_unreadable_clips_are_named_and_can_be_left_out(copy, tmp_path):
         and "it is a web page" in done.stderr
     )
     assert sorted(line.split("\t")[0] for line in (out / "bad_clips.txt").read_text().splitlines()) == names
-    with pytest.raises(DataError, match="packing is not finished; the same python -m datasets.pack command again"):
+    with pytest.raises(
+        DataError, match="packing is not finished; the same python -m datasets.tools.pack command again"
+    ):
         build_clips("DoTA", str(out), "val")
     (tmp_path / "more.txt").write_text("absent\n")
     done = run(*command, "--short_side", "48", "--bad_clips", str(out / "bad_clips.txt"), str(tmp_path / "more.txt"))
@@ -259,7 +262,9 @@ def test_a_later_run_does_what_is_new_alone(copy, tmp_path):
     pack("DoTA", str(copy), out, settings=SMALL)
     assert [p.stem for p, t in times.items() if p.stat().st_mtime_ns != t] == ["syntheticva_000000"]
     assert not build_clips("DoTA", str(out), "train")[1].labels.any()
-    with pytest.raises(DataError, match="a pack of DoTA; python -m datasets.pack DoTA_half ROOT .* adds DoTA_half"):
+    with pytest.raises(
+        DataError, match="a pack of DoTA; python -m datasets.tools.pack DoTA_half ROOT .* adds DoTA_half"
+    ):
         build_clips("DoTA_half", str(out), "train")
     pack("DoTA_half", str(copy), out, settings=SMALL)
     assert [len(build_clips(name, str(out), "train")) for name in ("DoTA", "DoTA_half")] == [8, 4]
@@ -278,7 +283,7 @@ def test_what_does_not_fit_is_refused(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match="are needed, 1e-06 GB are free"):
         pack("DoTA", str(copy), tmp_path / "full", settings=SMALL)
-    done = run("-m", "datasets.pack", "DoTA", str(copy), str(tmp_path / "x"), "--fps", "-1")
+    done = run("-m", "datasets.tools.pack", "DoTA", str(copy), str(tmp_path / "x"), "--fps", "-1")
     assert done.returncode == 2 and "--fps: -1 is not a rate" in done.stderr
 
 
@@ -355,7 +360,7 @@ def start(tmp_path):
     root = tmp_path / "data"
     render_dota(root, train=24, val=8, seed=3, size=(160, 90))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["datasets.pack"])
+    context.set_forkserver_preload(["datasets.tools.pack"])
     how = {"settings": SMALL, "workers": 2}
 
     def start(out):

@@ -12,9 +12,9 @@ from helpers import write_video
 from PIL import Image
 
 from datasets import VideoScan, build_clips
+from datasets.augment.finetune import FinetuneTransform
 from datasets.loader import Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.transforms import FinetuneTransform
 from datasets.windows import RandomClipIndex, index_clips
 
 NUM_FRAMES, VIEW_FPS, STRIDE = 4, 5, 2

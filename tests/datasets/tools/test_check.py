@@ -10,9 +10,9 @@ import pytest
 from helpers import run, write_video
 
 from datasets import Clip, DataError, build_clips, read_bad_clips
-from datasets.check import Task, check, inspect_clip
-from datasets.pack import Settings, pack
-from datasets.synthetic import render_dota
+from datasets.tools.check import Task, check, inspect_clip
+from datasets.tools.pack import Settings, pack
+from datasets.tools.synthetic import render_dota
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_every_planted_fault_is_found_and_nothing_else(forty, deep):
 def test_the_command_reports_and_its_list_goes_into_training_and_evaluation(forty, tmp_path):
     planted = plant(forty)
     root = str(forty / "DoTA")
-    done = run("-m", "datasets.check", "DoTA", root, "--output_dir", tmp_path / "report")
+    done = run("-m", "datasets.tools.check", "DoTA", root, "--output_dir", tmp_path / "report")
     assert done.returncode == 1 and "7 errors, 2 warnings" in done.stdout, done.stderr
     assert "train: 24 clips (3275 are published)" in done.stdout and "error: unreadable, 3" in done.stdout
     report = json.loads((tmp_path / "report" / "DoTA_check.json").read_text())
@@ -270,7 +270,7 @@ def test_what_cannot_be_written_is_known_before_the_work(as_nobody):
     root, drop = as_nobody
     (root / "file").touch()
     for folder in (root / "file", "/proc"):
-        done = run("-m", "datasets.check", "DoTA", "/absent", "--output_dir", folder)
+        done = run("-m", "datasets.tools.check", "DoTA", "/absent", "--output_dir", folder)
         assert done.returncode == 1
         assert done.stderr.startswith(f"error: {folder}: cannot be written, choose another --output_dir (")
     for folder, why in ((root / "file", "File exists"), (root / "new", "Permission denied")):
@@ -287,6 +287,6 @@ def test_a_root_that_may_not_be_entered_is_said(as_nobody):
 
 def test_a_report_that_cannot_be_written_has_been_shown(whole, tmp_path):
     (tmp_path / "BDD100K_check.json").mkdir()
-    done = run("-m", "datasets.check", "BDD100K", whole / "BDD", "--output_dir", tmp_path)
+    done = run("-m", "datasets.tools.check", "BDD100K", whole / "BDD", "--output_dir", tmp_path)
     assert done.returncode == 1 and "0 errors, 0 warnings" in done.stdout
     assert done.stderr.startswith("error: ") and "Is a directory" in done.stderr and "Traceback" not in done.stderr

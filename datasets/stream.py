@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datasets.augment.frames import EvalTransform
 from datasets.clips import ClipTable, DataError
 from datasets.faults import Fault, settle_faults
 from datasets.readers import open_clip
-from datasets.transforms import EvalTransform
 from datasets.windows import WindowIndex
 from utils.logging import progress_bar
-from utils.preemption import shield_worker
+from utils.signals import shield_worker
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,22 @@ import torch
 from helpers import golden
 from PIL import Image
 
-from datasets.clips import DataError
-from datasets.transforms import (
-    ALIGNED_SCALES,
-    DRIVING_OPS,
+from datasets.augment.dapt import ALIGNED_SCALES, SCALES, PretrainTransform
+from datasets.augment.device import ToModelInput
+from datasets.augment.erasing import draw_erasing
+from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import (
     PADDINGS,
-    SCALES,
     EvalTransform,
-    FinetuneTransform,
-    PretrainTransform,
-    ToModelInput,
     crop_offsets,
     crop_sizes,
-    draw_erasing,
     multi_scale_crop,
     pad_wide,
     resize,
     resize_exact,
-    timm_policy,
 )
+from datasets.augment.randaugment import DRIVING_OPS, timm_policy
+from datasets.clips import DataError
 
 # cv2.resize(picture(h, w), (size, size), interpolation=cv2.INTER_CUBIC), OpenCV 4.13, in base 85.
 CV2 = {

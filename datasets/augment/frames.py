@@ -1,0 +1,112 @@
+"""Resizing, padding and cropping of frames, and the preprocessing of evaluation."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datasets.clips import DataError
+
+PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
+CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
+
+
+def resize_exact(frame: Tensor, size: int) -> Tensor:
+    """uint8 (H, W, 3) -> uint8 (size, size, 3), bicubic without antialias or regard for the aspect ratio.
+
+    Within one level of cv2.resize(INTER_CUBIC), which the published weights were trained with.
+    """
+    planes = frame.permute(2, 0, 1)[None].float()
+    planes = F.interpolate(planes, size=(size, size), mode="bicubic", antialias=False, align_corners=False)
+    return planes[0].round_().clamp_(0, 255).byte().permute(1, 2, 0)
+
+
+def resize(frames: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """uint8 (T, H, W, 3) -> uint8 (T, height, width, 3): `resize_exact`, except at hard edges, in a fifth of the time.
+
+    PyTorch's uint8 kernel rounds and clamps between its two passes: within one level on most pixels, ten on some.
+    """
+    if frames.shape[1:3] == (height, width):
+        return frames
+    planes = F.interpolate(
+        frames.permute(0, 3, 1, 2), size=(height, width), mode=mode, antialias=False, align_corners=False
+    )
+    return planes.permute(0, 2, 3, 1)
+
+
+def stack(frames: Sequence[Tensor]) -> Tensor:
+    """T frames (H, W, 3) -> (T, H, W, 3). Raises DataError where they differ in size."""
+    if len(sizes := {tuple(frame.shape[:2]) for frame in frames}) > 1:
+        raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")
+    return torch.stack(list(frames))
+
+
+class EvalTransform:
+    """Frames uint8 (H, W, 3), one at a time -> uint8 (n, 3, size, size): squashed to a square, nothing else."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, frames: Iterable[Tensor]) -> Tensor:
+        return torch.stack([resize_exact(frame, self.size).permute(2, 0, 1) for frame in frames])
+
+
+def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
+    """Pad frames that are wider than high above and below, by one draw for the clip.
+
+    uint8 (T, H, W, 3), whose width was `width` before squashing -> uint8 (T, H + top + bottom, W, 3). One of PADDINGS
+    is drawn; top and bottom are drawn apart, each up to half of width - H. Reflected borders are darkened by 30 % or
+    more. Source: simple-tad (arXiv:2507.09338).
+    """
+    height = frames.shape[1]
+    padding = PADDINGS[rng.integers(len(PADDINGS))]
+    if padding == "none" or width <= height:
+        return frames
+    top, bottom = (round(rng.random() * 0.5 * (width - height)) for _ in range(2))
+    if padding in ("black", "colour"):
+        colour = rng.integers(256, size=3) if padding == "colour" else np.zeros(3)
+        padded = torch.from_numpy(colour.astype(np.uint8)).repeat(
+            len(frames), height + top + bottom, frames.shape[2], 1
+        )
+        padded[:, top : top + height] = frames
+        return padded
+    rows = np.pad(np.arange(height), (top, bottom), mode="reflect" if padding == "reflect" else "edge")
+    padded = frames[:, torch.from_numpy(rows)]
+    if padding == "reflect":
+        brightness = 0.7 * rng.random()
+        for border in (padded[:, :top], padded[:, top + height :]):
+            border.copy_((border * brightness).round())
+    return padded
+
+
+def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
+    """(width, height) candidates of VideoMAE's multi-scale crop of frames whose short side is `side` pixels.
+
+    Every scale of the side with itself and its neighbours in `scales`; what is within 2 pixels of the output size is
+    that size, so that it need not be resized.
+    """
+    sides = [size if abs(int(side * s) - size) < 3 else int(side * s) for s in scales]
+    return [(w, h) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+
+
+def crop_offsets(spare_width: int, spare_height: int) -> list[tuple[int, int]]:
+    """(left, top) of the 13 places of a crop: on a grid of quarters of what is spare, corners, edges and centres."""
+    dx, dy = spare_width // 4, spare_height // 4
+    return [(x * dx, y * dy) for x, y in CROP_PLACES]
+
+
+def multi_scale_crop(clip: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator) -> Tensor:
+    """uint8 (T, H, W, 3) -> uint8 (T, size, size, 3): one of `crop_sizes` at one of `crop_offsets`, drawn uniformly."""
+    height, width = clip.shape[1:3]
+    sizes = crop_sizes(min(height, width), size, scales)
+    w, h = sizes[rng.integers(len(sizes))]
+    w, h = min(w, width), min(h, height)  # a side that was taken for the output size may be 2 pixels short of it
+    offsets = crop_offsets(width - w, height - h)
+    left, top = offsets[rng.integers(len(offsets))]
+    crop = clip[:, top : top + h, left : left + w]
+    if (h, w) == (size, size):
+        return crop
+    planes = F.interpolate(crop.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)  # as Pillow
+    return planes.permute(0, 2, 3, 1)

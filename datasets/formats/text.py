@@ -1,0 +1,69 @@
+"""Reading the text files that annotations come in: csv tables, lists of clips, whole numbers."""
+
+import csv
+import io
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
+
+from datasets.clips import DataError, data_errors
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
+    try:
+        with data_errors(path):
+            return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells without the white space around them) of each row of a csv that is not empty.
+
+    Raises DataError where the file cannot be read, or a quote is not closed, or has something behind it.
+    """
+    with io.StringIO(read_text(path), newline="") as f:
+        reader, line = csv.reader(f, strict=True), 0
+        try:
+            for cells in reader:
+                line, cells = reader.line_num, [cell.strip() for cell in cells]
+                if any(cells):
+                    yield line, cells
+        except csv.Error as e:  # a quote that is not closed takes in the lines that follow
+            raise DataError(f"{path}: in the row that begins in line {line + 1}: {e}; check its quotes") from e
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, stripped, without empty ones."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_split(path: Path, hint: str) -> list[str]:
+    """Clip names of a split file, in its order. hint: where the file comes from.
+
+    Raises DataError where it is missing, empty or repeats a clip.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: split file not found; it comes with {hint}")
+    names = read_lines(path)
+    if not names:
+        raise DataError(f"{path}: the split file is empty")
+    if repeated := first_repeated(names):
+        raise DataError(f"{path}: clip {repeated} is listed twice")
+    return names
+
+
+def whole_number(text: str) -> int:
+    """An integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        if not (value := float(text)).is_integer():
+            raise
+        return int(value)
+
+
+def first_repeated(names: Iterable[Hashable]) -> Hashable | None:
+    """The first name that comes a second time, or None."""
+    seen: set[Hashable] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)

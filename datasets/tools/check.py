@@ -1,0 +1,356 @@
+"""Check a data set, or a pack of one, before training on it.
+
+    python -m datasets.tools.check DoTA /data/DoTA [--split train val] [--deep]
+
+Reads every annotation and every file: whole zips with the CRC of each picture, the header and first frame of videos;
+with --deep every picture and every frame is decoded. (A decoder conceals damage inside a JPEG or a video where it can:
+the CRC of a zip finds it all the same, a picture in a folder or a video may pass.)
+
+Prints a summary, and writes <data set>_check.json and <data set>_bad_clips.txt to --output_dir. The second is a list of
+the clips with errors for --bad_clips of run_finetune.py, run_dapt.py and datasets.tools.pack. The exit code is 1 where there
+are errors, 0 where there are none or warnings alone.
+
+Errors                                                     Warnings
+  annotation        missing, malformed, not of this clip     extra_frames   more pictures than the annotation has
+  unreadable        zip, picture or video                    short          shorter than a window: goes unused
+  missing_frames    annotated, not there                     rate           the video has another than the annotation
+  label_beyond_end  anomalous after the last frame there is
+  in_two_splits     the clip, its name or its source, in another split too
+  changed           a zip of a pack has another size or, with --deep, another SHA-256 than when it was packed
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets.clips import BeyondEnd, Unreadable, data_errors
+from datasets.formats.packed import PackedClip, read_manifest
+from datasets.parallel import available_cores, in_processes
+from datasets.readers import PictureReader, Reader, open_clip
+from datasets.scan import probe
+from datasets.windows import WindowIndex
+from utils.cli import Parser
+from utils.files import replaced
+from utils.flags import ASSUME_FPS, positive, positive_float
+from utils.logging import setup_logging
+
+PICTURES = (".jpg", ".jpeg", ".png")
+WARNINGS = ("extra_frames", "short", "rate")
+NOT_OF_THE_CLIP = (*WARNINGS, "in_two_splits")  # leaving out the clip is no remedy
+KINDS = {Unreadable: "unreadable", BeyondEnd: "label_beyond_end"}  # of the errors of a clip's annotation
+CHUNK = 32  # frames decoded at a time
+SHOWN = 10  # findings of a kind that the summary shows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a clip of a split; clip is "" where it concerns the split."""
+
+    split: str
+    clip: str
+    kind: str
+    message: str
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it ends the command with exit code 1."""
+        return self.kind not in WARNINGS
+
+
+@dataclass(frozen=True)
+class Task:
+    """A clip to inspect; packed: its entry in the manifest of the pack at root, where it is of one."""
+
+    split: str
+    clip: Clip
+    deep: bool
+    packed: PackedClip | None = None
+    root: Path = Path()
+
+    def __str__(self) -> str:
+        return self.clip.name
+
+
+def check(
+    name: str,
+    root: str,
+    *,
+    splits: Sequence[str] | None = None,
+    deep: bool = False,
+    num_frames: int = 16,
+    view_fps: float = 10,
+    assume_fps: float | None = None,
+    workers: int = 1,
+) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
+    """(findings in the order of splits and clips, {split: its numbers}) of a data set.
+
+    splits: default: all there are. deep: decode everything. num_frames, view_fps: the window clips are measured by.
+    assume_fps: as in build_clips. Raises DataError for an unknown data set or where no split can be read.
+    """
+    (data_set,) = find_data_sets([name], assume_fps)
+    splits = splits or data_set.splits
+    tables, findings = _read_tables(name, root, splits, assume_fps, workers)
+    if not tables:
+        raise DataError(findings[0].message)
+    packed = {entry.clip["name"]: entry for entry in read_manifest(Path(root))}
+    tasks = [
+        Task(split, clip, deep, packed.get(clip.name), Path(root)) for split, table in tables.items() for clip in table
+    ]
+    for task, found in in_processes(inspect_clip, tasks, workers=workers, description="check"):
+        findings += [Finding(task.split, task.clip.name, *pair) for pair in found]
+    numbers = {}
+    for split, table in tables.items():
+        index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=num_frames, view_fps=view_fps)
+        window = f"a window of {num_frames} frames at {view_fps:g} fps spans"
+        for i in index.short_clips:
+            message = f"{table[i].num_frames} frames; {window} {index.spans[i]}"
+            findings.append(Finding(split, table[i].name, "short", message))
+        numbers[split] = _numbers(table, index)
+    findings += _in_two_splits(tables)
+    _compare_with_published(name, numbers, findings, tables)
+    order = {(split, clip.name): i for split, table in tables.items() for i, clip in enumerate(table)}
+    return sorted(findings, key=lambda f: (splits.index(f.split), order.get((f.split, f.clip), -1))), numbers
+
+
+def _read_tables(
+    name: str, root: str, splits: Sequence[str], assume_fps: float | None, workers: int
+) -> tuple[dict[str, ClipTable], list[Finding]]:
+    tables, findings = {}, []
+    with tempfile.TemporaryDirectory() as folder:  # a scan of its own: files may have broken since an earlier one
+        scan = VideoScan(Path(folder, "videos.json"), workers=workers)
+        for split in splits:
+            problems: dict[str, DataError] = {}
+            try:
+                tables[split] = build_clips(name, root, split, scan, assume_fps, problems=problems)
+            except DataError as e:
+                findings.append(Finding(split, "", "annotation", str(e)))
+            findings += [Finding(split, c, KINDS.get(type(e), "annotation"), str(e)) for c, e in problems.items()]
+    return tables, findings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One clip
+
+
+def inspect_clip(task: Task) -> list[tuple[str, str]]:
+    """(kind, message) of everything that is wrong with the frames of a clip."""
+    clip = task.clip
+    if clip.labels is None and not task.deep and os.path.isfile(clip.source):
+        return []  # the scan has just opened this video
+    try:
+        with open_clip(clip) as reader:
+            damage = task.packed.damage(task.root, deep=task.deep) if task.packed else ""
+            look = _look_at_pictures if isinstance(reader, PictureReader) else _look_at_video
+            return [("changed", f"{damage}; pack it again")] * bool(damage) + list(look(reader, clip, task.deep))
+    except DataError as e:
+        return [("unreadable", str(e))]
+
+
+def _look_at_pictures(reader: PictureReader, clip: Clip, deep: bool) -> Iterator[tuple[str, str]]:
+    expected = {clip.picture(i): i for i in clip.stored_frames.tolist()}
+    held = sorted(name for name in reader.held() if name.lower().endswith(PICTURES))
+    there = [expected[name] for name in held if name in expected]
+    yield from _lacking(clip, reader.path, there, f"; it holds {held[0]} and so on" if held and not there else "")
+    if there and (extra := [name for name in held if name not in expected]):
+        yield "extra_frames", f"{reader.path}: {len(extra)} more than the {len(expected)} annotated: {_some(extra)}"
+    broken = []
+    for i in there:
+        try:
+            next(reader.frames([i]) if deep else reader.frames([i], decode=bytes))
+        except DataError as e:
+            broken.append(str(e))
+    if broken:
+        yield "unreadable", broken[0] + f"; and {len(broken) - 1} more of its {len(there)} frames" * (len(broken) > 1)
+
+
+def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str, str]]:
+    info = probe(reader.path)
+    if info.problem:
+        yield "unreadable", f"{reader.path}: {info.problem}"
+        return
+    yield from _lacking(clip, reader.path, range(min(info.frames, clip.num_frames)), "")
+    if abs(info.fps / clip.fps - 1) > 0.01:
+        yield "rate", f"{reader.path}: {info.fps:g} fps, annotated as {clip.fps:g}"
+    for first in range(0, min(info.frames, clip.num_frames) if deep else 0, CHUNK):
+        reader.read(range(first, min(first + CHUNK, info.frames, clip.num_frames)))
+
+
+def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator[tuple[str, str]]:
+    """Frames that are annotated and not in `there`, ascending; those after its end are told apart where anomalous."""
+    end = there[-1] + 1 if there else 0
+    beyond = clip.labels is not None and bool(clip.labels[end:].any())
+    if there and beyond:
+        last = int(clip.labels.nonzero()[0][-1])
+        yield "label_beyond_end", f"{path}: anomalous up to frame {last}, the last one there is {end - 1}"
+    have = set(there)
+    missing = [i for i in clip.stored_frames.tolist() if i not in have and not (there and beyond and i >= end)]
+    if missing:
+        names = _some([clip.picture(i) for i in missing])
+        if missing[0] >= end > 0:
+            note = f"; the {end} before them are trained on and evaluated"
+        yield "missing_frames", f"{path}: {len(missing)} of {len(clip.stored_frames)} frames: {names}{note}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The splits
+
+
+def _in_two_splits(tables: Mapping[str, ClipTable]) -> Iterator[Finding]:
+    """Clips, or names or sources of clips, of one split that another has too, told once, for the later split."""
+    names: dict[str, tuple[str, str]] = {}
+    sources: dict[str, str] = {}
+    for split, table in tables.items():
+        if split == "all":
+            continue
+        for clip in table:
+            if other := sources.get(clip.source):
+                message = f"in {other} too; take it out of one split file ({clip.source})"
+                yield Finding(split, clip.name, "in_two_splits", message)
+            elif clip.name in names:
+                other, source = names[clip.name]
+                message = f"the name of {source} in {other} too; give {clip.source} another"
+                yield Finding(split, clip.name, "in_two_splits", message)
+        sources = {clip.source: split for clip in table} | sources
+        names = {clip.name: (split, clip.source) for clip in table} | names
+
+
+def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
+    """What a split holds."""
+    numbers = {
+        "clips": len(table),
+        "frames": int(table.frame_counts.sum()),
+        "frames_per_clip": [int(f(table.frame_counts)) if len(table) else 0 for f in (min, max)],
+        "fps": {f"{fps:g}": n for fps, n in sorted(Counter(table.fps.round(3).tolist()).items())},
+        "windows": len(index),
+    }
+    if not len(table) or table[0].labels is None:
+        return numbers
+    return numbers | {
+        "anomalous_frames": int(sum(int(clip.labels.sum()) for clip in table)),
+        "anomalous_windows": int(sum(clip.labels[index.last_frames(i)].sum() for i, clip in enumerate(table))),
+        "clips_with_anomaly": sum(bool(clip.labels.any()) for clip in table),
+        "categories": dict(Counter(str(clip.category) for clip in table).most_common()),
+        "ego": sum(bool(clip.ego) for clip in table),
+        "night": sum(bool(clip.night) for clip in table),
+    }
+
+
+def _compare_with_published(
+    name: str, numbers: dict[str, dict[str, Any]], findings: Sequence[Finding], tables: Mapping[str, ClipTable]
+) -> None:
+    """Add the published numbers, and how many clips are cut from videos of an earlier split, in place."""
+    data_set, videos = find_data_set(name), set()
+    for split, own in numbers.items():
+        own["unusable_annotations"] = sum(f.split == split and f.kind == "annotation" for f in findings)
+        if split in data_set.published:
+            own["published"] = dict(zip(("clips", "frames"), data_set.published[split], strict=True))
+        if data_set.video_of:
+            of_split = [data_set.video_of(clip.name) for clip in tables[split]]
+            own["clips_of_videos_in_earlier_splits"] = sum(video in videos for video in of_split)
+            videos.update(of_split)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summary as text."""
+    lines = [line for split, own in numbers.items() for line in _split_lines(split, own)]
+    by_kind: dict[str, list[Finding]] = defaultdict(list)
+    for finding in findings:
+        by_kind[finding.kind].append(finding)
+    for kind, found in sorted(by_kind.items(), key=lambda pair: (pair[0] in WARNINGS, pair[0])):
+        lines.append(f"{'error' if found[0].is_error else 'warning'}: {kind}, {len(found)}")
+        lines += [f"    {f.split} {f.clip}: {f.message}" for f in found[:SHOWN]]
+        lines += ["    ..."] * (len(found) > SHOWN)
+    errors = sum(f.is_error for f in findings)
+    return "\n".join([*lines, f"{errors} errors, {len(findings) - errors} warnings"])
+
+
+def _split_lines(split: str, own: Mapping[str, Any]) -> Iterator[str]:
+    published = own.get("published", {})
+    clips, frames = (
+        f"{own[k]} {k}" + (f" ({published[k]} are published)" if k in published else "") for k in ("clips", "frames")
+    )
+    fps = ", ".join(f"{n} at {fps} fps" for fps, n in own["fps"].items())
+    low, high = own["frames_per_clip"]
+    yield f"{split}: {clips}, {frames}; {low} to {high} frames per clip; {fps}; {own['windows']} windows"
+    if "categories" in own:
+        share = own["anomalous_frames"] / max(own["frames"], 1)
+        yield (
+            f"    anomalous: {own['clips_with_anomaly']} clips, {own['anomalous_frames']} frames ({share:.1%}), "
+            f"{own['anomalous_windows']} windows; ego {own['ego']}, night {own['night']}"
+        )
+        yield "    " + ", ".join(f"{category} {n}" for category, n in own["categories"].items())
+    if own.get("clips_of_videos_in_earlier_splits"):
+        yield f"    {own['clips_of_videos_in_earlier_splits']} clips are cut from videos of an earlier split"
+
+
+def write_report(
+    folder: Path, name: str, findings: Sequence[Finding], numbers: Mapping[str, Any], about: Mapping[str, Any]
+) -> tuple[Path, Path]:
+    """Write <name>_check.json and <name>_bad_clips.txt; their paths."""
+    paths = folder / f"{name}_check.json", folder / f"{name}_bad_clips.txt"
+    content = {
+        **about,
+        "splits": numbers,
+        "errors": [asdict(f) for f in findings if f.is_error],
+        "warnings": [asdict(f) for f in findings if not f.is_error],
+    }
+    bad = {f.clip: f for f in reversed(findings) if f.clip and f.kind not in NOT_OF_THE_CLIP}
+    with replaced(paths[0]) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with replaced(paths[1]) as temporary:
+        lines = [f"{clip}\t{f.kind}: {f.message}\n" for clip, f in reversed(bad.items())]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return paths
+
+
+def main() -> None:
+    """Command line."""
+    parser = Parser(__doc__, {})
+    parser.add_argument("data_set", help="name of the data set")
+    parser.add_argument("root", help="its folder, or list file, or a pack of it")
+    parser.add_argument("--split", nargs="+", help="splits to check (default: all of the data set)")
+    parser.add_argument("--deep", action="store_true", help="decode every frame")
+    parser.add_argument("--num_frames", type=positive, default=16, help="frames of a window (default: 16)")
+    parser.add_argument("--view_fps", type=positive_float, default=10.0, help="and their rate (default: 10)")
+    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
+    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    args = parser.parse_args()
+    setup_logging(0)
+    logging.getLogger("tad").setLevel(logging.WARNING)
+    about = {"data_set": args.data_set, "root": os.path.abspath(args.root), "deep": args.deep}
+    window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "assume_fps": args.assume_fps}
+    folder = Path(args.output_dir)
+    try:
+        with data_errors(folder, "written, choose another --output_dir"):  # known before the work
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        findings, numbers = check(
+            args.data_set, args.root, splits=args.split, deep=args.deep, workers=args.workers, **window
+        )
+        print(report(findings, numbers))
+        paths = write_report(folder, args.data_set, findings, numbers, about | window)
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {e}")
+    print(f"{paths[0]}: all of it; {paths[1]}: clips to repair, or to leave out with --bad_clips")
+    sys.exit(any(f.is_error for f in findings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""Pack a data set small: every clip, from zips, folders or videos, becomes one zip of small JPEGs.
+
+    python -m datasets.tools.pack DoTA /data/DoTA /data/DoTA_320 --short_side 320 --fps 10 --quality 92
+    python run_finetune.py --data_set DoTA --data_path /data/DoTA_320 ...
+
+Annotations travel along, and OUT stands in for ROOT everywhere (see datasets/formats/packed.py for what is in it). Frames,
+labels and names keep the numbers of the original. Of a source at a whole multiple n of --fps, every n-th frame is kept,
+counted back from the clip's last one, so windows end on every n-th frame and training and evaluation need a step of n
+(--sampling_rate, --sampling_rate_val); of other sources every frame is kept.
+
+Killed at any moment, the same command goes on where it stopped; OUT can be used once it has finished. A later run adds
+splits or variants (DoTA_half to DoTA) and packs again the clips whose source has changed.
+"""
+
+import fcntl
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.clips import data_errors
+from datasets.faults import read_bad_clips, warn_unmatched
+from datasets.formats.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest, sha256
+from datasets.parallel import available_cores, in_processes
+from datasets.readers import Reader, find_source, open_clip
+from utils.cli import Parser
+from utils.files import replaced
+from utils.flags import ASSUME_FPS, natural, positive, positive_float
+from utils.logging import setup_logging
+
+logger = logging.getLogger("tad")
+
+BAD_CLIPS = "bad_clips.txt"  # in OUT: what could not be packed
+CHUNK = 32  # frames decoded at a time
+SAMPLED_CLIPS, SAMPLED_FRAMES = 8, 3  # for the estimate of space
+WHOLE = 1 / 32  # a rate this close to a multiple of --fps counts as one: 16 frames at --fps stay the right ones
+
+
+@dataclass(frozen=True)
+class Settings:
+    """short_side of the frames in pixels, 0: as they are, never enlarged; frames per second, 0: all; JPEG quality."""
+
+    short_side: int
+    fps: float
+    quality: int
+
+    def step(self, fps: float) -> int:
+        """Every how manieth frame is kept of a source at fps."""
+        ratio = fps / self.fps if self.fps else 1
+        return round(ratio) if ratio > 1 and abs(ratio - round(ratio)) <= WHOLE else 1
+
+    def jpeg(self, frame: Tensor) -> bytes:
+        """uint8 (H, W, 3) -> a JPEG. Resized with Pillow's bicubic filter, which averages what it leaves out."""
+        image = Image.fromarray(frame.numpy())
+        scale = self.short_side / min(image.size)
+        if 0 < scale < 1:
+            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=self.quality)
+        return data.getvalue()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A clip to pack into root/file; `clip` has the pack_step it will have, and the source of the original."""
+
+    clip: Clip
+    root: Path
+    file: str
+    settings: Settings
+
+    def __str__(self) -> str:
+        return self.clip.name
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Reader, np.ndarray]]:
+        """The original, and those of the frames to keep that come before its end. Raises DataError if there are none.
+
+        A source that ends before its annotation is packed as it is read, the smaller number of frames counting.
+        """
+        with open_clip(replace(self.clip, pack_step=None)) as reader:
+            frames = self.clip.stored_frames
+            frames = frames[frames < reader.usable_frames()]
+            if not len(frames):
+                raise DataError(reader.mismatch())
+            yield reader, frames
+
+    def jpegs(self, reader: Reader, frames: Sequence[int]) -> Iterator[bytes]:
+        """The packed form of some frames. Raises DataError."""
+        for first in range(0, len(frames), CHUNK):
+            for frame in reader.frames(frames[first : first + CHUNK]):
+                yield self.settings.jpeg(frame)
+
+
+def pack_clip(job: Job) -> PackedClip | DataError:
+    """Write the zip of a clip. The same source and settings give the same bytes, which appear whole or not at all."""
+    path = job.root / job.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        original = stamp(job.clip)
+        with job.opened() as (reader, frames), replaced(path) as temporary:
+            with zipfile.ZipFile(temporary, "w") as z:
+                for frame, data in zip(frames.tolist(), job.jpegs(reader, frames), strict=True):
+                    z.writestr(zipfile.ZipInfo(job.clip.picture(frame)), data)  # of 1980: no time of writing
+            digest = sha256(temporary)
+    except DataError as e:
+        return e
+    own, anomalous = describe(job.clip)
+    size = path.stat().st_size
+    return PackedClip(own, anomalous, original, asdict(job.settings), job.file, size, digest, len(frames))
+
+
+def stamp(clip: Clip) -> dict[str, Any]:
+    """What tells that the source of a clip has changed: path, bytes and the latest mtime in ns. Raises DataError."""
+    path = Path(os.path.abspath(find_source(clip)))
+    with data_errors(path):
+        status = [p.stat() for p in ([path, *path.iterdir()] if path.is_dir() else [path])]
+    size = sum(s.st_size for s in (status[1:] if path.is_dir() else status))
+    return {"path": str(path), "size": size, "mtime_ns": max(s.st_mtime_ns for s in status)}
+
+
+def sample_bytes(job: Job) -> float | None:
+    """Mean bytes of a frame of the clip in its packed form, of a few; None where it cannot be read."""
+    try:
+        with job.opened() as (reader, frames):
+            few = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
+            return float(np.mean([len(data) for data in job.jpegs(reader, few)]))
+    except DataError:
+        return None
+
+
+def pack(
+    name: str,
+    root: str,
+    out: str | Path,
+    *,
+    splits: Sequence[str] | None = None,
+    settings: Settings,
+    leave_out: Collection[str] = frozenset(),
+    assume_fps: float | None = None,
+    workers: int = 1,
+) -> None:
+    """Pack splits (default: all there are) of a data set into the folder `out`, or go on with it.
+
+    assume_fps: as in build_clips; the pack keeps it.
+    Raises DataError: `out` is another pack, a pack of another root or no pack, is being written, cannot be, is on a
+    disk that is too small; clips that cannot be read, after all others are done, named in out/bad_clips.txt.
+    """
+    out = Path(out)
+    if is_packed(root):
+        raise DataError(f"{root}: a pack already; pack the original again")
+    with _claimed(out, asdict(settings)):
+        scan = VideoScan(out / "videos.json", workers=workers)
+        (data_set,) = find_data_sets([name], assume_fps)
+        splits = splits or data_set.splits
+        problems: dict[str, DataError] = {}
+        wanted = {"leave_out": leave_out, "problems": problems}
+        tables = {s: build_clips(name, root, s, scan, assume_fps, **wanted) for s in splits}
+        warn_unmatched(leave_out, tables.values())
+        jobs = _jobs(tables, out, settings)
+        done = {entry.clip["name"]: entry for entry in read_manifest(out)}
+        _refuse_other_originals(name, os.path.abspath(root), out, jobs, done)
+        with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
+            _write_manifest(temporary, done.values())
+        to_do = [job for job in jobs.values() if not _is_done(job, done.get(job.clip.name))]
+        logger.info(f"{name}: {len(jobs)} clips, {len(jobs) - len(to_do)} of them packed already")
+        _check_space(to_do, out, workers)
+        failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
+        if failed:
+            (out / BAD_CLIPS).write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
+            first = "; ".join(list(failed.values())[:3])
+            raise DataError(
+                f"{len(failed)} clips cannot be packed: {first}; {len(done)} are. Repair them and run "
+                f"this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
+            )
+        _finish(name, os.path.abspath(root), tables, jobs, done, out, settings)
+
+
+@contextmanager
+def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Hold the folder of a pack, alone, without what an earlier process left half-written."""
+    with data_errors(out, "written, choose another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        if not is_packed(out) and any(out.iterdir()):
+            raise DataError(f"{out}: neither empty nor a pack; choose another folder")
+        (out / MANIFEST).touch()
+        lock = (out / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise DataError(f"{out}: another process is packing into it") from e
+        for entry in read_manifest(out):
+            if entry.settings != settings:
+                held = " ".join(f"--{k} {v:g}" for k, v in entry.settings.items())
+                raise DataError(f"{out}: a pack with {held}; choose another folder, or remove it")
+        for half_written in out.rglob(".*.tmp"):
+            half_written.unlink()
+        yield
+
+
+def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[str, Job]:
+    """The clips of all tables by name, each once. Raises DataError for two clips of one name, or one file."""
+    jobs: dict[str, Job] = {}
+    steps: Counter[tuple[float, int]] = Counter()
+    for table in tables.values():
+        if table.one_clip_per_video and settings.fps:
+            raise DataError(f"{table.name}: training draws clips from all frames of a video; give --fps 0")
+        for clip in table:
+            clip = replace(clip, pack_step=settings.step(clip.fps))
+            job = Job(clip, out, file_of(clip.name), settings)
+            if clip.name in jobs:
+                other = jobs[clip.name].clip
+                if (clip.source, clip.num_frames) != (other.source, other.num_frames):
+                    both = f"{clip.source}, {other.source}"
+                    raise DataError(f"{table.name}: two clips are called {clip.name}: {both}; rename one")
+                continue
+            jobs[clip.name] = job
+            steps[clip.fps, clip.pack_step] += 1
+    if len({job.file for job in jobs.values()}) < len(jobs):
+        raise DataError("two clips have names that differ by slashes and dots alone; rename one")
+    for (fps, step), count in sorted(steps.items())[:10]:
+        kept = f"1 frame in {step}, for windows that end on those" if step > 1 else "every frame"
+        logger.info(f"{count} clips at {fps:g} fps: {kept}")
+    return jobs
+
+
+def _refuse_other_originals(
+    name: str, root: str, out: Path, jobs: Mapping[str, Job], done: Mapping[str, PackedClip]
+) -> None:
+    """Raise DataError where the pack has this data set from another root, or another data set's clip of one name."""
+    for other, splits in (read_index(out) or {"tables": {}})["tables"].items():
+        for table in splits.values():
+            held = table["root"]
+            if other == name and held != root:
+                raise DataError(f"{out}: a pack of {name} of {held}; pack that of {root} into another folder")
+            for clip in sorted(jobs.keys() & table["clips"]) if other != name else ():
+                own, held = os.path.abspath(jobs[clip].clip.source), os.path.abspath(done[clip].original["path"])
+                if own != held.removesuffix(".zip"):
+                    raise DataError(f"{out}: holds {clip} of {other}, {held}; pack {name} into another folder")
+
+
+def file_of(name: str) -> str:
+    """The zip of a clip in a pack, relative to its root; it stays below it, whatever the name."""
+    parts = ["%2E%2E" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
+    return "/".join(["frames", *parts]) + ".zip"
+
+
+def _is_done(job: Job, entry: PackedClip | None) -> bool:
+    if entry is None:
+        return False
+    path, own = job.root / entry.file, describe(job.clip)[0]
+    same = all(entry.clip[k] == own[k] for k in ("num_frames", "first_frame", "pack_step"))
+    try:
+        return same and path.stat().st_size == entry.bytes and stamp(job.clip) == entry.original
+    except (OSError, DataError):
+        return False
+
+
+def _check_space(jobs: list[Job], out: Path, workers: int) -> None:
+    """Say how much disk the jobs will take, from a few frames. Raises DataError where there is less."""
+    if not jobs:
+        return
+    few = jobs[:: -(-len(jobs) // SAMPLED_CLIPS)]
+    sizes = [size for _, size in in_processes(sample_bytes, few, workers=workers, description="estimate") if size]
+    frames = sum(len(job.clip.stored_frames) for job in jobs)
+    need, free = frames * float(np.mean(sizes or [0])), shutil.disk_usage(out).free
+    logger.info(f"{frames} frames to pack: about {need / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
+    if need > free:
+        raise DataError(f"{out}: about {need / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
+
+def _pack_all(jobs: list[Job], done: dict[str, PackedClip], out: Path, workers: int) -> dict[str, str]:
+    """Do the jobs, each noted in the manifest and in `done` when its zip is there; {clip: why} of those that fail."""
+    failed = {}
+    try:
+        with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
+            for job, entry in in_processes(pack_clip, jobs, workers=workers, description="pack"):
+                if isinstance(entry, DataError):
+                    failed[job.clip.name] = str(entry)
+                    continue
+                if entry.frames < (expected := len(job.clip.stored_frames)):
+                    logger.warning(f"{job}: its source ends after {entry.frames} of the {expected} frames to pack")
+                done[job.clip.name] = entry
+                manifest.write(_line(entry))
+                manifest.flush()
+    except OSError as e:
+        raise DataError(f"{out}: cannot be written ({e}); what is packed is kept, the same command goes on") from e
+    return failed
+
+
+def _finish(
+    name: str,
+    root: str,
+    tables: dict[str, ClipTable],
+    jobs: dict[str, Job],
+    done: dict[str, PackedClip],
+    out: Path,
+    settings: Settings,
+) -> None:
+    """Manifest in the order of the tables, with the annotations of now; then the index, which makes it a pack."""
+    index = read_index(out) or {"settings": asdict(settings), "tables": {}}
+    index["tables"].setdefault(name, {}).update(
+        {
+            split: {
+                "root": root,
+                "clips": [clip.name for clip in table],
+                "left_out": table.left_out,
+                "one_clip_per_video": table.one_clip_per_video,
+            }
+            for split, table in tables.items()
+        }
+    )
+    for own, job in jobs.items():
+        clip, anomalous = describe(job.clip)
+        done[own] = replace(done[own], clip=clip, anomalous=anomalous)
+    listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
+    with replaced(out / MANIFEST) as temporary:
+        _write_manifest(temporary, (done[clip] for clip in listed))
+    with replaced(out / INDEX) as temporary:
+        temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
+    (out / BAD_CLIPS).unlink(missing_ok=True)
+    size, original = (sum(done[clip].bytes for clip in jobs), sum(done[clip].original["size"] for clip in jobs))
+    logger.info(f"packed: {size / 1e9:.3g} GB in place of {original / 1e9:.3g} GB; --data_set {name} --data_path {out}")
+
+
+def _write_manifest(path: Path, entries: Any) -> None:
+    with path.open("w", encoding="utf-8") as f:
+        f.writelines(map(_line, entries))
+
+
+def _line(entry: PackedClip) -> str:
+    return json.dumps(asdict(entry)) + "\n"
+
+
+def main() -> None:
+    """Command line."""
+    parser = Parser(__doc__, {})
+    parser.add_argument("data_set", help="name of the data set")
+    parser.add_argument("root", help="its folder, or list file")
+    parser.add_argument("out", help="folder to make, or to go on with")
+    parser.add_argument("--split", nargs="+", help="splits to pack (default: all of the data set)")
+    parser.add_argument("--short_side", type=natural, default=320, help="pixels; 0: as it is (default: 320)")
+    parser.add_argument("--fps", type=float, default=10, help="frames per second to keep; 0: all (default: 10)")
+    parser.add_argument(
+        "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
+    )
+    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
+    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    args = parser.parse_args()
+    if not 0 <= args.fps < 1000:
+        parser.error(f"--fps: {args.fps:g} is not a rate; 0 keeps every frame")
+    setup_logging(0)
+    try:
+        pack(
+            args.data_set,
+            args.root,
+            args.out,
+            splits=args.split,
+            settings=Settings(args.short_side, args.fps, args.quality),
+            leave_out=read_bad_clips(args.bad_clips),
+            assume_fps=args.assume_fps,
+            workers=args.workers,
+        )
+    except (DataError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,197 @@
+"""Files that the data sets, or the study's offline scripts, expect beside the frames.
+
+    python -m datasets.tools.prepare half DoTA ROOT             half of the training clips of each category, for DoTA_half
+    python -m datasets.tools.prepare frames DADA2K ROOT OUT     frame_level_anno_val.csv: category, ego, night of each window
+    python -m datasets.tools.prepare bdd100k ROOT OUT           list of the videos that open, for --data_path
+    python -m datasets.tools.prepare sheet SHEET.xlsx OUT.csv   an annotation sheet as csv; .xls too
+
+Nothing is overwritten. Each command has --help.
+"""
+
+import argparse
+import csv
+import io
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets import DataError, VideoScan, build_clips, find_data_sets
+from datasets.clips import Clip, ClipTable
+from datasets.formats.dada import LAYOUTS
+from datasets.formats.dota import CATEGORIES, SPLIT_FILES
+from datasets.windows import index_clips
+from utils.files import replaced
+from utils.flags import ASSUME_FPS, positive_float
+from utils.logging import setup_logging
+
+CATEGORY_IDS = {name: number for number, name in CATEGORIES.items()}
+CAP_SHEET = "annotation file"  # the sheet of CAP-DATA's workbook that holds the annotation
+
+
+def half(clips: Sequence[Clip], seed: int) -> list[Clip]:
+    """Half of the clips of each category, rounded down but one at least, drawn at random; in their order."""
+    groups: dict[str | None, list[int]] = defaultdict(list)
+    for i, clip in enumerate(clips):
+        groups[clip.category].append(i)
+    rng = np.random.default_rng(seed)
+    kept = [rng.permutation(groups[name])[: max(len(groups[name]) // 2, 1)] for name in sorted(groups, key=str)]
+    return [clips[i] for i in sorted(np.concatenate(kept))] if kept else []
+
+
+def frame_rows(clips: ClipTable, *, num_frames: int, view_fps: float) -> Iterable[list[Any]]:
+    """The rows of frame_level_anno_val.csv, the header first: one for each window, that is for each scored frame.
+
+    cat: number of the accident type (its name where it has none), 0 in safe frames. ego: 1 in anomalous frames of clips
+    the recording car is involved in. clip_lvl_cat, clip_lvl_ego: of the whole clip, DoTA only. As simple-tad has it,
+    after a column without name that counts the rows.
+    """
+    of_clip = clips.name.startswith("DoTA")
+    yield ["", "clip", "filename", "cat", "ego", "night", *(("clip_lvl_cat", "clip_lvl_ego") if of_clip else ())]
+    index = index_clips(clips, num_frames=num_frames, view_fps=view_fps, stride=1)
+    for row, (number, frame) in enumerate(zip(*index.locations(), strict=True)):
+        clip = clips[number]
+        label = int(clip.labels[frame])
+        category = CATEGORY_IDS.get(clip.category, clip.category)
+        own = [clip.category, clip.ego] if of_clip else []
+        cat, ego = category if label else 0, label * int(bool(clip.ego))
+        yield [row, clip.name, clip.filename(frame), cat, ego, clip.night, *own]
+
+
+def read_sheet(path: Path, sheet: str | None) -> list[list[str]]:
+    """The cells of a worksheet: `sheet`, or CAP-DATA's annotation, or the first. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        if path.suffix.lower() == ".xls":
+            import xlrd
+
+            book = xlrd.open_workbook(path)
+            names, rows_of = book.sheet_names(), lambda name: book.sheet_by_name(name).get_rows()
+        else:
+            import openpyxl
+
+            book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+            names, rows_of = book.sheetnames, lambda name: book[name].iter_rows()
+    except ImportError as e:
+        raise DataError(f"{path}: {path.suffix} files need {e.name}: pip install {e.name}") from e
+    except Exception as e:  # each library raises a handful of types of its own
+        raise DataError(f"{path}: not a readable workbook ({type(e).__name__}: {e})") from e
+    if sheet and sheet not in names:
+        raise DataError(f"{path}: no sheet {sheet!r}; it has {', '.join(names)}")
+    chosen = sheet or (CAP_SHEET if CAP_SHEET in names else names[0])
+    rows = [[_text(cell.value) for cell in row] for row in rows_of(chosen)]
+    return [row for row in rows if any(row)]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def prepare_half(name: str, root: str, *, seed: int, out: str | None) -> str:
+    """Write the list of the half split of DoTA or DADA2K; returns what was done."""
+    clips = build_clips(name, root, "train")
+    if name == "DoTA":
+        path = Path(root, "dataset", SPLIT_FILES["DoTA_half"]["train"][0])
+    else:
+        path = Path(root, LAYOUTS["DADA2K_half"].split_folder, LAYOUTS["DADA2K_half"].splits["train"])
+    path, kept = Path(out) if out else path, half(clips, seed)
+    _write(path, "".join(f"{clip.name}\n" for clip in kept))
+    return f"{len(kept)} of {len(clips)} training clips, in {path}"
+
+
+def prepare_frames(name: str, root: str, out: str, *, split: str, assume_fps: float | None, **window: float) -> str:
+    """Write the frame-level annotation of a labelled data set; returns what was done."""
+    find_data_sets([name], assume_fps)  # refuses a rate that nothing would use
+    scan = VideoScan(Path(out).with_suffix(".videos.json"), workers=8)
+    clips = build_clips(name, root, split, scan, assume_fps)
+    clips.require_labels()
+    rows = list(frame_rows(clips, **window))
+    _write_csv(Path(out), rows)
+    return f"{len(rows) - 1} frames of {len(clips)} clips, in {out}"
+
+
+def prepare_bdd100k(root: str, out: str, *, workers: int) -> str:
+    """Write the list of BDD100K's videos that open; returns what was done."""
+    cache = Path(out).with_suffix(".json")
+    clips = build_clips("BDD100K", root, "all", VideoScan(cache, workers=workers))
+    lines = "".join(f"{clip.name if Path(out).parent == Path(root) else clip.source}\n" for clip in clips)
+    _write(Path(out), lines)
+    message = f"{len(clips)} videos, in {out}; {len(clips.unreadable)} do not open"
+    return f"{message}; {cache} may be given to --scan_cache"
+
+
+def prepare_sheet(sheet: str, out: str, *, name: str | None) -> str:
+    """Write a worksheet as csv; returns what was done."""
+    rows = read_sheet(Path(sheet), name)
+    _write_csv(Path(out), rows)
+    return f"{max(len(rows) - 1, 0)} rows, in {out}"
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists():
+        raise DataError(f"{path} exists; remove it, or write to another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise DataError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    _write(path, text.getvalue())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("half", help="half of the training clips of each category")
+    command.add_argument("name", choices=["DoTA", "DADA2K"])
+    command.add_argument("root", help="root folder of the data set")
+    command.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    command.add_argument("--out", help="list to write (default: where DoTA_half or DADA2K_half expects it)")
+
+    command = commands.add_parser("frames", help="frame-level annotation csv for offline metrics")
+    command.add_argument("name", help="labelled data set: DoTA, DADA2K, CAP-DATA, csv")
+    command.add_argument("root", help="root folder of the data set")
+    command.add_argument("out", help="csv to write, e.g. frame_level_anno_val.csv")
+    command.add_argument("--split", default="val", help="train, val or all (default: val)")
+    command.add_argument("--num_frames", type=int, default=16, help="frames of a window (default: 16)")
+    command.add_argument("--view_fps", type=float, default=10, help="frames per second of a window (default: 10)")
+    command.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+
+    command = commands.add_parser("bdd100k", help="list of BDD100K's videos that open")
+    command.add_argument("root", help=".../bdd100k/videos")
+    command.add_argument("out", help="list to write; in ROOT its lines are relative, elsewhere absolute")
+    command.add_argument("--workers", type=int, default=8, help="processes that open videos (default: 8)")
+
+    command = commands.add_parser("sheet", help="an .xlsx or .xls sheet as csv")
+    command.add_argument("sheet", help="workbook")
+    command.add_argument("out", help="csv to write")
+    command.add_argument("--name", help=f"worksheet (default: {CAP_SHEET!r} if there is one, else the first)")
+
+    options = vars(parser.parse_args())
+    setup_logging(0)
+    run = {"half": prepare_half, "frames": prepare_frames, "bdd100k": prepare_bdd100k, "sheet": prepare_sheet}
+    try:
+        print(run[options.pop("command")](**options))
+    except (DataError, ValueError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`python -m models.weights CHECKPOINT`: say what a checkpoint is and load it into a model, for a trial."""
+
+import argparse
+import sys
+
+from models.registry import create_model
+from models.weights.file import MODEL_KEYS, CheckpointError
+from models.weights.identify import likely_models
+from models.weights.load import load_pretrained
+
+
+def main() -> None:
+    """Command line: say what a checkpoint is and load it into a model, for a trial."""
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is; exit with an error if it does not load.")
+    parser.add_argument("checkpoint", help="path or URL")
+    parser.add_argument("--model", help="registered model to load it into (default: the one it seems to be for)")
+    parser.add_argument("--model_key", default=MODEL_KEYS, help=f"where the weights are (default: {MODEL_KEYS})")
+    parser.add_argument("--model_prefix", default="", help="read only the keys under this prefix")
+    args = parser.parse_args()
+    where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
+    try:
+        names, decoder_depth = likely_models(args.checkpoint, **where)
+        name = args.model or names[0]
+        options = {"decoder_depth": decoder_depth} if decoder_depth and name.startswith("pretrain_") else {}
+        report = load_pretrained(create_model(name, **options), args.checkpoint, **where)
+    except (CheckpointError, ValueError) as e:
+        sys.exit(f"error: {e}")
+    print(report)
+    print(f"  model    {args.model or ' or '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()
