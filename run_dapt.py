@@ -18,20 +18,9 @@ The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-l
 
 import sys
 
-from utils.cli import ConfigError, config_errors, split_batch
+from utils.cli import ConfigError, config_errors
 from utils.flags import dapt_parser
-from utils.resolve import (
-    FREE_ON_RESUME,
-    OPTIMIZER,
-    SCHEDULE,
-    SESSION,
-    fill,
-    given,
-    keep_origin,
-    picked,
-    resolve_runtime,
-    resolve_schedule,
-)
+from utils.resolve import fill_unset, keep_origin, refuse_contradictions, resolve_runtime, resolve_schedule, split_batch
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -42,6 +31,7 @@ import logging
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -51,24 +41,33 @@ from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
-from datasets.augment.device import ToModelInput
-from datasets.faults import SkipBad, read_bad_clips, warn_unmatched
+from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
 from datasets.windows import index_clips
-from engine.checkpoint import CheckpointWriteError, find_resume, keep_epoch
+from engine.checkpoint import (
+    CheckpointWriteError,
+    Progress,
+    RunState,
+    find_resume,
+    is_kept,
+    recorded_arguments,
+    save_weights,
+)
 from engine.dapt import DaptObjective
-from engine.guard import Progress, TrainingError
+from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
-from engine.session import start
-from models import create_model, model_defaults
+from engine.session import start_session
+from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
-from models.weights import CheckpointError, fetch, load_pretrained
+from models.weights import CheckpointError, fetch, load_pretrained, read_spec
 from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
 from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
+INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
+SPEC = ("model", *INPUT, "gelu", "decoder_depth")  # flags that a weights file answers
 PICTURES = 4  # clips drawn after each epoch
 logger = logging.getLogger("tad")
 
@@ -78,19 +77,41 @@ def main(args: Namespace) -> None:
     resolve_runtime(args, cuda=torch.cuda.is_available())
     with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
         setup_logging(process.rank)
+        resolve_spec(args, process)
         resolve(args, process.world_size)
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         pretrain(args, process)
 
 
+def resolve_spec(args: Namespace, process: Process) -> None:
+    """Take the flags of SPEC that were left open from the run to continue, else from what --from_ckpt says of itself.
+
+    Raises ConfigError where a flag contradicts the weights file, unless --override_spec is given.
+    """
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    recorded = from_main(lambda: recorded_arguments(args.output_dir, **resuming))
+    fill_unset(args, recorded, SPEC)
+    if recorded or not args.from_ckpt:
+        return
+    with local_main_first(process):  # one download per node
+        spec = read_spec(fetch(args.from_ckpt))
+    if spec is None:
+        return
+    with config_errors():
+        spec["model"] = masked_autoencoder_of(spec["model"])
+    refuse_contradictions(args, spec, (*INPUT, "gelu"), args.from_ckpt)
+    fill_unset(args, spec, SPEC)
+
+
 def resolve(args: Namespace, world_size: int) -> None:
     """Replace what was left open by the value it stands for, so that args.json holds what was used."""
+    args.model = args.model or "pretrain_videomae_base_patch16_224"
     with config_errors():
         defaults = model_defaults(args.model)
     if not args.model.startswith("pretrain_"):
         raise ConfigError(f"--model {args.model} is a classifier; DAPT takes one of the pretrain_ models")
-    fill(args, defaults, ("num_frames", "view_fps", "input_size", "tubelet_size"))
+    fill_unset(args, vars(defaults), INPUT)
     if args.stop_epoch is None:
         args.stop_epoch = min(12, args.epochs)
     resolve_schedule(args)
@@ -108,18 +129,24 @@ def resolve(args: Namespace, world_size: int) -> None:
     parts = {"default": 800, "world_size": world_size, "update_freq": args.update_freq}
     nothing = [None] * len(sets)
     batches = [
-        split_batch(total, own, **parts)
-        for total, own in zip(args.total_batch_size or nothing, args.batch_size or nothing, strict=True)
+        split_batch(total, per_process, **parts)
+        for total, per_process in zip(args.total_batch_size or nothing, args.batch_size or nothing, strict=True)
     ]
     args.batch_size, args.total_batch_size = ([batch[i] for batch in batches] for i in (0, 1))
+    shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
+    logger.info(f"clips per step: {shares}")
 
 
 def pretrain(args: Namespace, process: Process) -> None:
-    """The DAPT recipe, top to bottom."""
+    """Run the DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
     resumed = find_resume(
-        output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=FREE_ON_RESUME
+        output_dir,
+        auto_resume=args.auto_resume,
+        resume=args.resume,
+        record=vars(args),
+        free=dapt_parser("").free_on_resume,
     )
     keep_origin(args, resumed)
     model = build_model(args, process, resumed)
@@ -127,62 +154,63 @@ def pretrain(args: Namespace, process: Process) -> None:
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
     loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
-    batches = SkipBad(loader, limit=args.max_bad_samples)
+    batches = CountedBatches(loader, limit=args.max_bad_samples)
     ddp_model = data_parallel(model, process)
-    defaults = model_defaults(args.model)
-    to_input = ToModelInput(defaults.mean, defaults.std)
-
-    shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
-    logger.info(f"clips per step: {shares}")
-    optimization = run_optimization(args, model, sampler.steps_per_epoch)
     progress = Progress(
         epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
     )
-    session = start(
-        output_dir, process, model, optimization, progress, batches,
-        resumed=resumed, record=vars(args), **picked(args, SESSION),
-    )  # fmt: skip
+    optimization = optimization_of(args, model, sampler.steps_per_epoch)
+    session = start_session(
+        output_dir,
+        RunState(model, optimization, progress, record=vars(args), samples=batches),
+        process,
+        resumed=resumed,
+        log_dir=args.log_dir,
+        max_nonfinite=args.max_nonfinite,
+        save_ckpt=args.save_ckpt,
+        auto_resume=args.auto_resume,
+        save_every_minutes=args.save_every_minutes,
+    )
     del resumed  # three times the weights
-    pictures = Pictures(args, dataset, to_input, session.tensorboard) if process.is_main else None
+    pictures = Pictures(args, dataset, session.tensorboard) if process.is_main else None
 
-    def after_epoch() -> dict[str, float]:
+    def after_epoch() -> dict[str, Any]:
         if pictures:
             pictures.draw(model, process.device, progress.epoch, step=progress.steps_done)
-        if args.save_ckpt and process.is_main:
-            keep_epoch(output_dir, model, progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
+        due = is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
+        if due and args.save_ckpt and process.is_main:
+            path = output_dir / f"checkpoint-{progress.epoch}.pth"
+            save_weights(path, model, data_set=args.data_set, epoch=progress.epoch)
         return batches.end_epoch()
 
     train_epochs(
         ddp_model,
         batches,
         sampler.set_epoch,
-        DaptObjective(model, to_input, process.device),
-        optimization,
+        DaptObjective(model, process.device),
         session,
         Reporting(sum(args.total_batch_size), args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
-        device=process.device,
-        after_epoch=after_epoch,
+        evaluate=after_epoch,
     )
     session.tensorboard.close()
     batches.log_summary()
     logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
 
 
-def build_model(args: Namespace, process: Process, resumed: dict | None) -> MaskedAutoencoder:
-    """The masked autoencoder on its device, with --from_ckpt loaded or ready for a resumed state."""
-    defaults = model_defaults(args.model)
+def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | None) -> MaskedAutoencoder:
+    """Return the masked autoencoder on its device, with --from_ckpt loaded or ready for a resumed state."""
     with config_errors():
         model = create_model(
             args.model,
             num_frames=args.num_frames,
+            view_fps=args.view_fps,
             input_size=args.input_size,
             tubelet_size=args.tubelet_size,
+            gelu=args.gelu,
+            decoder_depth=args.decoder_depth,
             drop_path_rate=args.drop_path,
             normalize_target=args.normalize_target,
-            mean=defaults.mean,
-            std=defaults.std,
-            **given(args, ("decoder_depth", "gelu")),
         )
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
@@ -211,7 +239,7 @@ def build_model(args: Namespace, process: Process, resumed: dict | None) -> Mask
 
 
 def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
-    """The windows of every data set of the mix, each with its augmentation."""
+    """Return the windows of every data set of the mix, each with its augmentation."""
     scan, bad_clips = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
     sources = []
     for name, path, split, stride in zip(
@@ -238,7 +266,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
 
 
 def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size: int) -> EpochSampler:
-    """The order of the clips, with each data set's share of every batch."""
+    """Return the order of the clips, with each data set's share of every batch."""
     return EpochSampler(
         [len(source.index) for source in dataset.sources],
         batch_sizes=args.batch_size,
@@ -250,24 +278,37 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
     )
 
 
-def run_optimization(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
-    """The Optimization of the command line."""
+def optimization_of(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:
+    """Return the Optimization of the command line."""
     with config_errors():
+        schedule = Schedule(
+            epochs=args.epochs,
+            steps_per_epoch=steps_per_epoch,
+            lr=args.lr,
+            min_lr=args.min_lr,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+            weight_decay=args.weight_decay,
+            weight_decay_end=args.weight_decay_end,
+        )
         return build_optimization(
             model,
-            Schedule(steps_per_epoch=steps_per_epoch, **picked(args, SCHEDULE)),
+            schedule,
             clips_per_step=sum(args.total_batch_size),
+            opt=args.opt,
+            opt_eps=args.opt_eps,
+            opt_betas=args.opt_betas,
             accumulate=args.update_freq,
+            clip_grad=args.clip_grad,
             dtype=DTYPES[args.precision],
-            **picked(args, OPTIMIZER),
         )
 
 
 class Pictures:
     """The same few clips, input, masked and reconstructed, after each epoch: a PNG and a TensorBoard image."""
 
-    def __init__(self, args: Namespace, dataset: WindowDataset, to_input: ToModelInput, tensorboard: TensorBoard):
-        self.to_input, self.tensorboard = to_input, tensorboard
+    def __init__(self, args: Namespace, dataset: WindowDataset, tensorboard: TensorBoard):
+        self.tensorboard = tensorboard
         self.folder = Path(args.output_dir, "pictures")
         keys, sources = [], dataset.sources
         for k in range(PICTURES):
@@ -286,7 +327,7 @@ class Pictures:
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
         """Write pictures/epoch-<epoch>.png."""
         model.eval()
-        video = self.to_input(self.batch["video"].to(device))
+        video = model.normalize(self.batch["video"].to(device))
         picture = reconstruction_picture(model.reconstruct(video, self.batch["mask"]))
         model.train()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
     python -m datasets.tools.pack DoTA /data/DoTA /data/DoTA_320 --short_side 320 --split val
     python run_finetune.py --eval --data_path /data/DoTA     --output_dir runs/eval     ...
     python run_finetune.py --eval --data_path /data/DoTA_320 --output_dir runs/eval_320 ...
-    python benchmarks/compare_predictions.py runs/eval/predictions.csv runs/eval_320/predictions.csv
+    python -m benchmarks.compare_predictions runs/eval/predictions.csv runs/eval_320/predictions.csv
 
 Both must hold the same windows with the same labels, as an original and its pack do. Differences are of scores, which
 lie between 0 and 1, and of AUC_ROC in percentage points.
@@ -13,9 +13,6 @@ import argparse
 import csv
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -25,7 +22,7 @@ KEYS = ("clip", "filename", "frame", "label", "ttc")
 
 
 def read(path: str) -> tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]:
-    """(KEYS of each row, scores (n,), labels (n,)) of a predictions.csv."""
+    """Return (KEYS of each row, scores (n,), labels (n,)) of a predictions.csv."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     keys = [tuple(row[k] for k in KEYS) for row in rows]
@@ -33,7 +30,7 @@ def read(path: str) -> tuple[list[tuple[str, ...]], np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="predictions.csv to compare with")
     parser.add_argument("others", nargs="+", help="one or more others")
@@ -44,12 +41,12 @@ def main() -> None:
         other_keys, other, _ = read(path)
         if other_keys != keys:
             sys.exit(f"error: {path}: other windows or labels than {args.first}; evaluate the same split at one step")
-        difference, own = np.abs(other - scores), frame_metrics(other, labels)["auroc"]
+        difference, other_auroc = np.abs(other - scores), frame_metrics(other, labels)["auroc"]
         result = {
             "predictions": path,
             "windows": len(scores),
-            "auroc": [round(100 * value, 3) for value in (auroc, own)],
-            "auroc_difference": round(100 * (own - auroc), 3),
+            "auroc": [round(100 * value, 3) for value in (auroc, other_auroc)],
+            "auroc_difference": round(100 * (other_auroc - auroc), 3),
             "mean_abs_score_difference": round(float(difference.mean()), 5),
             "max_abs_score_difference": round(float(difference.max()), 5),
             "std_of_scores": round(float(scores.std()), 5),

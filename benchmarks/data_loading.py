@@ -1,7 +1,7 @@
 """Windows per second that one core loads, in training and in evaluation; prints a line of JSON.
 
     python -m datasets.tools.synthetic build/hd --train 6 --val 1 --width 1280
-    python benchmarks/data_loading.py --data_path build/hd
+    python -m benchmarks.data_loading --data_path build/hd
 
 Training: random windows, decoded, padded, squashed and augmented as in run_finetune.py. Evaluation: whole clips, each
 frame decoded once; beside it the same windows each read on its own, as the published code does. Everything in this
@@ -10,26 +10,22 @@ process without workers, in CPU seconds, after a warm-up; the two evaluations ta
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
+from benchmarks.packing import eval_seconds, train_seconds
 from datasets import build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, window_batches
 from datasets.windows import WindowIndex
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="root of a DoTA-layout data set")
     parser.add_argument("--data_set", default="DoTA", help="its name (default: DoTA)")
@@ -42,37 +38,26 @@ def main() -> None:
     dataset = WindowDataset([Source(clips, index, FinetuneTransform(224))], seed=0, targets=True)
     keys = [key for batch in EpochSampler([len(index)], batch_sizes=[1]) for key in batch]
     keys = [keys[i % len(keys)] for i in range(args.windows)]
-    dataset[keys[0]]
-    started = time.process_time()
-    for key in keys:
-        dataset[key]
-    training = len(keys) / (time.process_time() - started)
+    train_seconds(dataset, keys[0])
+    training = len(keys) / sum(train_seconds(dataset, key) for key in keys)
 
-    transform = EvalTransform(224)
-    stream = ClipStream(clips, index, transform, chunk_frames=64)
-    streamed, alone, windows = 0.0, 0.0, 0
-    for number in stream.share:
-        stream.share = [number]
-        started = time.process_time()
-        windows += sum(len(batch.last) for batch in window_batches(stream, index, batch_size=64, device="cpu"))
-        streamed += time.process_time() - started
+    transform, streamed, alone = EvalTransform(224), 0.0, 0.0
+    for number in np.flatnonzero(index.counts).tolist():
+        streamed += eval_seconds(clips, number, stride=1)
         started = time.process_time()
         for last in index.last_frames(number):
             with open_clip(clips[number]) as reader:
                 transform(reader.frames(index.frames(number, last)))
         alone += time.process_time() - started
-    print(
-        json.dumps(
-            {
-                "train_windows_per_s": round(training, 2),
-                "eval_windows_per_s": round(windows / streamed, 2),
-                "eval_each_window_alone_per_s": round(windows / alone, 2),
-                "eval_ratio": round(alone / streamed, 2),
-                "eval_windows": windows,
-                "mean_clip_frames": round(float(np.mean(clips.frame_counts)), 1),
-            }
-        )
-    )
+    result = {
+        "train_windows_per_s": round(training, 2),
+        "eval_windows_per_s": round(len(index) / streamed, 2),
+        "eval_each_window_alone_per_s": round(len(index) / alone, 2),
+        "eval_ratio": round(alone / streamed, 2),
+        "eval_windows": len(index),
+        "mean_clip_frames": round(float(np.mean(clips.frame_counts)), 1),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How far the scores of a model move when it reads a pack in place of the original; a line of JSON for each pack.
 
-    python benchmarks/cut_video.py build/cut
-    python benchmarks/packed_scores.py --data_path build/cut --short_side 320 256
+    python -m benchmarks.cut_video VIDEO build/cut
+    python -m benchmarks.packed_scores --data_path build/cut --short_side 320 256
 
 Without weights at hand: ViT-S at 16 x 224 x 224 with random weights (seed 0), and a head fitted to its features of the
 original's training split (logistic regression). Scores and AUC_ROC are of all windows. With a model of your own,
@@ -10,48 +10,34 @@ evaluate both and use compare_predictions.py.
 
 import argparse
 import json
-import sys
 import tempfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from benchmarks.packing import eval_batches
 from datasets import ClipTable, build_clips
-from datasets.augment.device import ToModelInput
-from datasets.augment.frames import EvalTransform
-from datasets.stream import ClipStream, window_batches
 from datasets.tools.pack import Settings, pack
 from datasets.windows import index_clips
 from engine.metrics import frame_metrics
-from models import create_model, model_defaults
+from models import create_model
 
 MODEL = "vit_small_patch16_224"
 
 
 @torch.inference_mode()
 def features(clips: ClipTable, model: torch.nn.Module) -> Tensor:
-    """float64 (windows, D) of all windows, in order."""
-    defaults = model_defaults(MODEL)
+    """Return float64 (windows, D) of all windows, in order."""
     index = index_clips(clips, num_frames=16, view_fps=10, stride=1)
-    to_input, stream = (
-        ToModelInput(defaults.mean, defaults.std),
-        ClipStream(clips, index, EvalTransform(224), chunk_frames=64),
-    )
-    batches = window_batches(stream, index, batch_size=4, device="cpu")
-    return torch.cat([model.forward_features(to_input(batch.video)) for batch in batches]).double()
+    batches = eval_batches(clips, index, batch_size=4)
+    return torch.cat([model.forward_features(model.normalize(batch.video)) for batch in batches]).double()
 
 
 def fit(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights (D,), bias (1,)) of a logistic regression with a little weight decay."""
-    weights, bias = (
-        torch.zeros(x.shape[1], dtype=x.dtype, requires_grad=True),
-        torch.zeros(1, dtype=x.dtype, requires_grad=True),
-    )
+    """Fit a logistic regression with a little weight decay to x (n, D): returns weights (D,) and bias (1,)."""
+    weights, bias = (torch.zeros(n, dtype=x.dtype, requires_grad=True) for n in (x.shape[1], 1))
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -65,7 +51,7 @@ def fit(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="root of a data set in DoTA's layout")
     parser.add_argument("--short_side", type=int, nargs="+", default=[320, 256], help="of the packs (default: 320 256)")
@@ -91,15 +77,15 @@ def main() -> None:
     for side in args.short_side:
         with tempfile.TemporaryDirectory() as folder:
             pack("DoTA", args.data_path, folder, settings=Settings(side, 10, args.quality))
-            own = scores([features(build_clips("DoTA", folder, split), model) for split in ("train", "val")])
+            packed = scores([features(build_clips("DoTA", folder, split), model) for split in ("train", "val")])
         result = {
             "short_side": side,
             "quality": args.quality,
             "windows": len(truth),
             "anomalous": int(truth.sum()),
             "auroc_original": round(100 * auroc, 2),
-            "auroc_difference": round(100 * (frame_metrics(own, truth)["auroc"] - auroc), 2),
-            "mean_abs_score_difference": round(float(np.abs(own - original).mean()), 4),
+            "auroc_difference": round(100 * (frame_metrics(packed, truth)["auroc"] - auroc), 2),
+            "mean_abs_score_difference": round(float(np.abs(packed - original).mean()), 4),
             "std_of_scores": round(float(original.std()), 4),
         }
         print(json.dumps(result), flush=True)

@@ -1,7 +1,7 @@
 """What packing gains: windows per second that one core loads and bytes on disk, original and packed; a line of JSON.
 
     python -m datasets.tools.synthetic build/hd --train 6 --val 1 --width 1280 --videos 3
-    python benchmarks/packing.py --data_set DoTA videos --data_path build/hd build/hd/videos
+    python -m benchmarks.packing --data_set DoTA videos --data_path build/hd build/hd/videos
 
 Each data set is packed into a temporary folder. Training: random windows of 16 frames at 10 fps, decoded and augmented
 as in run_finetune.py. Evaluation: whole clips, each frame decoded once. The same windows from both, in turns, because
@@ -10,46 +10,54 @@ machines are noisy; in this process without workers, in CPU seconds, after a war
 
 import argparse
 import json
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from datasets import ClipTable, VideoScan, build_clips
+from datasets import ClipTable, DataError, VideoScan, build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.formats.packed import read_manifest
-from datasets.loader import Source, WindowDataset
-from datasets.stream import ClipStream, window_batches
+from datasets.loader import Key, Source, WindowDataset
+from datasets.stream import SplitWindows, WindowBatch
 from datasets.tools.pack import Settings, pack
 from datasets.windows import WindowIndex, index_clips
 
 
-def train_seconds(dataset: WindowDataset, window: int) -> float:
-    """CPU seconds to load a training window."""
+def train_seconds(dataset: WindowDataset, key: Key) -> float:
+    """Return the CPU seconds that a training window takes to load."""
     started = time.process_time()
-    dataset[0, 0, window, window]
+    dataset[key]
     return time.process_time() - started
 
 
-def eval_seconds(clips: ClipTable, index: WindowIndex, number: int) -> float:
-    """CPU seconds to load all windows of a clip."""
-    stream = ClipStream(clips, index, EvalTransform(224), chunk_frames=64)
-    stream.share = [number]
+def eval_batches(clips: ClipTable, index: WindowIndex, batch_size: int = 64) -> Iterator[WindowBatch]:
+    """Yield the windows of a table, of 224 x 224 pixels. Raises DataError for a clip that cannot be read."""
+    for item in SplitWindows(clips, index, EvalTransform(224), batch_size=batch_size):
+        if isinstance(item, WindowBatch):
+            yield item
+        elif not item.frames:
+            raise DataError(str(item))
+
+
+def eval_seconds(clips: ClipTable, number: int, stride: int) -> float:
+    """Return the CPU seconds that all windows of a clip take to load."""
+    table = replace(clips, clips=[clips[number]])
+    index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=16, view_fps=10, stride=stride)
     started = time.process_time()
-    for _ in window_batches(stream, index, batch_size=64, device="cpu"):
+    for _ in eval_batches(table, index):
         pass
     return time.process_time() - started
 
 
 def measure(tables: dict[str, ClipTable], windows: int) -> dict[str, dict[str, float]]:
-    """{"original", "packed": {"train_windows_per_s", "eval_windows_per_s"}} of the same windows."""
+    """Return {"original", "packed": {"train_windows_per_s", "eval_windows_per_s"}} of the same windows."""
     stride = int(np.lcm.reduce(tables["packed"].pack_steps))
     indices = {k: index_clips(t, num_frames=16, view_fps=10, stride=stride) for k, t in tables.items()}
     datasets = {
@@ -60,13 +68,13 @@ def measure(tables: dict[str, ClipTable], windows: int) -> dict[str, dict[str, f
     drawn = np.random.default_rng(0).choice(total, size=windows, replace=windows > total).tolist()
     spent = {k: {"train": 0.0, "eval": 0.0} for k in tables}
     for k in tables:
-        train_seconds(datasets[k], drawn[0])
+        train_seconds(datasets[k], (0, 0, drawn[0], drawn[0]))
     for window in drawn:
         for k in tables:
-            spent[k]["train"] += train_seconds(datasets[k], window)
+            spent[k]["train"] += train_seconds(datasets[k], (0, 0, window, window))
     for number in np.flatnonzero(indices["original"].counts).tolist():
         for k, table in tables.items():
-            spent[k]["eval"] += eval_seconds(table, indices[k], number)
+            spent[k]["eval"] += eval_seconds(table, number, stride)
     return {
         k: {
             "train_windows_per_s": round(windows / s["train"], 2),
@@ -77,7 +85,7 @@ def measure(tables: dict[str, ClipTable], windows: int) -> dict[str, dict[str, f
 
 
 def compare(name: str, root: str, settings: Settings, windows: int) -> dict[str, Any]:
-    """Pack one data set and measure both."""
+    """Pack one data set and measure it and the original; returns what is printed of them."""
     with tempfile.TemporaryDirectory() as folder:
         out, scan = Path(folder, "pack"), VideoScan(Path(folder, "videos.json"), workers=1)
         started = time.perf_counter()
@@ -98,7 +106,7 @@ def compare(name: str, root: str, settings: Settings, windows: int) -> dict[str,
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_set", nargs="+", required=True, help="names of data sets")
     parser.add_argument("--data_path", nargs="+", required=True, help="their roots")

@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from datasets.labels import time_to_anomaly
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
 
 class DataError(RuntimeError):
-    """Input data that cannot be used; the message names the file, what was expected and the remedy."""
+    """Input data cannot be used; the message names the file, what was expected and the remedy."""
 
 
 class Unreadable(DataError):
-    """A clip whose frames cannot be counted; the others can be used without it."""
+    """The frames of a clip cannot be counted; the other clips can be used without it."""
 
 
 class BeyondEnd(DataError):
-    """Labels of frames after the last one there is."""
+    """Labels go on after the last frame there is."""
 
 
 @contextmanager
@@ -38,11 +39,20 @@ def data_errors(path: str | Path, what: str = "read") -> Iterator[None]:
 class Clip:
     """One clip. Frame i of [0, num_frames) is called frame_name.format(first_frame + i) in its source.
 
+    name: what the clip is called in its data set.
     source: path of a video file, or of a folder of frames that may be packed as "<source>.zip" instead.
-    fps: frames per second of the source. labels: (num_frames,) uint8, 1 = anomalous, or None for unlabelled video.
-    category: name of the accident type; ego: the recording car is involved; night: filmed at night; None = unknown.
-    pack_step: the source is a zip of `datasets.tools.pack`, which holds every pack_step-th frame, counted back from the last;
-    numbers, rate and labels are those of the original all the same.
+    num_frames: frames in the source.
+    fps: frames per second of the source.
+    frame_name: format of a frame's file name.
+    first_frame: number of frame 0 in these names.
+    labels: (num_frames,) uint8, 1 = anomalous; None for unlabelled video.
+    category: name of the accident type; None = unknown.
+    ego: whether the recording car is involved; None = unknown.
+    night: whether it was filmed at night; None = unknown.
+    pack_step: the source is a zip of `datasets.tools.pack`, which holds every pack_step-th frame, counted back from
+        the last; numbers, rate and labels are those of the original all the same. None = not packed.
+
+    Raises ValueError where there is not one label for each frame.
     """
 
     name: str
@@ -62,22 +72,22 @@ class Clip:
             raise ValueError(f"clip {self.name}: {len(self.labels)} labels for {self.num_frames} frames")
 
     def filename(self, frame: int) -> str:
-        """Name of frame i in the original source."""
+        """Return the name of frame i in the original source."""
         return self.frame_name.format(self.first_frame + frame)
 
     def picture(self, frame: int) -> str:
-        """Name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
+        """Return the name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
         return f"{self.first_frame + frame:06d}.jpg" if self.pack_step else self.filename(frame)
 
     @property
     def stored_frames(self) -> np.ndarray:
-        """Frames that the source holds, ascending int64: all of them, or what the pack kept."""
+        """The ascending int64 numbers of the frames that the source holds: all of them, or what the pack kept."""
         step = self.pack_step or 1
         return np.arange((self.num_frames - 1) % step, self.num_frames, step)
 
     @property
     def ttc(self) -> np.ndarray:
-        """(num_frames,) float64: `time_to_anomaly` of the labels."""
+        """The `time_to_anomaly` of the labels, (num_frames,) float64 seconds."""
         return time_to_anomaly(self.labels, self.fps)
 
 
@@ -85,9 +95,12 @@ class Clip:
 class ClipTable(Sequence):
     """The clips of one split of one data set, in the order of its split file.
 
+    name: of the data set.
+    split: of the data set.
+    clips: those that can be used.
     one_clip_per_video: an epoch draws one random clip of each video (Kinetics), instead of windows from all of them.
-    unreadable: clips of the split that are not in `clips`, since their frames cannot be counted: {name: reason}.
-    left_out: names of the split's clips that are not in the table, because a list of bad clips says so.
+    unreadable: clips that are not in `clips`, since their frames cannot be counted: {name: reason}.
+    left_out: names of clips that are not in `clips`, since a list of bad clips names them.
     """
 
     name: str
@@ -97,55 +110,56 @@ class ClipTable(Sequence):
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
     left_out: list[str] = field(default_factory=list, repr=False)
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.split}"
+
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, i: int) -> Clip:
         return self.clips[i]
 
-    def __iter__(self) -> Iterator[Clip]:
-        return iter(self.clips)
-
     @property
     def listed(self) -> int:
-        """Clips of the split, with those that are not in the table."""
+        """The number of clips of the split, with those that are not in the table."""
         return len(self.clips) + len(self.unreadable) + len(self.left_out)
 
     def require_labels(self) -> None:
-        """Raises DataError where a clip is unlabelled."""
+        """Raise DataError where a clip is unlabelled."""
         if unlabelled := next((c.name for c in self.clips if c.labels is None), None):
             raise DataError(f"{self.name}: clip {unlabelled} has no labels to train on or to evaluate with")
 
     @property
     def frame_counts(self) -> np.ndarray:
-        """(clips,) int64."""
+        """The frames of each clip, (clips,) int64."""
         return np.array([c.num_frames for c in self.clips], dtype=np.int64)
 
     @property
     def fps(self) -> np.ndarray:
-        """(clips,) float64, source frames per second."""
+        """The source frames per second of each clip, (clips,) float64."""
         return np.array([c.fps for c in self.clips], dtype=np.float64)
 
     @property
     def pack_steps(self) -> np.ndarray:
-        """(clips,) int64: 1, or the pack_step of a packed clip."""
+        """The pack_step of each clip, 1 where it is not packed, (clips,) int64."""
         return np.array([c.pack_step or 1 for c in self.clips], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which clips of a split are wanted, and what becomes of one that cannot be made.
+    """Which clips of a split are used, and what becomes of one that cannot be made.
 
-    leave_out: names of clips to pass over. problems: where not None, collects {clip: error} instead of raising it.
+    leave_out: names of clips to pass over.
+    problems: where not None, collects {clip: error} instead of raising it.
     """
 
     leave_out: Collection[str] = frozenset()
     problems: dict[str, DataError] | None = None
 
     def table(self, name: str, split: str, names: Iterable[str], make: Callable[[str], Clip], **options) -> ClipTable:
-        """The ClipTable of make(clip) for the wanted ones of `names`. options: of ClipTable.
+        """Return the ClipTable of make(clip) for each of `names` but leave_out. options: of ClipTable.
 
-        Raises as make does; but Unreadable clips are logged and left to ClipTable.unreadable, if there are others.
+        Raises what `make` does; but Unreadable clips are logged and left to ClipTable.unreadable, if there are others.
         """
         table = ClipTable(name, split, [], **options)
         for clip in names:
@@ -162,12 +176,9 @@ class Selection:
                 else:
                     raise
         if bad := table.unreadable:
-            shown = "; ".join(f"{clip} ({why})" for clip, why in list(bad.items())[:5]) + "; ..." * (len(bad) > 5)
-            message = f"{name} {split}: {len(bad)} of {table.listed} clips cannot be read: {shown}"
-            if not len(table):
+            reasons = first_few((f"{clip} ({why})" for clip, why in bad.items()), sep="; ")
+            message = f"{table}: {len(bad)} of {table.listed} clips cannot be read: {reasons}"
+            if not table.clips:
                 raise DataError(message)
             logger.warning(message)
         return table
-
-
-ALL_CLIPS = Selection()

@@ -10,6 +10,7 @@ from typing import Any
 from datasets.clips import ClipTable, DataError
 from datasets.formats.text import read_lines
 from utils.distributed import broadcast, gather
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -27,7 +28,7 @@ class Fault:
         return f"{self.name}: {self.reason}"
 
 
-class SkipBad:
+class CountedBatches:
     """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
 
     The first fault of each clip is logged. Raises DataError after more than `limit` samples skipped by this process in
@@ -37,16 +38,16 @@ class SkipBad:
     def __init__(self, loader: Iterable[dict[str, Any]], *, limit: int):
         self.loader, self.limit = loader, limit
         self._samples, self._skipped, self._bad_clips = 0, 0, Counter()
-        self._own, self._seen = 0, set()
+        self._skipped_here, self._logged = 0, set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: {"samples", "skipped", of the epoch, "bad_clips": {clip: skipped in the run}}."""
+        """Return {"samples", "skipped": of the epoch, "bad_clips": {clip: skipped in the run}}, for a checkpoint."""
         return {"samples": self._samples, "skipped": self._skipped, "bad_clips": dict(self._bad_clips)}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the states of one or several ranks of an interrupted run; from nothing if there are none."""
         self._samples, self._skipped = (sum(state[name] for state in states) for name in ("samples", "skipped"))
-        self._own = self._skipped
+        self._skipped_here = self._skipped
         self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -54,10 +55,10 @@ class SkipBad:
             for fault in batch["notes"]:
                 self._log_once(logger.warning, fault, str(fault))
             for fault in batch["skipped"]:
-                self._own, self._skipped = self._own + 1, self._skipped + 1
+                self._skipped_here, self._skipped = self._skipped_here + 1, self._skipped + 1
                 self._bad_clips[fault.name] += 1
                 self._log_once(logger.error, fault, f"skipped a sample of {fault}")
-                if self._own > self.limit:
+                if self._skipped_here > self.limit:
                     raise DataError(
                         f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
                         f"so far of {_named(self._bad_clips)}; python -m datasets.tools.check finds all such clips for "
@@ -68,20 +69,20 @@ class SkipBad:
 
     def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
         kind = fault.name, fault.frames > 0
-        if kind not in self._seen:
-            self._seen.add(kind)
+        if kind not in self._logged:
+            self._logged.add(kind)
             log(message)
 
     def counts(self) -> dict[str, Any]:
-        """The state of all ranks, summed up, on every rank; each rank calls it."""
-        total = SkipBad([], limit=0)
+        """Return the state of all ranks, summed up, on every rank; each rank calls it."""
+        total = CountedBatches([], limit=0)
         total.load_state_dicts(broadcast(gather(self.state_dict())))
         return total.state_dict()
 
     def end_epoch(self) -> dict[str, Any]:
         """Start counting anew; returns the counts of the epoch, for log.txt. Every rank calls it."""
         counts = self.counts()
-        self._own = self._samples = self._skipped = 0
+        self._skipped_here = self._samples = self._skipped = 0
         if counts["skipped"] and not counts["samples"]:
             raise DataError(f"no sample of the epoch could be read, of {_named(counts['bad_clips'])}")
         if counts["skipped"]:
@@ -100,15 +101,15 @@ def _named(clips: Mapping[str, int]) -> str:
     return f"{len(clips)} clips: " + ", ".join(f"{name} ({n})" for name, n in sorted(clips.items()))
 
 
-def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> list[Fault]:
-    """The faults that all ranks met, sorted by clip, on every rank; each rank calls it. They are logged.
+def agree_on_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool) -> list[Fault]:
+    """Return the faults that all ranks met, sorted by clip, on every rank, and log them; each rank calls it.
 
-    Raises DataError that names every clip that cannot be read, unless allow_missing and there are others.
+    Raises DataError naming every clip that cannot be read, unless allow_missing and there are others.
     """
     found = sorted(broadcast(sum(gather(faults) or [], [])), key=lambda fault: fault.number)
-    if other := [str(fault) for fault in found if fault.frames]:
-        shown = "; ".join(other[:5]) + "; ..." * (len(other) > 5)
-        logger.warning(f"{len(other)} clips hold more or fewer frames than expected: {shown}")
+    if mismatched := [fault for fault in found if fault.frames]:
+        shown = first_few(mismatched, sep="; ")
+        logger.warning(f"{len(mismatched)} clips hold more or fewer frames than expected: {shown}")
     bad = [f"{name}: {reason}" for name, reason in clips.unreadable.items()]
     bad += [str(fault) for fault in found if not fault.frames]
     if bad:
@@ -121,7 +122,7 @@ def settle_faults(faults: list[Fault], clips: ClipTable, *, allow_missing: bool)
 
 
 def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
-    """The clips named in lists of bad ones, as `datasets.tools.check` writes: a name per line, a tab before any remark.
+    """Return the clips in lists as `datasets.tools.check` writes: a name per line, a tab before any remark.
 
     Raises DataError where a list is missing.
     """
@@ -137,6 +138,5 @@ def warn_unmatched(bad_clips: Iterable[str], tables: Iterable[ClipTable]) -> Non
     """Log the names in lists of bad clips that are of no clip in any table of a run: misspelt, or of another split."""
     tables = list(tables)
     if rest := sorted(set(bad_clips).difference(*(table.left_out for table in tables))):
-        shown = ", ".join(rest[:5]) + ", ..." * (len(rest) > 5)
         of = ", ".join(f"{table.name} {table.split}" for table in tables)
-        logger.warning(f"--bad_clips: {len(rest)} names are of no clip of {of}: {shown}")
+        logger.warning(f"--bad_clips: {len(rest)} names are of no clip of {of}: {first_few(rest)}")

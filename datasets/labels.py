@@ -10,11 +10,11 @@ FAR = -100.0  # further away than that
 def time_to_anomaly(
     labels: np.ndarray, fps: float, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
 ) -> np.ndarray:
-    """(T,) 0/1 labels -> (T,) float64 seconds relative to the nearest anomaly.
+    """Turn (T,) 0/1 labels into (T,) float64 seconds relative to the nearest anomaly.
 
-    0 inside an anomaly; -d before the next one if d <= anticipation (this wins over the one before); +d after the
-    last one if d <= aftermath; FAR otherwise. All NaN in a clip without anomaly. The reference (simple-tad) gives 0
-    there, which reads "inside an anomaly".
+    A frame has 0 inside an anomaly; -d before the next one if d <= anticipation (this wins over the one before); +d
+    after the last one if d <= aftermath; FAR otherwise. In a clip without anomaly all are NaN, where the reference
+    (simple-tad) has 0, which reads "inside an anomaly".
     """
     labels = np.asarray(labels) > 0
     if not labels.any():
@@ -37,9 +37,10 @@ def time_to_anomaly(
 def smooth_labels(
     labels: np.ndarray, ttc: np.ndarray, anticipation: float = ANTICIPATION, aftermath: float = AFTERMATH
 ) -> np.ndarray:
-    """(T,) 0/1 labels and their `time_to_anomaly` -> (T,) float32 soft probability of an anomaly.
+    """Turn (T,) 0/1 labels and their `time_to_anomaly` into (T,) float32 soft probabilities of an anomaly.
 
-    A sigmoid ramp from 0.0025 at -anticipation to 0.9975 at 0 seconds, and back over aftermath, as in simple-tad.
+    These ramp up along a sigmoid from 0.0025 at -anticipation to 0.9975 at 0 seconds, and back down over aftermath, as
+    in simple-tad.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         before = 1 / (1 + np.exp(-(12 / anticipation) * (ttc + anticipation / 2)))

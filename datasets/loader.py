@@ -1,16 +1,11 @@
-"""Samples in a reproducible order for training, and a stream of clips decoded once for evaluation.
+"""Samples in a reproducible order, for training.
 
-Training. The order of an epoch is a permutation that depends on (seed, epoch) alone, one for each data set of a mix.
-Step t takes the t-th slice of it, each rank its share of the slice; a sample's augmentation depends on (seed, epoch,
-data set, position in the order). So the content of a batch depends neither on workers nor on ranks, and resuming at
-step t means starting at slice t.
+The order of an epoch is a permutation that depends on (seed, epoch) alone, one for each data set of a mix. Step t takes
+the t-th slice of it, each rank its share of the slice; a sample's augmentation depends on (seed, epoch, data set,
+position in the order). So the content of a batch depends neither on workers nor on ranks, and resuming at step t means
+starting at slice t.
 
-Evaluation. Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends
-it as uint8; windows are gathered on the device, for one clip at a time, so that the scores of a clip do not depend on
-how many workers or ranks there are.
-
-What cannot be read comes out of the workers as a Fault, not as an exception: training skips the sample and counts it,
-evaluation leaves out the whole clip and, unless it may, refuses.
+What cannot be read comes out of the workers as a Fault, not as an exception: training skips the sample and counts it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,11 +76,11 @@ class EpochSampler(Sampler[list[Key]]):
             )
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """The epoch the next iteration yields, from step start_step on."""
+        """Announce the epoch that the next iteration yields, from step start_step on."""
         self.epoch, self.start_step = epoch, start_step
 
     def order(self, epoch: int, source: int = 0) -> np.ndarray:
-        """(samples,) windows of a source in an epoch, over all ranks. O(samples) memory, however many windows."""
+        """Return the (samples,) windows of a source in an epoch, over all ranks, in O(samples) memory."""
         rng = np.random.default_rng([epoch, source, self.seed, _ORDER])
         number, missing = self.num_windows[source], self.steps_per_epoch * self.step_sizes[source]
         passes = []
@@ -139,7 +134,7 @@ class WindowDataset(Dataset):
         return self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | Fault]:
-        """The samples of a batch; a black one without a name follows where none can be read."""
+        """Return the samples of a batch; a black one without a name follows where none can be read."""
         items = [self[key] for key in keys]
         if all(isinstance(item, Fault) for item in items):
             source, rng, number, frames = self._draw(keys[0])
@@ -149,7 +144,7 @@ class WindowDataset(Dataset):
         return items
 
     def _draw(self, key: Key) -> tuple[Source, np.random.Generator, int, np.ndarray]:
-        """The source, the random state of the augmentation, the number of the clip and its frames."""
+        """Return the source, the random state of the augmentation, the number of the clip and its frames."""
         _, number, _, window = key
         source, rng = self.sources[number], np.random.default_rng([*key[:3], self.seed, _SAMPLE])
         return source, rng, *source.index.sample(window, rng)
@@ -167,7 +162,7 @@ class WindowDataset(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any]:
-    """Samples -> one batch, their views side by side.
+    """Join samples to one batch, their views side by side.
 
     "samples" lists which they are, "skipped" the Faults of those that could not be read, "notes" further Faults.
     "weight" of the loss is 1.0, or 0.0 where none could be read: each process needs a gradient, if of nothing.
@@ -181,7 +176,7 @@ def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any]:
 
 
 def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of the sampler's epoch; workers live on from epoch to epoch.
+    """Return batches of the sampler's epoch; workers live on from epoch to epoch.
 
     A loader draws a seed for its workers, which ours do not use; drawn from a generator of its own, it leaves alone the
     random state that a resumed run must find again. So in all loaders.

@@ -1,4 +1,4 @@
-"""Work on many files in processes of their own, with a progress bar."""
+"""Work on many files in worker processes, with a progress bar."""
 
 import ctypes
 import os
@@ -19,14 +19,14 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
+    """Count the CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_processes(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, description: str
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) of every item, as they finish. function and items must pickle.
+    """Yield (item, function(item)) of every item, as they finish. function and items must pickle.
 
     decord is used in such processes alone, since it must not live through the forks of a data loader. A process dies
     with its parent, even with one that was killed, and of signals heeds its parent's alone.

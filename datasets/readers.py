@@ -6,8 +6,8 @@
             ...
 
 Pictures are decoded at full size by Pillow: the same pixels as OpenCV's, as fast as torchvision's decoder, which is
-deprecated since 0.29. A reader is opened where it is used, inside the worker process, and closed after the item:
-decord must not live through a fork (dmlc/decord#294).
+deprecated since 0.29. A reader is opened where it is used, inside the worker process, and closed after the item, since
+a video's decoder must not live through a fork (see datasets/video.py).
 """
 
 import io
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from datasets.clips import Clip, DataError, data_errors
 from datasets.video import Video
+from utils.text import short_reason
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 # What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as is that for a picture which claims
 # to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
@@ -43,35 +46,35 @@ class Reader:
         self.clip, self.path = clip, path
 
     def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
-        """uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame."""
+        """Yield uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame."""
         raise NotImplementedError
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
-        """uint8 (len(frame_ids), H, W, 3) RGB. Raises DataError naming file and frame."""
+        """Return uint8 (len(frame_ids), H, W, 3) RGB. Raises DataError naming file and frame."""
         frames = list(self.frames(frame_ids))
         if len({f.shape for f in frames}) > 1:
             raise DataError(f"{self.path}: frames of different sizes: {sorted({tuple(f.shape[:2]) for f in frames})}")
         return torch.stack(frames)
 
-    def _holds(self, frame: int) -> bool:
-        """Whether the source has a frame of this number."""
+    def _has(self, frame: int) -> bool:
+        """Tell whether the source has a frame of this number."""
         raise NotImplementedError
 
     def usable_frames(self) -> int:
-        """Frames of the clip up to the last one that the source holds: all, or fewer where it ends early."""
+        """Count the frames of the clip up to the last one in the source: all, or fewer where it ends early."""
         count = self.clip.num_frames
-        while count and not self._holds(count - 1):
+        while count and not self._has(count - 1):
             count -= 1
         return count
 
     def mismatch(self) -> str:
-        """How the number of frames in the source differs from the clip's; "" where it does not."""
+        """Say how the number of frames in the source differs from the clip's; "" where it does not."""
         expected, usable = self.clip.num_frames, self.usable_frames()
         if not usable:
             return f"{self.path}: holds none of the {expected} frames expected, {self.clip.filename(0)} and on"
         if usable < expected:
             return f"{self.path}: ends after {usable} of {expected} frames; the labels of the others go unused"
-        if self._holds(expected):
+        if self._has(expected):
             return f"{self.path}: goes on after the {expected} frames expected; the rest goes unused"
         return ""
 
@@ -98,12 +101,12 @@ class PictureReader(Reader):
     def _bytes(self, name: str) -> bytes:
         raise NotImplementedError
 
-    def held(self) -> list[str]:
-        """Names of the files there are."""
+    def file_names(self) -> list[str]:
+        """Return the names of the files in the source, in any order."""
         raise NotImplementedError
 
     def frames(self, frame_ids: Sequence[int], decode: Callable[[bytes], Any] = _decode) -> Iterator[Tensor]:
-        """The frames, or whatever `decode` makes of the files; a zip has checked their CRC."""
+        """Yield the frames, or whatever `decode` makes of the files; a zip has checked their CRC."""
         previous, picture = None, None
         for i in frame_ids:
             if i != previous:  # a window at a higher rate than the source's repeats frames
@@ -137,15 +140,15 @@ class ZipReader(PictureReader):
         try:
             return self._zip.read(name)  # checks the CRC
         except KeyError as e:
-            held = self._zip.namelist()
+            names = self.file_names()
             raise KeyError(
-                f"not in the zip, whose {len(held)} files begin with {held[0]}" if held else "the zip is empty"
+                f"not in the zip, whose {len(names)} files begin with {names[0]}" if names else "the zip is empty"
             ) from e
 
-    def held(self) -> list[str]:
+    def file_names(self) -> list[str]:
         return self._zip.namelist()
 
-    def _holds(self, frame: int) -> bool:
+    def _has(self, frame: int) -> bool:
         return self.clip.picture(frame) in self._zip.NameToInfo
 
     def close(self) -> None:
@@ -163,10 +166,10 @@ class FolderReader(PictureReader):
     def _bytes(self, name: str) -> bytes:
         return Path(self.path, name).read_bytes()
 
-    def held(self) -> list[str]:
+    def file_names(self) -> list[str]:
         return os.listdir(self.path)
 
-    def _holds(self, frame: int) -> bool:
+    def _has(self, frame: int) -> bool:
         return os.path.isfile(os.path.join(self.path, self.clip.picture(frame)))
 
 
@@ -179,7 +182,7 @@ class VideoReader(Reader):
             pass
         self._video = Video(path)
 
-    def _holds(self, frame: int) -> bool:
+    def _has(self, frame: int) -> bool:
         return frame < len(self._video)
 
     def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
@@ -194,13 +197,13 @@ def _reason(error: Exception) -> str:
         return error.args[0]
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
+    return f"{type(error).__name__}: {short_reason(error, 160)}"
 
 
 def find_source(clip: Clip) -> str:
-    """Where the frames of a clip are: "<source>.zip", a folder, or a video file, the first that exists.
+    """Return where the frames of a clip are: "<source>.zip", a folder, or a video file, the first that exists.
 
-    Raises DataError where none does, or that cannot be told.
+    Raises DataError where none does, or where the system does not say.
     """
     packed = f"{clip.source}.zip"
     for path in (packed, clip.source):
@@ -211,7 +214,7 @@ def find_source(clip: Clip) -> str:
 
 
 def open_clip(clip: Clip) -> Reader:
-    """The reader of a clip. Raises DataError where there are no frames or the file cannot be opened."""
+    """Return the reader of a clip. Raises DataError where there are no frames or the file cannot be opened."""
     path = find_source(clip)
     with data_errors(path):
         if os.path.isdir(path):

@@ -26,14 +26,18 @@ class VideoScan:
     """Looks up videos in a cache file and probes the ones it does not know.
 
     Args:
-        cache: JSON file, made where absent. workers: processes that open videos.
+        cache: JSON file, made where absent.
+        workers: processes that open videos.
     """
 
     def __init__(self, cache: str | Path, *, workers: int):
-        self.cache, self.workers = Path(cache), max(workers, 1)
+        self.cache, self.workers = Path(cache), workers
 
     def __call__(self, paths: Sequence[str]) -> list[VideoInfo]:
-        """VideoInfo of each path, in order. A missing file is a problem too, but is not remembered."""
+        """Return the VideoInfo of each path, in order. A missing file is a problem too, but is not remembered.
+
+        Raises DataError where the cache cannot be used, or where decord is needed and not installed.
+        """
         known, stamps = self._load(), {path: _stamp(path) for path in paths}
         stale = {path: stamp for path, stamp in stamps.items() if stamp and known.get(path, [None])[0] != stamp}
         if stale:
@@ -42,6 +46,7 @@ class VideoScan:
         return [VideoInfo(*known[path][1:]) if stamps[path] else missing for path in paths]
 
     def _load(self) -> dict[str, list]:
+        """Return what the cache holds: {path: [stamp, *fields of VideoInfo]}."""
         if not self.cache.exists():
             return {}
         try:
@@ -74,11 +79,9 @@ class VideoScan:
 
 
 def _stamp(path: str) -> list[int] | None:
-    """[size in bytes, modification time in ns], or None where there is no file that may be read."""
+    """Return [size in bytes, modification time in ns], or None where there is no file that may be read."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    if not os.access(path, os.R_OK):
-        return None
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns] if os.access(path, os.R_OK) else None

@@ -1,7 +1,12 @@
-"""Evaluation: every frame of a clip read once, every window of a split handed out once over all ranks."""
+"""Evaluation: every frame of a clip is read once, every window of a split handed out once over all ranks.
+
+Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends it as uint8;
+windows are gathered on the device, for one clip at a time, so that the scores of a clip do not depend on how many
+workers or ranks there are.
+"""
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.augment.frames import EvalTransform
 from datasets.clips import ClipTable, DataError
-from datasets.faults import Fault, settle_faults
+from datasets.faults import Fault, agree_on_faults
 from datasets.readers import open_clip
 from datasets.windows import WindowIndex
 from utils.logging import progress_bar
@@ -20,7 +25,12 @@ from utils.signals import shield_worker
 
 @dataclass(frozen=True)
 class FrameChunk:
-    """Some frames of a clip, preprocessed: frame_ids (n,) source frames, ascending; frames uint8 (n, 3, S, S)."""
+    """Some frames of a clip, preprocessed.
+
+    clip: number of the clip.
+    frame_ids: (n,) source frames, ascending.
+    frames: uint8 (n, 3, S, S).
+    """
 
     clip: int
     frame_ids: np.ndarray
@@ -32,7 +42,12 @@ class FrameChunk:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows of one clip on the device: video uint8 (n, 3, T, S, S), last (n,) their last source frames."""
+    """Windows of one clip on the device.
+
+    clip: number of the clip.
+    last: (n,) last source frame of each window.
+    video: uint8 (n, 3, T, S, S).
+    """
 
     clip: int
     last: np.ndarray
@@ -76,97 +91,76 @@ class ClipStream(IterableDataset):
         return sum(-(-len(self.index.needed_frames(c)) // self.chunk_frames) for c in self.share)
 
     def __iter__(self) -> Iterator[FrameChunk | Fault]:
-        worker = get_worker_info()
         share = self.share
-        if worker:
-            own = balance(self.index.frame_counts[share], worker.num_workers)[worker.id]
-            share = [share[i] for i in own]
+        if worker := get_worker_info():
+            part = balance(self.index.frame_counts[share], worker.num_workers)[worker.id]
+            share = [share[i] for i in part]
         for number in share:
             try:
-                yield from self._chunks(number)
+                with open_clip(self.clips[number]) as reader:
+                    mismatch, usable = reader.mismatch(), reader.usable_frames()
+                    if not usable:
+                        raise DataError(mismatch)
+                    needed = self.index.needed_frames(number)
+                    needed = needed[needed < usable]
+                    for first in range(0, len(needed), self.chunk_frames):
+                        ids = needed[first : first + self.chunk_frames]
+                        yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
+                if mismatch:
+                    yield Fault(number, self.clips[number].name, mismatch, usable)
             except DataError as e:
                 yield Fault(number, self.clips[number].name, str(e))
 
-    def _chunks(self, number: int) -> Iterator[FrameChunk | Fault]:
-        clip, needed = self.clips[number], self.index.needed_frames(number)
-        with open_clip(clip) as reader:
-            mismatch, usable = reader.mismatch(), reader.usable_frames()
-            if not usable:
-                raise DataError(mismatch)
-            needed = needed[needed < usable]
-            for first in range(0, len(needed), self.chunk_frames):
-                ids = needed[first : first + self.chunk_frames]
-                yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
-        if mismatch:
-            yield Fault(number, clip.name, mismatch, usable)
 
+class _Gatherer:
+    """Makes windows of the chunks of clips, which may alternate; keeps frames until the last window that needs them."""
 
-def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """The FrameChunks of a ClipStream, read by workers."""
-    workers = min(num_workers, max(len(stream.share), 1))
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        worker_init_fn=shield_worker,
-    )
+    def __init__(self, index: WindowIndex, batch_size: int, device: torch.device | str):
+        self._index, self._batch_size, self._device = index, batch_size, device
+        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}  # of each clip in progress: frame ids and frames
+        self._done: dict[int, int] = {}  # windows of the clip handed out so far
 
-
-def window_batches(
-    chunks: Iterable[FrameChunk | Fault],
-    index: WindowIndex,
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    faults: list[Fault] | None = None,
-    allow_missing: bool = False,
-) -> Iterator[WindowBatch]:
-    """Gather the windows of a stream of chunks on the device, batch_size at most at a time, each window once.
-
-    Chunks of different clips may alternate. Frames are kept until the last window that needs them. Faults are added to
-    `faults`; after the first clip that cannot be read, unless allow_missing, the stream is read on to find the others,
-    but no window follows. Without a list for them, a clip that cannot be read raises DataError.
-    """
-    kept: dict[int, tuple[np.ndarray, Tensor]] = {}
-    done: dict[int, int] = {}  # windows of the clip handed out so far
-    for chunk in chunks:
-        if isinstance(chunk, Fault):
-            if faults is None and not chunk.frames:
-                raise DataError(str(chunk))
-            faults = [] if faults is None else faults
-            faults.append(chunk)
-            kept.pop(chunk.number, None)
-            continue
-        if faults and not allow_missing and any(not fault.frames for fault in faults):
-            continue
-        ids, frames = chunk.frame_ids, chunk.frames.to(device, non_blocking=True)
-        if chunk.clip in kept:
-            ids = np.concatenate([kept[chunk.clip][0], ids])
-            frames = torch.cat([kept[chunk.clip][1], frames])
-        lasts = index.last_frames(chunk.clip)
-        first, end = done.get(chunk.clip, 0), int(np.searchsorted(lasts, ids[-1], side="right"))
-        for start in range(first, end, batch_size):
-            last = lasts[start : min(start + batch_size, end)]
-            where = torch.from_numpy(np.searchsorted(ids, index.frames(chunk.clip, last))).to(device, non_blocking=True)
-            yield WindowBatch(chunk.clip, last, frames[where].transpose(1, 2))
-        done[chunk.clip] = end
+    def add(self, chunk: FrameChunk) -> list[WindowBatch]:
+        """Return the windows whose last frame came with this chunk, in batches."""
+        clip, index = chunk.clip, self._index
+        ids, frames = chunk.frame_ids, chunk.frames.to(self._device, non_blocking=True)
+        if clip in self._kept:
+            kept_ids, kept_frames = self._kept.pop(clip)
+            ids, frames = np.concatenate([kept_ids, ids]), torch.cat([kept_frames, frames])
+        lasts, first = index.last_frames(clip), self._done.get(clip, 0)
+        end = int(np.searchsorted(lasts, ids[-1], side="right"))
+        batches = []
+        for start in range(first, end, self._batch_size):
+            last = lasts[start : min(start + self._batch_size, end)]
+            where = torch.from_numpy(np.searchsorted(ids, index.frames(clip, last)))
+            video = frames[where.to(self._device, non_blocking=True)].transpose(1, 2)
+            batches.append(WindowBatch(clip, last, video))
+        self._done[clip] = end
         if end < len(lasts):
-            keep = int(np.searchsorted(ids, index.frames(chunk.clip, lasts[end])[0]))
-            kept[chunk.clip] = ids[keep:], frames[keep:]
-        else:
-            kept.pop(chunk.clip, None)
+            keep = int(np.searchsorted(ids, index.frames(clip, lasts[end])[0]))
+            self._kept[clip] = ids[keep:], frames[keep:]
+        return batches
+
+    def drop(self, clip: int) -> None:
+        """Forget the frames of a clip of which no more will come."""
+        self._kept.pop(clip, None)
 
 
 class SplitWindows:
-    """The windows of a split, for evaluation as often as asked.
+    """The windows of a split, for `engine.evaluate.Scorer`, as often as asked.
+
+    Iterating yields the WindowBatches of this rank, each window once, and a Fault for each clip that cannot be read or
+    holds more or fewer frames than it should. Unless allow_missing, no window follows the first clip that cannot be
+    read: the rest is read to find the other ones.
 
     Args:
-        batch_size: windows, and frames read at a time. allow_missing: go on where clips cannot be read.
+        transform: preprocesses frames.
+        device: where windows are gathered.
+        batch_size: windows of a batch at most, and frames read at a time.
+        num_workers: reading processes; 0: this one.
+        allow_missing: whether clips that cannot be read are left out, instead of refused.
 
-    faults: what is known to be wrong with clips, after `settle`. Raises DataError where some clips are known to be
-    unreadable, unless allow_missing.
+    Raises DataError where some clips are known to be unreadable, unless allow_missing.
     """
 
     def __init__(
@@ -175,39 +169,48 @@ class SplitWindows:
         index: WindowIndex,
         transform: EvalTransform,
         *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        pin_memory: bool,
-        allow_missing: bool,
+        device: torch.device | str = "cpu",
+        batch_size: int = 64,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        allow_missing: bool = False,
     ):
-        self.clips, self.index, self.batch_size, self.allow_missing = clips, index, batch_size, allow_missing
-        self.num_workers, self.pin_memory, self.show_progress = num_workers, pin_memory, rank == 0
+        self.clips, self.index, self.device = clips, index, torch.device(device)
+        self.batch_size, self.allow_missing, self._show_progress = batch_size, allow_missing, rank == 0
         self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, rank=rank, world_size=world_size)
-        self.faults: list[Fault] = []
-        self.settle()
+        self._loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.agree([])
 
-    def batches(self, device: torch.device) -> Iterator[WindowBatch]:
-        """This rank's windows; `settle` must follow."""
-        self.faults = []
-        loader = eval_loader(self.stream, num_workers=self.num_workers, pin_memory=self.pin_memory)
-        chunks = progress_bar(
-            loader, total=self.stream.num_chunks, description="evaluation", enabled=self.show_progress
-        )
-        yield from window_batches(
-            chunks,
-            self.index,
-            batch_size=self.batch_size,
-            device=device,
-            faults=self.faults,
-            allow_missing=self.allow_missing,
-        )
+    def __iter__(self) -> Iterator[WindowBatch | Fault]:
+        loader = eval_loader(self.stream, **self._loader_options)
+        total = self.stream.num_chunks
+        gatherer, refused = _Gatherer(self.index, self.batch_size, self.device), False
+        for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
+            if isinstance(item, Fault):
+                gatherer.drop(item.number)
+                refused = refused or not (item.frames or self.allow_missing)
+                yield item
+            elif not refused:
+                yield from gatherer.add(item)
 
-    def settle(self) -> dict[int, int]:
-        """Gather the faults of all ranks; returns {clip: frames that can be used} of the clips that have one.
+    def locations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""
+        return self.index.locations()
 
-        Every rank calls it. Raises DataError as `settle_faults` does.
-        """
-        self.faults = settle_faults(self.faults, self.clips, allow_missing=self.allow_missing)
-        return {fault.number: fault.frames for fault in self.faults}
+    def agree(self, faults: list[Fault]) -> list[Fault]:
+        """Return the faults of all ranks on every rank; each calls it. Raises DataError as `agree_on_faults` does."""
+        return agree_on_faults(faults, self.clips, allow_missing=self.allow_missing)
+
+
+def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Return the FrameChunks and Faults of a ClipStream, read by workers."""
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=min(num_workers, max(len(stream.share), 1)),
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=shield_worker,
+    )

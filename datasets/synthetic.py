@@ -1,5 +1,3 @@
 """The former place of datasets.tools.synthetic, for those who type it from memory."""
 
-raise SystemExit(
-    "error: datasets.synthetic has moved: use datasets.tools.synthetic, e.g. python -m datasets.tools.synthetic --help"
-)
+raise SystemExit("error: datasets.synthetic has moved: use python -m datasets.tools.synthetic")

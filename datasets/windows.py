@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from datasets.clips import ClipTable, DataError
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -23,8 +24,11 @@ class WindowIndex:
     the last frame (ties go to the later frame); where it is below 1, frames repeat.
 
     Args:
-        frame_counts: (clips,) frames per clip. src_fps: source frames per second, one number or one per clip.
-        num_frames, view_fps: the window. stride: step between windows in SOURCE frames.
+        frame_counts: (clips,) frames per clip.
+        src_fps: source frames per second, one number or one per clip.
+        num_frames: frames of a window.
+        view_fps: frames per second of a window.
+        stride: step between windows in SOURCE frames.
 
     Raises ValueError for a number that is not positive.
     """
@@ -54,47 +58,44 @@ class WindowIndex:
         self.spans = 1 - self._offsets[self._rate_of, 0]
         self.counts = np.maximum((self.frame_counts - self.spans) // self.stride + 1, 0)
         self._ends = np.cumsum(self.counts)
+        self._first_lasts = self.frame_counts - 1 - (self.counts - 1) * self.stride  # of each clip's first window
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: int) -> tuple[int, np.ndarray]:
-        """(clip, frames): number of the clip and (num_frames,) int64 source frames. Raises IndexError."""
+        """Return (number of the clip, (num_frames,) int64 source frames) of window i. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
         clip = int(np.searchsorted(self._ends, i, side="right"))
         within = int(i - (self._ends[clip] - self.counts[clip]))
-        return clip, self.frames(clip, self.first_last(clip) + within * self.stride)
+        return clip, self.frames(clip, self._first_lasts[clip] + within * self.stride)
 
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
-        """self[i]: a window leaves nothing to chance."""
+        """Return self[i]: a window leaves nothing to chance."""
         return self[i]
 
-    def first_last(self, clip: int) -> int:
-        """Last frame of the clip's first window."""
-        return int(self.frame_counts[clip] - 1 - (self.counts[clip] - 1) * self.stride)
-
     def last_frames(self, clip: int) -> np.ndarray:
-        """(windows,) int64 last frames of all windows of the clip, ascending."""
-        return self.first_last(clip) + np.arange(self.counts[clip]) * self.stride
+        """Return the (windows,) int64 last frames of all windows of the clip, ascending."""
+        return self._first_lasts[clip] + np.arange(self.counts[clip]) * self.stride
 
     def frames(self, clip: int, last: int | np.ndarray) -> np.ndarray:
-        """(..., num_frames) int64 source frames of the windows of the clip that end on `last` (...)."""
+        """Return the (..., num_frames) int64 source frames of the windows of the clip that end on `last` (...)."""
         return np.asarray(last)[..., None] + self._offsets[self._rate_of[clip]]
 
     def needed_frames(self, clip: int) -> np.ndarray:
-        """Sorted source frames that at least one window of the clip uses."""
+        """Return the sorted source frames that at least one window of the clip uses."""
         return np.unique(self.frames(clip, self.last_frames(clip)))
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
-        """(clip, last frame) of every window in order: two int64 (len(self),)."""
+        """Return (clip, last frame) of every window in order: two int64 (len(self),)."""
         within = np.arange(len(self)) - np.repeat(self._ends - self.counts, self.counts)
-        first = self.frame_counts - 1 - (self.counts - 1) * self.stride
-        return np.repeat(np.arange(len(self.counts)), self.counts), np.repeat(first, self.counts) + within * self.stride
+        first = np.repeat(self._first_lasts, self.counts)
+        return np.repeat(np.arange(len(self.counts)), self.counts), first + within * self.stride
 
     @property
     def short_clips(self) -> np.ndarray:
-        """Numbers of the clips too short for a single window."""
+        """The numbers of the clips too short for a single window."""
         return np.flatnonzero(self.counts == 0)
 
 
@@ -102,10 +103,12 @@ class RandomClipIndex:
     """One random clip of each video: num_frames frames, `step` source frames apart, whatever the frame rate.
 
     In a video of T frames the clip starts at 0 to T - num_frames * step, or at 0 where that is negative; a video that
-    ends early repeats the last frame reached. Source: VideoMAE's Kinetics loader (arXiv:2203.12602).
+    ends early repeats the last frame reached. The rule is that of VideoMAE's Kinetics loader (arXiv:2203.12602).
 
     Args:
-        frame_counts: (videos,) frames per video. num_frames, step: the clip.
+        frame_counts: (videos,) frames per video.
+        num_frames: frames of a clip.
+        step: step between them in source frames.
 
     Raises ValueError for a number that is not positive.
     """
@@ -120,38 +123,37 @@ class RandomClipIndex:
         return len(self.frame_counts)
 
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
-        """(video, frames): i and (num_frames,) int64 source frames."""
+        """Draw a clip of video i; returns i and its (num_frames,) int64 source frames."""
         spare = int(self.frame_counts[i]) - self.num_frames * self.step
         return i, self.frames(i, int(rng.integers(max(spare, 0) + 1)))
 
     def frames(self, i: int, start: int) -> np.ndarray:
-        """(num_frames,) int64 source frames of the clip that starts at `start`."""
+        """Return the (num_frames,) int64 source frames of the clip of video i that starts at `start`."""
         reachable = (int(self.frame_counts[i]) - 2 - start) // self.step  # steps that stay inside, as published
         return start + np.minimum(np.arange(self.num_frames), max(reachable, 0)) * self.step
 
 
 def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: int) -> WindowIndex | RandomClipIndex:
-    """The index of a table; logs how many windows there are and which clips are too short for one.
+    """Return the index of a table; logs how many windows there are and which clips are too short for one.
 
     stride: step between windows, or, where the table is one_clip_per_video, between the frames of a clip.
     Raises DataError where none is long enough or a pack lacks frames, ValueError for a number that is not positive.
     """
     if clips.one_clip_per_video:
         if not len(clips):
-            raise DataError(f"{clips.name} {clips.split}: no videos")
+            raise DataError(f"{clips}: no videos")
         if (clips.pack_steps > 1).any():
             raise DataError(f"{clips.name}: clips are drawn from all frames of a video; pack it with --fps 0")
-        logger.info(f"{clips.name} {clips.split}: {len(clips)} videos, a random clip of each per epoch")
+        logger.info(f"{clips}: {len(clips)} videos, a random clip of each per epoch")
         return RandomClipIndex(clips.frame_counts, num_frames=num_frames, step=stride)
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
-    split = f"{clips.name} {clips.split}"
     _check_pack(clips, index)
-    logger.info(f"{split}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
+    logger.info(f"{clips}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
     if len(short := index.short_clips):
-        names = ", ".join(clips[i].name for i in short[:5]) + ", ..." * (len(short) > 5)
-        logger.warning(f"{split}: {len(short)} clips are shorter than a window and go unused: {names}")
+        names = first_few(clips[i].name for i in short)
+        logger.warning(f"{clips}: {len(short)} clips are shorter than a window and go unused: {names}")
     if not len(index):
-        raise DataError(f"{split}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
+        raise DataError(f"{clips}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
     return index
 
 
@@ -161,14 +163,14 @@ def _check_pack(clips: ClipTable, index: WindowIndex) -> None:
     step = math.lcm(*np.unique(steps).tolist())
     if index.stride % step:
         raise DataError(
-            f"{clips.name} {clips.split}: this pack holds 1 frame in {step}, so windows can end on those alone: "
+            f"{clips}: this pack holds 1 frame in {step}, so windows can end on those alone: "
             f"use a step between windows of {max(round(index.stride / step), 1) * step} (--sampling_rate, "
             "in evaluation --sampling_rate_val), or pack again with --fps 0"
         )
     for clip in np.unique([index.src_fps, steps], axis=1, return_index=True)[1]:
         if (index.frames(clip, 0) % steps[clip]).any():
             raise DataError(
-                f"{clips.name} {clips.split}: windows at {index.view_fps:g} fps need frames that this pack left out: "
+                f"{clips}: windows at {index.view_fps:g} fps need frames that this pack left out: "
                 f"it holds 1 in {steps[clip]} of the source's {index.src_fps[clip]:g} per second; pack again with "
                 f"--fps {index.view_fps:g}, or 0 for every frame"
             )

@@ -42,19 +42,19 @@ class Averages:
         return [values[name] for name in self.names]
 
     def read_window(self) -> dict[str, float]:
-        """Means since the last call, of this rank, NaN where there was nothing; waits for the device."""
+        """Return means since the last call, of this rank, NaN where there was nothing; waits for the device."""
         sums, self._window = self._window.tolist(), torch.zeros_like(self._window)
         return self._means(sums)
 
     def read_total(self) -> dict[str, float]:
-        """Means since the start, over all ranks; waits for the device. Empty before the first update."""
+        """Return means since the start, over all ranks; waits for the device. Empty before the first update."""
         return self._means(all_sum(self._total.clone()).tolist()) if self.names else {}
 
     def _means(self, sums: list[float]) -> dict[str, float]:
         return {n: value / sums[-1] if sums[-1] else math.nan for n, value in zip(self.names, sums, strict=False)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, on the CPU."""
+        """Return what a checkpoint keeps, on the CPU."""
         sums = {"window": self._window.cpu(), "total": self._total.cpu()}
         return {"names": self.names, "world_size": world_size(), **sums}
 

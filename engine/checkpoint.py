@@ -1,12 +1,13 @@
 """Checkpoints of a run.
 
     OUTPUT_DIR/
-        checkpoint-last/                  everything needed to go on: model, optimizer, scaler, EMA, epoch, step in the
-            state.pth                     epoch, best values, arguments; of every rank its random states, the sums of
-                                          the epoch's statistics and the count of skipped samples
+        args.json                         the run's arguments, what it ran on and with
+        checkpoint-last/                  everything needed to go on: model, optimizer, scaler, EMA, progress and
+            state.pth                     arguments; of every rank its random states, the sums of the epoch's statistics
+                                          and the counts of samples
         checkpoint-last.new/              being written; never read
         checkpoint-last.old/              the one before, for the instant between two renames
-        checkpoint-<epoch>.pth            weights alone: flat, published keys, loadable by the reference too
+        checkpoint-<epoch>.pth            weights and their spec
         checkpoint-best_auroc.pth         weights of the best evaluation so far by that metric
         checkpoint-best_auc_mcc.pth
 
@@ -19,10 +20,9 @@ import math
 import os
 import random
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.guard import Progress
+from engine.averages import Averages
 from engine.optim import Optimization
 from utils.cli import ConfigError
-from utils.distributed import gather
+from utils.distributed import Process, gather
 from utils.files import replaced, sync
 from utils.logging import drop_records_from
 from utils.record import differing, read_run_record, write_run_record
+from utils.text import short_reason
 
 LAST = "checkpoint-last"
 _STATE = "state.pth"
@@ -47,18 +48,73 @@ class CheckpointWriteError(RuntimeError):
     """A checkpoint that could not be written; the message names it and why."""
 
 
-class Part(Protocol):
-    """Something of a rank's own that a checkpoint keeps: sums and counts."""
+class SampleCounts(Protocol):
+    """What a rank counts of the samples it reads; `datasets.faults.CountedBatches` does."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state, in tensors and plain types."""
+        """Return the counts in plain types."""
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the states of one or several ranks of the run to continue; from nothing if there are none."""
+        """Go on from the counts of one or several ranks of the run to continue; from nothing if there are none."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    epoch: the epoch in progress.
+    step: optimizer steps done in it.
+    best: the best value of each metric so far.
+    means: the statistics of the last epoch trained, for a run that is killed between training and evaluation.
+    num_windows: windows of each data set; a resumed run must find the same.
+    steps_per_epoch: what data and batch make of an epoch; a resumed run must find the same.
+    left_out: steps in a row, up to the last, whose loss or gradient was not finite.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
+    num_windows: list[int] = field(default_factory=list)
+    steps_per_epoch: int = 0
+    left_out: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the start of the schedule."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, {self.step} of {self.steps_per_epoch} steps"
+
+
+@dataclass
+class RunState:
+    """What checkpoint-last/ keeps of a run.
+
+    model: the model as it is, not wrapped.
+    optimization: optimizer, scaler and average of the weights.
+    progress: where the run stands.
+    record: the run's arguments, in plain types.
+    samples: the counts of this rank, if anything counts.
+    statistics: the sums of the epoch in progress, of this rank.
+    """
+
+    model: nn.Module
+    optimization: Optimization
+    progress: Progress
+    record: Mapping[str, Any] = field(default_factory=dict)
+    samples: SampleCounts | None = None
+    statistics: Averages = field(default_factory=Averages)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What each rank has of its own, by name."""
+        return {"statistics": self.statistics} | ({"samples": self.samples} if self.samples else {})
 
 
 def find_last(output_dir: str | Path) -> Path | None:
-    """The checkpoint-last folder of a run, or None."""
+    """Return the checkpoint-last folder of a run, or None."""
     for name in (LAST, f"{LAST}.old"):
         folder = Path(output_dir, name)
         if (folder / _STATE).is_file():
@@ -66,10 +122,20 @@ def find_last(output_dir: str | Path) -> Path | None:
     return None
 
 
+def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> dict[str, Any]:
+    """Return the arguments in the args.json of the run that would be continued; {} where there is none.
+
+    Raises ConfigError where the file is damaged.
+    """
+    folders = [Path(output_dir)] * auto_resume + ([Path(resume).parent] if resume else [])
+    path = next((folder / "args.json" for folder in folders if (folder / "args.json").exists()), None)
+    return read_run_record(path) if path else {}
+
+
 def find_resume(
     output_dir: str | Path, *, auto_resume: bool, resume: str | None, record: Mapping[str, Any], free: Set[str]
 ) -> dict[str, Any] | None:
-    """The state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
+    """Return the state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
 
     record: the arguments of this run. Those of the run that is continued, or that output_dir belongs to, must equal
     them but for the names in `free`; without auto_resume, output_dir must not hold a run. Raises ConfigError.
@@ -97,13 +163,14 @@ def find_resume(
     return state
 
 
-def claim(output_dir: str | Path, progress: Progress, *, record: Mapping[str, Any], world_size: int) -> None:
-    """Make output_dir this run's, from where progress stands: args.json, and nothing left of what comes after.
+def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -> None:
+    """Make output_dir the folder of a run that stands where state.progress says; rank 0 calls it.
 
-    Called by rank 0. Raises ConfigError where it cannot be written.
+    It writes args.json and removes what a later stretch of the run, or a killed process, has left behind. Raises
+    ConfigError where the folder cannot be written.
     """
-    folder = Path(output_dir)
-    write_run_record(folder / "args.json", record, world_size)
+    folder, progress = Path(output_dir), state.progress
+    write_run_record(folder / "args.json", state.record, world_size)
     drop_records_from(folder / "log.txt", progress.epoch)
     drop_records_from(folder / "nonfinite.jsonl", progress.epoch, progress.step)
     shutil.rmtree(folder / f"{LAST}.new", ignore_errors=True)  # what a killed process was writing
@@ -113,40 +180,20 @@ def claim(output_dir: str | Path, progress: Progress, *, record: Mapping[str, An
         path.unlink(missing_ok=True)
 
 
-def save_last(
-    output_dir: str | Path,
-    model: nn.Module,
-    optimization: Optimization,
-    progress: Progress,
-    *,
-    parts: Mapping[str, Part],
-    record: Mapping[str, Any],
-) -> None:
+def save_last(output_dir: str | Path, state: RunState) -> None:
     """Replace checkpoint-last/ by the present state; every rank calls it.
-
-    Args:
-        model: unwrapped. parts: by name, kept for each rank. record: the run's arguments, plain types, under "args".
 
     Raises CheckpointWriteError where it cannot be written; the one before stays.
     """
-    ranks = gather({"rng": _rng_state()} | {name: part.state_dict() for name, part in parts.items()})
+    ranks = gather({"rng": _rng_state()} | {name: part.state_dict() for name, part in state.parts.items()})
     if ranks is None:
         return
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimization.optimizer.state_dict(),
-        "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
-        "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
-        **asdict(progress),
-        "ranks": ranks,
-        "args": dict(record),
-    }
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
         with _explained(last):
             new.mkdir(parents=True)
-            torch.save(state, new / _STATE)
+            torch.save(_content(state, ranks), new / _STATE)
             sync(new / _STATE)
             sync(new)
     except CheckpointWriteError:
@@ -160,91 +207,99 @@ def save_last(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _content(state: RunState, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what state.pth holds; ranks: what each rank has of its own."""
+    optimization = state.optimization
+    return {
+        "model": state.model.state_dict(),
+        "spec": state.model.spec,
+        "optimizer": optimization.optimizer.state_dict(),
+        "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
+        "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
+        **asdict(state.progress),
+        "ranks": ranks,
+        "args": dict(state.record),
+    }
+
+
 @contextmanager
 def _explained(path: str | Path) -> Iterator[None]:
     """Turn what a full disk raises into a CheckpointWriteError."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises either
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise CheckpointWriteError(f"{path}: cannot be written ({reason}); what was there before is intact") from e
+        raise CheckpointWriteError(
+            f"{path}: cannot be written ({short_reason(e)}); what was there before is intact"
+        ) from e
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read."""
+    """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read."""
     path = Path(folder, _STATE)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        lines = [] if "weights_only" in str(e) else str(e).splitlines()  # no reason, but advice to unpickle all
-        reason = (lines or [type(e).__name__])[0][:120]
+        reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
     if not isinstance(state, dict) or not {"model", "optimizer", "args", "best"} <= state.keys():
         raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")
     return state
 
 
-def restore(
-    state: Mapping[str, Any],
-    model: nn.Module,
-    optimization: Optimization,
-    progress: Progress,
-    *,
-    parts: Mapping[str, Part],
-    rank: int,
-    world_size: int,
-) -> None:
-    """Set model, optimizer, scaler, EMA, progress, this rank's parts and random states to a loaded state, in place.
+def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None:
+    """Set a run's state, and the random states of this rank, to what `load_last` returned, in place.
 
-    On another number of ranks, parts are shared out anew and a rank that did not exist keeps its fresh random states.
-    Raises ConfigError where there were other numbers of windows, or of steps in an epoch, than progress says there are.
+    On another number of ranks, what ranks have of their own is shared out anew, and a rank that did not exist keeps its
+    fresh random states. Raises ConfigError where the run had other numbers of windows, or of steps in an epoch.
     """
+    progress, optimization = state.progress, state.optimization
     for name, what in (("num_windows", "windows to draw from"), ("steps_per_epoch", "steps in an epoch")):
-        before, now = state[name], getattr(progress, name)
+        before, now = saved[name], getattr(progress, name)
         if now and now != before:
             raise ConfigError(
                 f"the run to continue had {before} {what}, now there are {now}: the data has changed; restore it or "
                 "start in another --output_dir"
             )
-    model.load_state_dict(state["model"])
-    optimization.optimizer.load_state_dict(state["optimizer"])
+    state.model.load_state_dict(saved["model"])
+    optimization.optimizer.load_state_dict(saved["optimizer"])
     if optimization.scaler:
-        optimization.scaler.load_state_dict(state["scaler"])
+        optimization.scaler.load_state_dict(saved["scaler"])
     if optimization.ema:
-        optimization.ema.module.load_state_dict(state["model_ema"])
-    for field in fields(progress):
-        setattr(progress, field.name, state[field.name])
-    ranks = state["ranks"]
-    for name, part in parts.items():
-        part.load_state_dicts([ranks[r][name] for r in range(rank, len(ranks), world_size)])
-    if rank < len(ranks):
-        _restore_rng(ranks[rank]["rng"])
+        optimization.ema.module.load_state_dict(saved["model_ema"])
+    for item in fields(progress):
+        setattr(progress, item.name, saved[item.name])
+    ranks = saved["ranks"]
+    for name, part in state.parts.items():
+        part.load_state_dicts([ranks[r][name] for r in range(process.rank, len(ranks), process.world_size)])
+    if process.rank < len(ranks):
+        _restore_rng(ranks[process.rank]["rng"])
     best = f"; best so far: {progress.best}" if progress.best else ""
     logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}{best}")
-    if len(ranks) != world_size:
+    if len(ranks) != process.world_size:
         logger.info(
-            f"{len(ranks)} processes saved it, {world_size} go on: with the same batches in other shares, so rounding "
-            "and dropout differ from a run that was not interrupted"
+            f"{len(ranks)} processes saved it, {process.world_size} go on: with the same batches in other shares, so "
+            "rounding and dropout differ from a run that was not interrupted"
         )
 
 
-def save_weights(path: str | Path, model: nn.Module) -> None:
-    """Write the state dict of an unwrapped model, flat, on the CPU, in one rename."""
-    state = model.state_dict()
-    on_cpu = OrderedDict((key, tensor.detach().cpu()) for key, tensor in state.items())
-    on_cpu._metadata = state._metadata  # which model it is
+def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
+    """Write the weights of an unwrapped model and its spec, in one rename: {"model": state dict, "spec": {...}}.
+
+    about: what the spec says beside what the model knows, in plain types: the data set, the epoch. The published codes
+    unwrap "model", so the file goes both ways. Raises CheckpointWriteError where it cannot be written.
+    """
+    weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     with _explained(path), replaced(path) as temporary:
-        torch.save(on_cpu, temporary)
+        torch.save({"model": weights, "spec": model.spec | about}, temporary)
 
 
-def keep_epoch(folder: str | Path, model: nn.Module, epoch: int, *, stop_epoch: int, every: int) -> None:
-    """Write checkpoint-<epoch>.pth if this is the last epoch before stop_epoch or one of `every` (0: of none)."""
-    if epoch + 1 == stop_epoch or (every and (epoch + 1) % every == 0):
-        save_weights(Path(folder, f"checkpoint-{epoch}.pth"), model)
+def is_kept(epoch: int, *, stop_epoch: int, every: int) -> bool:
+    """Return whether checkpoint-<epoch>.pth is due: the last epoch before stop_epoch, or one in `every` (0: none)."""
+    return epoch + 1 == stop_epoch or (every > 0 and (epoch + 1) % every == 0)
 
 
 def _rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and PyTorch's global generators, in plain types."""
+    """Return states of Python's, NumPy's and PyTorch's global generators, in plain types."""
     numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),

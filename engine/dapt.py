@@ -1,7 +1,5 @@
 """The DAPT objective: a batch of augmented clips and their masks -> loss and statistics."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +11,15 @@ class DaptObjective:
     colours is predicted. A batch of weight 0, of which nothing could be read, adds nothing to gradients and statistics.
 
     Args:
-        autoencoder: the MaskedAutoencoder as it is, not wrapped. to_input: uint8 video on the device -> normalised.
+        autoencoder: the MaskedAutoencoder as it is, not wrapped; it normalises uint8 video and makes the target.
         device: where the model is.
     """
 
-    def __init__(self, autoencoder: nn.Module, to_input: Callable[[Tensor], Tensor], device: torch.device):
-        self.autoencoder, self.to_input, self.device = autoencoder, to_input, device
+    def __init__(self, autoencoder: nn.Module, device: torch.device):
+        self.autoencoder, self.device = autoencoder, device
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        video = self.to_input(batch["video"].to(self.device, non_blocking=True))
+        video = self.autoencoder.normalize(batch["video"].to(self.device, non_blocking=True))
         target = self.autoencoder.target(video, batch["mask"])
         loss = batch["weight"] * model(video, batch["mask"], target)
         return loss, {"loss": loss, "trivial_loss": batch["weight"] * self.autoencoder.trivial_loss(target)}

@@ -1,41 +1,69 @@
 """Score every window of every clip exactly once, over all ranks; predictions.csv and metrics.json."""
 
+import copy
 import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.metrics import frame_metrics
+from engine.session import Session
 from utils.distributed import gather
 from utils.files import replaced
 from utils.logging import jsonable
+from utils.signals import stop_requested
 
 logger = logging.getLogger("tad")
+Columns = tuple[np.ndarray, ...]  # of windows: (clip (n,), last frame (n,), ...)
 
 
 class EvaluationError(RuntimeError):
     """Scores that cannot be trusted; the message says why."""
 
 
+class Windows(Protocol):
+    """What a Scorer reads; `datasets.stream.SplitWindows` is one.
+
+    clips: the ClipTable. device: where the videos of the batches are.
+    """
+
+    clips: Sequence
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches with clip, last (n,) and video uint8 (n, 3, T, H, W), and faults, which have no video."""
+
+    def locations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (clip, last frame) of every window there is, over all ranks, sorted."""
+
+    def agree(self, faults: list) -> list:
+        """Return the faults of all ranks, with number, name and frames that can be used, or refuse them."""
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """Scored windows, sorted by clip and frame, (n,) each: clip number, last source frame, label 0/1.
+    """Scored windows, sorted by clip and frame.
 
-    logits (n, 2) float32, safe and anomalous.
+    clip: (n,) number of the clip.
+    frame: (n,) last source frame.
+    label: (n,) 0 or 1; None where the clips are unlabelled.
+    logits: (n, 2) float32, safe and anomalous.
+    faults: what is wrong with clips, each with number, name and frames, 0 where the clip cannot be read.
     """
 
     clip: np.ndarray
     frame: np.ndarray
-    label: np.ndarray
+    label: np.ndarray | None
     logits: np.ndarray
+    faults: list = field(default_factory=list)
 
     @property
     def score(self) -> np.ndarray:
@@ -44,39 +72,72 @@ class Predictions:
         return (1 / (1 + np.exp(np.clip(margin, -700, 700)))).astype(np.float32)
 
     def metrics(self) -> dict[str, float]:
-        """`frame_metrics` of the scores, and the mean cross-entropy as "loss"."""
-        own = self.logits[np.arange(len(self.label)), self.label].astype(np.float64)
-        loss = np.logaddexp(self.logits[:, 0].astype(np.float64), self.logits[:, 1]) - own
+        """Return `frame_metrics` of the scores, and the mean cross-entropy as "loss". The windows must be labelled."""
+        of_label = self.logits[np.arange(len(self.label)), self.label].astype(np.float64)
+        loss = np.logaddexp(self.logits[:, 0].astype(np.float64), self.logits[:, 1]) - of_label
         metrics = {"loss": float(loss.mean()), **frame_metrics(self.score, self.label)}
         if metrics["n_pos"] in (0, metrics["n"]):
             logger.warning("all evaluated frames are of one class: AUC_ROC, AP and MCC say nothing")
         return metrics
 
 
-@torch.inference_mode()
-def score_windows(
-    model: nn.Module, batches: Iterable, to_input: Callable[[Tensor], Tensor], *, dtype: torch.dtype = torch.float32
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The windows of this rank -> (clip (n,), frame (n,), logits (n, 2) float32), in the order they come.
+@dataclass(frozen=True)
+class Scorer:
+    """Scores the windows of some clips with a model, as often as asked.
 
-    batches: objects with clip, last (n,) and video uint8 (n, 3, T, H, W) on the model's device. dtype: of autocast.
+    windows: the windows, on every rank its share.
+    dtype: of autocast; float32 turns it off.
     """
-    model.eval()
-    clips, frames, logits = [], [], []
-    for batch in batches:
-        video = to_input(batch.video)
-        with torch.autocast(video.device.type, dtype, enabled=dtype != torch.float32):
-            output = model(video)
-        clips.append(np.full(len(batch.last), batch.clip))
-        frames.append(batch.last)
-        logits.append(output.float())  # stays on the device: no wait per batch
-    if not logits:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
-    return np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()
+
+    windows: Windows
+    dtype: torch.dtype = torch.float32
+
+    def score(self, model: nn.Module, session: Session | None = None) -> Predictions | None:
+        """Score every window once; returns all of them on rank 0, None on the others. Every rank calls it.
+
+        model: normalises uint8 video itself (`model.normalize`). session: of a run in training, which a signal may
+        stop in the middle.
+
+        Raises EvaluationError unless each window was scored exactly once, with finite logits, and there are any; what
+        windows.agree raises; Preempted.
+        """
+        scored, faults = self._score_share(_on_device(model, self.windows.device), session)
+        faults = self.windows.agree(faults)
+        usable = {fault.number: fault.frames for fault in faults}
+        scored, expected = (keep_usable(columns, usable) for columns in (scored, self.windows.locations()))
+        return gather_predictions(scored, expected, self.windows.clips, faults)
+
+    @torch.inference_mode()
+    def _score_share(self, model: nn.Module, session: Session | None) -> tuple[Columns, list]:
+        """Return (clip (n,), frame (n,), logits (n, 2) float32) of this rank's windows as they come, and the faults."""
+        model.eval()
+        clips, frames, logits, faults = [], [], [], []
+        for item in self.windows:
+            if session and stop_requested():
+                break
+            if not hasattr(item, "video"):
+                faults.append(item)
+                continue
+            video = model.normalize(item.video)
+            with torch.autocast(video.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = model(video)
+            clips.append(np.full(len(item.last), item.clip))
+            frames.append(item.last)
+            logits.append(output.float())  # stays on the device: no wait per batch
+        if session:
+            session.stop_if_asked("in an evaluation, which will be repeated")
+        if not logits:
+            return (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32)), faults
+        return (np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()), faults
 
 
-def within(windows: tuple[np.ndarray, ...], usable: Mapping[int, int]) -> tuple[np.ndarray, ...]:
-    """Of columns (clip (n,), last frame (n,), ...) the rows that end within the first usable[clip] frames of the clip.
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model, or a copy of it where it is kept elsewhere, as an average on the CPU is."""
+    return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
+
+
+def keep_usable(windows: Columns, usable: Mapping[int, int]) -> Columns:
+    """Return of columns (clip (n,), last frame (n,), ...) the rows within the first usable[clip] frames of the clip.
 
     A clip that is not in `usable` keeps all its rows.
     """
@@ -87,41 +148,46 @@ def within(windows: tuple[np.ndarray, ...], usable: Mapping[int, int]) -> tuple[
 
 
 def gather_predictions(
-    local: tuple[np.ndarray, np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray], labels: Callable
+    scored: Columns, expected: tuple[np.ndarray, np.ndarray], clips: Sequence, faults: Sequence = ()
 ) -> Predictions | None:
-    """The Predictions of all ranks, on rank 0; None on the others.
+    """Return the Predictions of all ranks on rank 0, None on the others.
 
     Args:
-        local: from `score_windows`. expected: (clip (n,), frame (n,)) of every window there is, sorted.
-        labels: clip number -> (T,) labels.
+        scored: (clip (n,), frame (n,), logits (n, 2)) of this rank.
+        expected: (clip (n,), frame (n,)) of every window there is, sorted.
+        clips: the ClipTable; the windows are labelled where its clips are.
+        faults: what is wrong with clips.
 
     Raises EvaluationError unless each expected window was scored exactly once, with finite logits, and there are any.
     """
     if not len(expected[0]):
         raise EvaluationError("no window can be scored: the frames of every clip end before its first window does")
-    parts = gather(local)
+    parts = gather(scored)
     if parts is None:
         return None
     clip, frame, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((frame, clip))
     clip, frame, logits = clip[order], frame[order], logits[order]
     if not (np.array_equal(clip, expected[0]) and np.array_equal(frame, expected[1])):
-        scored, wanted = (Counter(zip(*(a.tolist() for a in pair), strict=True)) for pair in ((clip, frame), expected))
-        odd = min((scored - wanted) + (wanted - scored))
+        have, want = (Counter(zip(*(a.tolist() for a in pair), strict=True)) for pair in ((clip, frame), expected))
+        odd = min((have - want) + (want - have))
         raise EvaluationError(
             f"scored {len(clip)} windows for {len(expected[0])} expected; the first that is missing, double or "
             f"foreign is clip {odd[0]}, frame {odd[1]}"
         )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
         raise EvaluationError(f"{len(broken)} of {len(clip)} windows have NaN or infinite logits; use --precision fp32")
-    label = np.concatenate([np.asarray(labels(c))[frame[clip == c]] for c in np.unique(clip)]).astype(np.int64)
-    return Predictions(clip, frame, label, logits)
+    label = None
+    if all(clips[c].labels is not None for c in np.unique(clip)):
+        label = np.concatenate([np.asarray(clips[c].labels)[frame[clip == c]] for c in np.unique(clip)])
+        label = label.astype(np.int64)
+    return Predictions(clip, frame, label, logits, list(faults))
 
 
 def write_predictions(path: str | Path, predictions: Predictions, clips: Any) -> None:
-    """predictions.csv: clip, filename, frame, logits_safe, logits_risk, score, label, ttc; one row per window.
+    """Write predictions.csv: clip, filename, frame, logits_safe, logits_risk, score, label, ttc; one row per window.
 
-    clips: the ClipTable. ttc is empty in a clip without anomaly.
+    clips: the ClipTable, labelled. ttc is empty in a clip without anomaly.
     """
     ttc = {c: clips[c].ttc for c in np.unique(predictions.clip)}
     with replaced(path) as temporary, temporary.open("w", newline="") as f:
@@ -151,18 +217,18 @@ def write_predictions(path: str | Path, predictions: Predictions, clips: Any) ->
 
 
 def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
-    """metrics.json; what is undefined is null."""
+    """Write metrics.json; what is undefined is null."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(jsonable(metrics), indent=2) + "\n")
 
 
-def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str, Any]:
-    """What of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
+def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
+    """Say what of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
 
-    clips: the ClipTable. faults: of its clips, with number, name and frames, 0 where the clip cannot be read. A clip
-    that is not scored is in "unreadable", "left_out", "frame_mismatch" or, without a fault, "too_short" for a window.
+    clips: the ClipTable. A clip that is not scored is in "unreadable", "left_out", "frame_mismatch" or, without a
+    fault, "too_short" for a window.
     """
-    scored, faults = set(predictions.clip.tolist()), list(faults)
+    scored, faults = set(predictions.clip.tolist()), predictions.faults
     known = scored | {fault.number for fault in faults}
     return {
         "clips": clips.listed,
@@ -177,6 +243,6 @@ def coverage(predictions: Predictions, clips: Any, faults: Iterable) -> dict[str
 
 
 def summary(metrics: dict[str, float]) -> str:
-    """The figures of the published tables, in percent, on one line."""
+    """Return the figures of the published tables, in percent, on one line."""
     names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}
     return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  n {metrics['n']}"

@@ -6,15 +6,16 @@ Whether a step is left out is decided on the device; the host learns of it when 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.checkpoint import Progress
 from engine.optim import Optimization
 from utils.distributed import all_sum, gather
 from utils.logging import append_json_line
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -23,43 +24,17 @@ class TrainingError(RuntimeError):
     """Training that cannot go on; the message says where and what to try."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands: epoch in progress, optimizer steps done in it, best value of each metric so far.
-
-    means: of the last epoch trained, for a run that is killed between training and evaluation. num_windows: of each
-    data set, and steps_per_epoch, what data and batch make of an epoch: a resumed run must find the same. left_out:
-    steps in a row, up to the last, that were not finite.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    means: dict[str, float] = field(default_factory=dict)
-    num_windows: list[int] = field(default_factory=list)
-    steps_per_epoch: int = 0
-    left_out: int = 0
-
-    @property
-    def steps_done(self) -> int:
-        """Optimizer steps since the start of the schedule."""
-        return self.epoch * self.steps_per_epoch + self.step
-
-    def __str__(self) -> str:
-        return f"epoch {self.epoch}, {self.step} of {self.steps_per_epoch} steps"
-
-
-def contagious(loss: Tensor) -> Tensor:
-    """The loss; if it is not finite, one that makes every gradient NaN, and through their mean those of all ranks."""
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """Return the loss, or one that makes every gradient NaN if it is not finite, and so the mean over all ranks."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) -> Tensor:
-    """One optimizer step, unless the loss or gradient norm is not finite; returns bool (), whether it was left out.
+    """Take an optimizer step unless the loss or gradient norm is not finite; returns bool (), whether it was left out.
 
-    loss: () of this rank, its backward pass made through `contagious`. grad_norm: () of the gradients that all ranks
-    share, so the ranks decide alike. With a scaler, overflow is its affair and only the loss counts here. The host
-    waits for the device where neither a scaler nor a fused optimizer can leave out a step by itself.
+    loss: () of this rank, its backward pass made through `nan_unless_finite`. grad_norm: () of the gradients that all
+    ranks share, so the ranks decide alike. With a scaler, overflow is its affair and only the loss counts here. The
+    host waits for the device where neither a scaler nor a fused optimizer can leave out a step by itself.
     """
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler:
@@ -121,12 +96,12 @@ class NonFinite:
 
     def _record(self, ranks: Sequence[dict]) -> None:
         losses = [rank["loss"] if math.isfinite(rank["loss"]) else str(rank["loss"]) for rank in ranks]
-        guilty = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
-        samples = [sample for rank in guilty for sample in rank["samples"]]
+        with_such_a_loss = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
+        samples = [sample for rank in with_such_a_loss for sample in rank["samples"]]
         place = {name: ranks[0][name] for name in ("epoch", "step")}
         if self.file:
             append_json_line(self.file, place | {"losses": losses, "samples": samples})
         logger.warning(
             f"epoch {place['epoch']}, step {place['step']} left out: the loss is {', '.join(map(str, losses))}, the "
-            f"gradient not finite; samples: {', '.join(samples[:3])}{', ...' * (len(samples) > 3)}"
+            f"gradient not finite; samples: {first_few(samples, 3)}"
         )

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.guard import contagious, step_if_finite
+from engine.guard import nan_unless_finite, step_if_finite
 from engine.optim import Optimization, set_schedule
 from engine.session import Session
-from utils.logging import append_json_line, progress_bar
+from utils.logging import progress_bar
 
 logger = logging.getLogger("tad")
 
@@ -39,65 +39,52 @@ class Reporting:
 
 def train_epochs(
     model: nn.Module,
-    loader: Iterable,
+    batches: Iterable,
     set_epoch: Callable[[int, int], None],
     objective: Objective,
-    optimization: Optimization,
     session: Session,
     reporting: Reporting,
     *,
     stop_epoch: int,
-    device: torch.device,
-    after_epoch: Callable[[], dict[str, float]],
+    evaluate: Callable[[], dict[str, float]],
 ) -> None:
     """Train from where session.progress stands until stop_epoch epochs are done.
 
-    The state is saved after the training of an epoch, after what follows it, and when session.preemption is asked or
-    due.
-
     Args:
-        loader: the batches of the epoch that set_epoch(epoch, first step) announced.
-        after_epoch: evaluates or draws, once the epoch is trained; what it returns goes to the log.
+        model: the model as it is wrapped (DDP or not).
+        batches: iterates over the batches of the epoch that set_epoch(epoch, first step) announced.
+        objective: what is minimised.
+        evaluate: is called once an epoch is trained; what it returns goes to the log.
 
-    Raises Preempted where a signal stops the run.
+    Raises Preempted where a signal stops the run, TrainingError where too many steps in a row are not finite.
     """
-    progress, preemption, saved = session.progress, session.preemption, False
+    progress = session.progress
     while progress.epoch < stop_epoch:
-        preemption.stop_if_asked(str(progress), saved=saved)
+        session.stop_if_asked()
         started = time.perf_counter()
-        if progress.step < progress.steps_per_epoch:  # else a kill during after_epoch left a trained epoch behind
+        if progress.step < progress.steps_per_epoch:  # else a kill during the evaluation left a trained epoch behind
             set_epoch(progress.epoch, progress.step)
-            progress.means = train_one_epoch(model, loader, objective, optimization, session, reporting, device=device)
-            preemption.save()
-            preemption.stop_if_asked(str(progress), saved=True)
-        record = {"epoch": progress.epoch} | {f"train_{k}": v for k, v in progress.means.items()} | after_epoch()
-        if session.log_file:
-            append_json_line(session.log_file, record | {"seconds": round(time.perf_counter() - started, 1)})
-        progress.epoch, progress.step = progress.epoch + 1, 0
-        preemption.save()
-        saved = True
+            progress.means = train_one_epoch(model, batches, objective, session, reporting)
+            session.save()
+            session.stop_if_asked()
+        record = {f"train_{name}": value for name, value in progress.means.items()} | evaluate()
+        session.end_epoch(record | {"seconds": round(time.perf_counter() - started, 1)})
+        session.save()
 
 
 def train_one_epoch(
-    model: nn.Module,
-    batches: Iterable,
-    objective: Objective,
-    optimization: Optimization,
-    session: Session,
-    reporting: Reporting,
-    *,
-    device: torch.device,
+    model: nn.Module, batches: Iterable, objective: Objective, session: Session, reporting: Reporting
 ) -> dict[str, float]:
     """Train from session.progress.step to the end of the epoch; it follows. Every step but the last may save or stop.
 
-    Args:
-        model: as wrapped (DDP or not). batches: the remaining ones of the epoch, `accumulate` for each step.
+    batches: the remaining ones of the epoch, `accumulate` for each step.
 
     Returns the means of the objective's statistics and of grad_norm over the steps of the epoch and all ranks, those
     left out excepted. Raises TrainingError where too many steps in a row are not finite, Preempted.
     """
     model.train()
     progress, averages, guard, clock = session.progress, session.statistics, session.guard, _Clock()
+    optimization = session.state.optimization
     if progress.step == 0:
         averages.reset()
     batches = clock.waiting_for(batches)
@@ -106,7 +93,7 @@ def train_one_epoch(
         step = progress.steps_done
         lr, weight_decay = optimization.lr(step), optimization.weight_decay(step)
         set_schedule(optimization.optimizer, lr=lr, weight_decay=weight_decay)
-        statistics, left_out, samples = _optimizer_step(model, batches, objective, optimization, device)
+        statistics, left_out, samples = _optimizer_step(model, batches, objective, optimization, session.process.device)
         averages.update(statistics, leave_out=left_out)
         guard.note(samples, statistics["loss"], left_out)
         if optimization.ema:
@@ -120,14 +107,14 @@ def train_one_epoch(
         elif guard.unread >= _READ_EVERY:
             guard.read()
         if progress.step < progress.steps_per_epoch:
-            session.preemption.after_step(str(progress))
+            session.after_step()
     return averages.read_total()
 
 
 def _optimizer_step(
     model: nn.Module, batches: Iterator, objective: Objective, optimization: Optimization, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[str]]:
-    """Forward and backward passes, then one step unless something is not finite.
+    """Make the forward and backward passes, then one step unless something is not finite.
 
     Returns the means of the statistics over the passes, and grad_norm; bool (), whether the step was left out; the
     samples.
@@ -142,7 +129,7 @@ def _optimizer_step(
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
             with torch.autocast(device.type, optimization.dtype, enabled=optimization.dtype != torch.float32):
                 loss, statistics = objective(model, batch)
-            loss = contagious(loss / passes)
+            loss = nan_unless_finite(loss / passes)
             (scaler.scale(loss) if scaler else loss).backward()
         for name, value in statistics.items():
             means[name] = means.get(name, 0) + value.detach() / passes
@@ -176,11 +163,7 @@ class _Clock:
 
 
 def _report(
-    means: dict[str, float],
-    weight_decay: float,
-    clock: _Clock,
-    session: Session,
-    reporting: Reporting,
+    means: dict[str, float], weight_decay: float, clock: _Clock, session: Session, reporting: Reporting
 ) -> None:
     progress = session.progress
     seconds = time.perf_counter() - clock.start

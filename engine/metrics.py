@@ -52,21 +52,21 @@ def threshold_curve(scores: np.ndarray, labels: np.ndarray) -> ThresholdCurve:
 
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(false, true) positive rates at every distinct score, from (0, 0) to (1, 1). NaN where a class is absent."""
+    """Return (false, true) positive rates by distinct score, from (0, 0) to (1, 1); NaN where a class is absent."""
     tp, fp = _cumulative(*_checked(scores, labels))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.r_[0.0, fp / fp[-1]], np.r_[0.0, tp / tp[-1]]
 
 
 def precision_recall_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(precision, recall) at every distinct score, recall ascending. Recall is NaN without positives."""
+    """Return (precision, recall) at every distinct score, recall ascending. Recall is NaN without positives."""
     tp, fp = _cumulative(*_checked(scores, labels))
     with np.errstate(invalid="ignore", divide="ignore"):
         return tp / (tp + fp), tp / tp[-1]
 
 
 def _cumulative(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """True and false positives at each distinct score, descending."""
+    """Return true and false positives at each distinct score, descending."""
     order = np.argsort(-scores, kind="stable")
     last_of_ties = np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]
     tp = np.cumsum(labels[order])[last_of_ties]
@@ -109,7 +109,7 @@ def frame_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _binned(curve: ThresholdCurve, n_pos: int, n_neg: int) -> dict[str, float]:
-    """AUROC and AP as torchmetrics computes them on THRESHOLDS: no (0, 0) anchor, so scores of 1.0 lose their area."""
+    """Return AUROC and AP as torchmetrics has them on THRESHOLDS: without (0, 0), so scores of 1.0 lose their area."""
     if not n_pos or not n_neg:
         return {"auroc_binned101": float("nan"), "ap_binned101": float("nan")}
     tpr, fpr = curve.tp / n_pos, curve.fp / n_neg

@@ -85,7 +85,7 @@ def build_optimization(
     ema_decay: float | None = None,
     ema_on_cpu: bool = False,
 ) -> Optimization:
-    """Optimizer, schedules, precision and weight average of a model; logs the learning rate and its formula.
+    """Return optimizer, schedules, precision and weight average of a model; logs the learning rate and its formula.
 
     opt: timm's name. ema_decay: of the average of the weights; None keeps none. Raises ValueError for an unknown opt.
     """
@@ -113,7 +113,7 @@ def build_optimization(
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Optimizer groups with "lr_scale" and "weight_decay".
+    """Return optimizer groups with "lr_scale" and "weight_decay".
 
     1-D parameters, biases and model.no_weight_decay() get no weight decay. With layer_decay < 1, layer i of L gets
     lr_scale layer_decay^(L - i); layers come from model.group_matcher(): embedding 0, block i at i + 1, head L.
@@ -131,7 +131,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
 def build_optimizer(
     groups: list[dict], *, name: str, lr: float, eps: float, betas: Sequence[float], fused: bool
 ) -> torch.optim.Optimizer:
-    """An optimizer over `parameter_groups`, by timm's name for it. fused: AdamW in one kernel (CUDA)."""
+    """Return an optimizer over `parameter_groups`, by timm's name for it. fused: AdamW in one kernel (CUDA)."""
     name = name.lower()  # as timm does
     options = {"eps": eps, "betas": tuple(betas)} if "adam" in name else {}
     if fused and name == "adamw":

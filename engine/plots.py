@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -57,9 +58,9 @@ def reconstruction_picture(videos: Sequence[Tensor], columns: int = 8) -> np.nda
     """
     frames = videos[0].shape[2]
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
-    rows = torch.stack(list(videos), dim=1)[:, :, :, torch.from_numpy(shown)]  # B V 3 T H W
-    pixels = (rows.cpu() * 255).round().byte().permute(0, 1, 4, 3, 5, 2)  # B V H T W 3
-    return pixels.flatten(3, 4).flatten(0, 2).numpy()
+    rows = torch.stack([video[:, :, torch.from_numpy(shown)] for video in videos])
+    pixels = (rows.cpu() * 255).round().byte()
+    return rearrange(pixels, "v b c t h w -> (b v h) (t w) c").numpy()
 
 
 def save_figures(folder: str | Path, figures: dict[str, Figure]) -> None:

@@ -1,78 +1,150 @@
-"""What accompanies the training of a run, begun afresh or continued: records, saving and stopping."""
+"""A training run as its loop sees it: records, saving, and stopping when asked."""
 
+import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import Any, NoReturn
 
 from engine.averages import Averages
-from engine.checkpoint import Part, claim, restore, save_last
-from engine.guard import NonFinite, Progress
-from engine.optim import Optimization
+from engine.checkpoint import Progress, RunState, restore, rewind_folder, save_last
+from engine.guard import NonFinite
 from utils.distributed import Agreement, Process
-from utils.logging import TensorBoard
-from utils.signals import Preemption
+from utils.logging import TensorBoard, append_json_line
+from utils.signals import EXIT_CODE, MARKER, Preempted, first_signal, stop_requested
+
+logger = logging.getLogger("tad")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """statistics: of the epoch in progress. log_file: gets a line of JSON for each epoch; None: no file."""
+    """What accompanies the training of a run.
 
-    progress: Progress
-    statistics: Averages
+    output_dir: the run's folder.
+    state: what a checkpoint keeps.
+    process: this process among the others.
+    tensorboard: where scalars and pictures go.
+    guard: leaves out the steps that are not finite.
+    save_ckpt: whether the run keeps checkpoint-last/.
+    auto_resume: whether the same command would continue the run; without it, or without checkpoints, no marker asks
+        for that.
+    save_every_minutes: how often the main process has the state saved, beside after each epoch; None: not.
+    """
+
+    output_dir: Path
+    state: RunState
+    process: Process
     tensorboard: TensorBoard
     guard: NonFinite
-    preemption: Preemption
-    log_file: Path | None = None
+    save_ckpt: bool = True
+    auto_resume: bool = True
+    save_every_minutes: float | None = None
+    _agreement: Agreement = field(init=False)
+    _saved_at: float = field(init=False, default_factory=time.monotonic)
+    _saved_place: tuple[int, int] | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        self._agreement = Agreement(self.process, questions=2)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.state.progress
+
+    @property
+    def statistics(self) -> Averages:
+        """The statistics of the epoch in progress."""
+        return self.state.statistics
+
+    def save(self) -> None:
+        """Write checkpoint-last/; every rank calls it."""
+        if self.save_ckpt:
+            self.guard.read()
+            save_last(self.output_dir, self.state)
+        self._saved_at, self._saved_place = time.monotonic(), (self.progress.epoch, self.progress.step)
+
+    def after_step(self) -> None:
+        """Save, or save and stop, if a process asked for it at the step before; nothing waits for a device.
+
+        Every rank calls it at the same steps. Raises Preempted.
+        """
+        stop, save = self._agreement.answer()
+        if stop or save:
+            self.save()
+        if stop:
+            self._leave(str(self.progress))
+        limit = 60 * self.save_every_minutes if self.save_every_minutes and self.process.is_main else None
+        due = self.save_ckpt and limit is not None and time.monotonic() - self._saved_at >= limit
+        self._agreement.ask(stop_requested(), due)
+
+    def stop_if_asked(self, where: str = "") -> None:
+        """Stop now, with the present state saved, if any process was asked to; waits for all of them.
+
+        where: what the message says of the place; left out: epoch and step. Raises Preempted.
+        """
+        asked = self._agreement.answer()[0]
+        self._agreement.ask(asked or stop_requested(), False)
+        if self._agreement.answer()[0]:
+            if self._saved_place != (self.progress.epoch, self.progress.step):
+                self.save()
+            self._leave(where or str(self.progress))
+
+    def end_epoch(self, record: Mapping[str, Any]) -> None:
+        """Add a line of JSON to log.txt and go on to the next epoch."""
+        if self.process.is_main:
+            append_json_line(self.output_dir / "log.txt", {"epoch": self.progress.epoch} | dict(record))
+        self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
+
+    def _leave(self, where: str) -> NoReturn:
+        name = first_signal()
+        if self.process.is_main and self.save_ckpt and self.auto_resume:
+            (self.output_dir / MARKER).write_text(f"{name}, {where}\n")
+        self._agreement.ask(False, False)
+        self._agreement.answer()  # nobody leaves, and so ends the others, before the marker is written
+        command = "the same command" if self.auto_resume else "the command without --no_auto_resume"
+        kept = f"the state is saved; {command} continues" if self.save_ckpt else "nothing is saved (--no_save_ckpt)"
+        logger.info(f"stopped on {name}: {where}; {kept}")
+        raise Preempted(EXIT_CODE)
 
 
-def start(
+def start_session(
     output_dir: Path,
+    state: RunState,
     process: Process,
-    model: nn.Module,
-    optimization: Optimization,
-    progress: Progress,
-    samples: Part,
     *,
     resumed: Mapping[str, Any] | None,
-    record: Mapping[str, Any],
     log_dir: str,
-    auto_resume: bool,
-    save_ckpt: bool,
-    save_every_minutes: float | None,
     max_nonfinite: int,
+    save_ckpt: bool,
+    auto_resume: bool,
+    save_every_minutes: float | None,
 ) -> Session:
     """Continue from `resumed`, if there is such a state, and make output_dir this run's; every rank calls it.
 
     Args:
-        model: unwrapped; it, optimization, progress and samples are set to the state. samples: counts of this rank.
-        resumed: of `find_resume`. record: the run's arguments. log_dir: of TensorBoard.
-        auto_resume: whether the same command would continue the run. save_ckpt: whether to keep states.
-        save_every_minutes: how often, beside after each epoch. max_nonfinite: steps in a row that end the run.
+        state: the run as it was built; it is set to what `resumed` holds.
+        resumed: what `find_resume` returned.
+        log_dir: the folder of TensorBoard's events.
+        max_nonfinite: steps in a row, with a loss or gradient that is not finite, that end the run.
+        save_ckpt, auto_resume, save_every_minutes: as in Session.
 
     Raises ConfigError where the data is not that of the state, or a folder cannot be written.
     """
-    parts = {"statistics": Averages(), "samples": samples}
     if resumed:
-        restore(resumed, model, optimization, progress, parts=parts, rank=process.rank, world_size=process.world_size)
+        restore(resumed, state, process)
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
-        claim(output_dir, progress, record=record, world_size=process.world_size)
-    tensorboard = TensorBoard(log_dir if process.is_main else None, progress.steps_done)
-    guard = NonFinite(progress, output_dir / "nonfinite.jsonl" if process.is_main else None, limit=max_nonfinite)
-
-    def save() -> None:
-        guard.read()
-        save_last(output_dir, model, optimization, progress, parts=parts, record=record)
-
-    preemption = Preemption(
+        rewind_folder(output_dir, state, world_size=process.world_size)
+    tensorboard = TensorBoard(log_dir if process.is_main else None, state.progress.steps_done)
+    nonfinite_file = output_dir / "nonfinite.jsonl" if process.is_main else None
+    guard = NonFinite(state.progress, nonfinite_file, limit=max_nonfinite)
+    return Session(
         output_dir,
-        Agreement(process, questions=2),
-        save if save_ckpt else None,
-        is_main=process.is_main,
+        state,
+        process,
+        tensorboard,
+        guard,
+        save_ckpt=save_ckpt,
         auto_resume=auto_resume,
         save_every_minutes=save_every_minutes,
     )
-    log_file = output_dir / "log.txt" if process.is_main else None
-    return Session(progress, parts["statistics"], tensorboard, guard, preemption, log_file)

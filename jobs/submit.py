@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.cli import ConfigError, Parser
-from utils.flags import dapt_parser, finetune_parser, positive
+from utils.cli import ConfigError, Parser, positive
+from utils.flags import dapt_parser, finetune_parser
 from utils.signals import EXIT_CODE, MARKER
 
 SCRIPTS = {"run_dapt.py": dapt_parser, "run_finetune.py": finetune_parser}

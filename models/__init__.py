@@ -1,6 +1,25 @@
-"""Video models by name. A model is pure: torch and timm, no files, no processes, no arguments object."""
+"""Video models by name, and from their weights file: `create_model(name)`, `load(path)`.
+
+A model is pure: torch, timm and einops, no files, no processes, no arguments object; `models.weights` reads files.
+"""
 
 from models import internvideo2, mae, vit  # noqa: F401  (they fill the registry)
-from models.registry import ModelDefaults, create_model, list_models, model_defaults
+from models.registry import (
+    ModelDefaults,
+    classifier_of,
+    create_model,
+    list_models,
+    masked_autoencoder_of,
+    model_defaults,
+)
+from models.weights import load
 
-__all__ = ["ModelDefaults", "create_model", "list_models", "model_defaults"]
+__all__ = [
+    "ModelDefaults",
+    "classifier_of",
+    "create_model",
+    "list_models",
+    "load",
+    "masked_autoencoder_of",
+    "model_defaults",
+]

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 Grid = tuple[int, int, int]  # tokens in time, height, width
@@ -48,14 +49,14 @@ def resampled(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
     """
     if old == new:
         return table
-    planes = table.view(*old, -1).permute(0, 3, 1, 2)  # t D h w
+    planes = rearrange(table, "(t h w) d -> t d h w", t=old[0], h=old[1])
     if old[1:] != new[1:]:
         planes = F.interpolate(planes, size=new[1:], mode="bicubic", align_corners=False)
     if old[0] != new[0]:
-        lines = planes.permute(2, 3, 1, 0).flatten(0, 1)  # (h w) D t
+        lines = rearrange(planes, "t d h w -> (h w) d t")
         lines = F.interpolate(lines, size=new[0], mode="linear", align_corners=False)
-        planes = lines.unflatten(0, new[1:]).permute(3, 2, 0, 1)
-    return planes.permute(0, 2, 3, 1).flatten(0, 2)
+        planes = rearrange(lines, "(h w) d t -> t d h w", h=new[1])
+    return rearrange(planes, "t d h w -> (t h w) d")
 
 
 def likely_grid(positions: int, wanted: Grid) -> Grid | None:
@@ -77,7 +78,7 @@ def position_table(kind: str, grid: Grid, dim: int) -> torch.Tensor:
     tokens, `resampled` to the grid. Raises ValueError for another kind.
     """
     if kind == "sinusoid":
-        return sinusoid_1d(grid[0] * grid[1] * grid[2], dim)
+        return sinusoid_1d(math.prod(grid), dim)
     if kind == "sincos_3d":
         return sincos_3d(grid, dim)
     if kind == "umt":

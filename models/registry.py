@@ -1,59 +1,84 @@
-"""Named model sizes: `create_model(name)`, `list_models()`, and the input each name was trained on."""
+"""Named models: `create_model(name, **options)`, `list_models()`, and the clips that each name was trained on."""
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+@dataclass(frozen=True)
+class VideoInput:
+    """The clips that a model takes.
+
+    num_frames: frames of a clip, a multiple of tubelet_size.
+    view_fps: frames per second at which they are taken from a video.
+    input_size: height and width in pixels, a multiple of the patch size.
+    tubelet_size: frames of a token.
+    mean: the mean of red, green and blue in [0, 1] that is subtracted; ImageNet's by default.
+    std: their standard deviation, by which they are divided.
+    """
+
+    num_frames: int = 16
+    view_fps: float = 10
+    input_size: int = 224
+    tubelet_size: int = 2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class ModelDefaults:
+class ModelDefaults(VideoInput):
     """What a named model was trained with; the command line overrides each of them.
 
-    num_frames at view_fps frames per second, input_size pixels square, tubelet_size frames per token,
-    mean and std of RGB in [0, 1], finetune_lr the published base learning rate (per 256 clips) for fine-tuning.
+    finetune_lr: the published base learning rate for fine-tuning, per 256 clips.
     """
 
-    num_frames: int
-    view_fps: float
-    input_size: int
-    tubelet_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    finetune_lr: float
+    finetune_lr: float = 5e-4
 
 
-_MODELS: dict[str, tuple[Callable[..., nn.Module], ModelDefaults]] = {}
+@dataclass(frozen=True)
+class Dropout:
+    """What is left out at random in training.
+
+    drop_rate: the share of channels after projections.
+    attn_drop_rate: the share of attention weights.
+    drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+    fc_drop_rate: the share of features before the head.
+    """
+
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    fc_drop_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Registered:
+    build: Callable[..., nn.Module]
+    defaults: ModelDefaults | None  # None: those of its encoder
+    encoder: str | None  # of a masked autoencoder
+
+
+_MODELS: dict[str, _Registered] = {}
 
 
 def register_model(
-    *,
-    num_frames: int = 16,
-    view_fps: float = 10,
-    input_size: int = 224,
-    tubelet_size: int = 2,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-    finetune_lr: float = 5e-4,
-) -> Callable:
-    """Decorator: put a constructor into the registry under its function name."""
-    defaults = ModelDefaults(num_frames, view_fps, input_size, tubelet_size, mean, std, finetune_lr)
+    name: str, build: Callable[..., nn.Module], defaults: ModelDefaults | None = None, *, encoder: str | None = None
+) -> None:
+    """Put a model into the registry. Raises ValueError where the name is taken.
 
-    def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if build.__name__ in _MODELS:
-            raise ValueError(f"model {build.__name__!r} is registered twice")
-        _MODELS[build.__name__] = (build, defaults)
-        return build
-
-    return register
+    Args:
+        build: (VideoInput, Dropout, **options) -> the model.
+        defaults: of a classifier.
+        encoder: the name of the classifier that a masked autoencoder trains; their defaults are the same.
+    """
+    if name in _MODELS:
+        raise ValueError(f"model {name!r} is registered twice")
+    _MODELS[name] = _Registered(build, defaults, encoder)
 
 
-def _find(name: str) -> tuple[Callable[..., nn.Module], ModelDefaults]:
+def _find(name: str) -> _Registered:
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -62,33 +87,53 @@ def _find(name: str) -> tuple[Callable[..., nn.Module], ModelDefaults]:
 
 
 def list_models() -> list[str]:
-    """Every registered name, sorted."""
+    """List every registered name, sorted."""
     return sorted(_MODELS)
 
 
+def classifier_of(name: str) -> str:
+    """Return the classifier with a masked autoencoder's encoder, or its own name. Raises ValueError if unknown."""
+    return _find(name).encoder or name
+
+
+def masked_autoencoder_of(name: str) -> str:
+    """Return the masked autoencoder that trains a classifier's encoder, or its own name. Raises ValueError if none."""
+    if _find(name).encoder:
+        return name
+    for other, registered in _MODELS.items():
+        if registered.encoder == name:
+            return other
+    raise ValueError(f"{name} has no masked autoencoder")
+
+
 def model_defaults(name: str) -> ModelDefaults:
-    """Defaults of a registered model, without building it. Raises ValueError for an unknown name."""
-    return _find(name)[1]
+    """Return the defaults of a registered model, without building it. Raises ValueError for an unknown name."""
+    return _find(classifier_of(name)).defaults
 
 
-def create_model(name: str, **kwargs) -> nn.Module:
-    """Build a registered model; keyword arguments go to its constructor over the name's defaults.
+def create_model(name: str, **options) -> nn.Module:
+    """Build a registered model. Its attribute `name` is the name, its `spec` all that `models.load` builds it from.
 
-    Its state dict carries the name, in the metadata that PyTorch keeps beside the tensors.
+    Args:
+        options: the fields of VideoInput and of Dropout, and the keywords of the model's class, over the defaults of
+            the name. A masked autoencoder takes its encoder's, decoder_depth and normalize_target. None stands for
+            the default.
 
-    Raises ValueError for an unknown name (with the list of known ones), TypeError for an unknown argument.
+    Raises ValueError for an unknown name (with the list of known ones) or value, TypeError for an unknown option.
     """
-    build, defaults = _find(name)
-    shape = {
-        "num_frames": defaults.num_frames,
-        "input_size": defaults.input_size,
-        "tubelet_size": defaults.tubelet_size,
-    }
-    model = build(**(shape | kwargs))
-    model.register_state_dict_post_hook(partial(_sign, name))
+    options = {option: value for option, value in options.items() if value is not None}
+    video = _take(options, VideoInput, model_defaults(name))
+    dropout = _take(options, Dropout, Dropout())
+    return build_model(name, video, dropout, **options)
+
+
+def build_model(name: str, video: VideoInput, dropout: Dropout, **options) -> nn.Module:
+    """Build a registered model, its options grouped. Raises what `create_model` raises."""
+    model = _find(name).build(video, dropout, **options)
+    model.name = name
     return model
 
 
-def _sign(name: str, module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """Put the name of a model into the metadata of its state dict."""
-    metadata["model"] = name
+def _take(options: dict, kind: type, defaults: VideoInput | Dropout) -> VideoInput | Dropout:
+    """Move the options that are fields of a dataclass into a copy of `defaults`."""
+    return replace(defaults, **{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})

@@ -1,34 +1,52 @@
 """The plain Video ViT: encoder and classifier of VideoMAE and of the families that share its architecture.
 
-Shapes: B clips, C channels, T frames, H x W pixels, N tokens in (t h w) order, D channels of a token, K classes.
+Shapes: B clips, T frames, H x W pixels, N tokens in (t h w) order, D channels of a token, K classes.
 State-dict keys are those of the published fine-tuned checkpoints (github.com/MCG-NJU/VideoMAE), so files go both ways.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from timm.models.beit import Block  # the VideoMAE block: q and v bias without k bias, keys `attn.q_bias`, `attn.v_bias`
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.pos_embed import position_table
-from models.registry import register_model
+from models.registry import Dropout, ModelDefaults, VideoInput, register_model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class TubeletEmbed(nn.Module):
-    """(B, C, T, H, W) -> (B, N, D): one token per tubelet_size x patch_size x patch_size cube of pixels."""
+@dataclass(frozen=True)
+class Size:
+    """How large a transformer is.
 
-    def __init__(self, *, patch_size: int, tubelet_size: int, in_chans: int, embed_dim: int):
+    embed_dim: D.
+    depth: the number of blocks.
+    num_heads: the heads of each attention.
+    patch_size: height and width of an encoder's token in pixels.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+
+
+class TubeletEmbed(nn.Module):
+    """(B, 3, T, H, W) -> (B, N, D): one token per cube of pixels, its sides in time, height, width."""
+
+    def __init__(self, cube: tuple[int, int, int], embed_dim: int):
         super().__init__()
-        self.cube = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, kernel_size=self.cube, stride=self.cube)
+        self.cube = cube
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=cube, stride=cube)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return self.proj(video).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(video), "b d t h w -> b (t h w) d")
 
 
 def gelu_layer(kind: str) -> Callable[[], nn.Module]:
@@ -43,31 +61,20 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
-def build_blocks(
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    *,
-    mlp_ratio: float = 4.0,
-    gelu: str = "erf",
-    drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-) -> nn.ModuleList:
+def build_blocks(size: Size, dropout: Dropout, gelu: str = "erf") -> nn.ModuleList:
     """VideoMAE's transformer blocks. Raises ValueError for an unknown gelu."""
     blocks = nn.ModuleList(
         Block(
-            embed_dim,
-            num_heads,
+            size.embed_dim,
+            size.num_heads,
             qkv_bias=True,
-            mlp_ratio=mlp_ratio,
-            proj_drop=drop_rate,
-            attn_drop=attn_drop_rate,
+            proj_drop=dropout.drop_rate,
+            attn_drop=dropout.attn_drop_rate,
             drop_path=drop_path,
             act_layer=gelu_layer(gelu),
             norm_layer=LayerNorm,
         )
-        for drop_path in drop_path_rates(drop_path_rate, depth)
+        for drop_path in drop_path_rates(dropout.drop_path_rate, size.depth)
     )
     for block in blocks:
         block.mlp.drop1 = nn.Identity()  # VideoMAE drops after fc2 only
@@ -81,45 +88,100 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, recompute: bool) -> to
     return x
 
 
-class VideoEncoder(nn.Module):
-    """What the Video ViTs share: (B, C, T, H, W) to tokens, layers for learning-rate decay, freezing, a head in fp32.
+def init_weights(module: nn.Module) -> None:
+    """VideoMAE's initialisation; the 3-D convolution keeps PyTorch's."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
-    A subclass has `blocks`, `pos_embed`, `fc_dropout`, `head` and `forward_features`.
+
+class VideoEncoder(nn.Module):
+    """What the Video ViTs share: (B, 3, T, H, W) to tokens, layers for learning-rate decay, freezing, a head in fp32.
+
+    A subclass adds `blocks`, calls `add_head` and `initialize`, and defines `forward_features(video)`: (B, features)
+    pooled and normed, or (B, N, D) where final_reduction is "none". If it has a position table, that is `pos_embed`,
+    (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it; else it defines `encode`.
+
+    Args:
+        size, video: the transformer's size, the clips it takes.
+        gelu: "erf", or "tanh" for its approximation.
+        final_reduction: what becomes of the tokens before the head.
+        pos_embed_kind: a kind of `position_table`, "learned", or what stands in its place.
 
     Raises ValueError where sizes do not divide.
     """
 
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        input_size: int,
-        patch_size: int,
-        num_frames: int,
-        tubelet_size: int,
-        in_chans: int,
-        pos_embed_kind: str,
-    ):
+    name = ""  # where it is registered
+
+    def __init__(self, size: Size, video: VideoInput, *, gelu: str, final_reduction: str, pos_embed_kind: str):
         super().__init__()
+        num_frames, input_size = video.num_frames, video.input_size
+        tubelet_size, patch_size = video.tubelet_size, size.patch_size
         if input_size % patch_size or num_frames % tubelet_size:
             raise ValueError(
                 f"input_size {input_size} must be a multiple of the patch size {patch_size}, "
                 f"and num_frames {num_frames} of tubelet_size {tubelet_size}"
             )
-        self.input_shape = (in_chans, num_frames, input_size, input_size)
+        self.video, self.gelu, self.final_reduction = video, gelu, final_reduction
+        self.input_shape = (3, num_frames, input_size, input_size)
         self.grid = (num_frames // tubelet_size, input_size // patch_size, input_size // patch_size)
-        self.embed_dim, self.pos_embed_kind = embed_dim, pos_embed_kind
+        self.embed_dim, self.pos_embed_kind = size.embed_dim, pos_embed_kind
         self.grad_checkpointing = False
-        self.patch_embed = TubeletEmbed(
-            patch_size=patch_size, tubelet_size=tubelet_size, in_chans=in_chans, embed_dim=embed_dim
-        )
+        self.register_buffer("pos_embed", None, persistent=False)
+        self.register_buffer("mean", torch.tensor(video.mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(video.std, dtype=torch.float32), persistent=False)
+        self.patch_embed = TubeletEmbed((tubelet_size, patch_size, patch_size), size.embed_dim)
+
+    def add_head(self, num_classes: int, *, fc_norm: nn.LayerNorm | None, drop_rate: float) -> None:
+        """Add `norm`, `fc_norm`, `fc_dropout` and `head`, which is left out for 0 classes.
+
+        One of the two norms does something, under the name that its published checkpoints use: `fc_norm`, that of
+        pooled features, or where that is None `norm`, that of tokens.
+        """
+        self.norm = nn.Identity() if fc_norm else LayerNorm(self.embed_dim)
+        self.fc_norm = fc_norm or nn.Identity()
+        self.fc_dropout = nn.Dropout(drop_rate)
+        features = fc_norm.normalized_shape[0] if fc_norm else self.embed_dim
+        self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
+
+    def initialize(self, init_scale: float) -> None:
+        """Draw the weights; init_scale is a factor on the head's."""
+        self.apply(init_weights)
+        if isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                self.head.weight.mul_(init_scale)
+
+    @property
+    def spec(self) -> dict:
+        """All that `models.load` builds the model from, in plain types: a new dictionary each time."""
+        video = {f.name: getattr(self.video, f.name) for f in fields(VideoInput)}
+        count = getattr(self.head, "out_features", 0)
+        return {
+            "model": self.name,
+            **{key: [*map(float, value)] if key in ("mean", "std") else value for key, value in video.items()},
+            "gelu": self.gelu,
+            "final_reduction": self.final_reduction,
+            "pos_embed": "learned" if isinstance(self.pos_embed, nn.Parameter) else self.pos_embed_kind,
+            "classes": ["safe", "risk"] if count == 2 else [f"class_{i}" for i in range(count)],
+        }
+
+    def normalize(self, video: torch.Tensor) -> torch.Tensor:
+        """uint8 RGB (B, 3, T, H, W), on the model's device -> float32: less the mean, over the standard deviation."""
+        mean, std = (x[:, None, None, None] * 255 for x in (self.mean, self.std))
+        return video.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> (B, N, D): tokens with their position added. Raises ValueError on another C, T, H or W."""
+        """(B, 3, T, H, W) -> (B, N, D): tokens, their position added if there is a table.
+
+        Raises ValueError on another number of channels, T, H or W.
+        """
         if tuple(video.shape[1:]) != self.input_shape:
             raise ValueError(f"expected a video of shape (B, {', '.join(map(str, self.input_shape))}), "
                              f"got {tuple(video.shape)}")  # fmt: skip
         x = self.patch_embed(video)
+        if self.pos_embed is None:
+            return x
         positions = self.pos_embed[:, -x.shape[1] :]  # a class token's comes before them
         return x + positions.to(x.dtype)  # in the activations' type, as published, so autocast stays in half
 
@@ -127,15 +189,28 @@ class VideoEncoder(nn.Module):
         """(B, n, D) through the blocks."""
         return run_blocks(self.blocks, x, recompute=self.grad_checkpointing and self.training)
 
+    def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, n, D) -> (B, n, D): any subset of the tokens of `embed` through the blocks and `norm`.
+
+        positions: (B, n) int64, the numbers of the tokens in (t h w) order; None stands for all of them in order. An
+        encoder with a position table does without.
+        """
+        return self.norm(self.run_blocks(x))
+
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> (B, K) logits; (B, N, K) where final_reduction is "none"."""
+        """(B, 3, T, H, W) normalised -> (B, K) logits; (B, N, K) where final_reduction is "none"."""
         x = self.fc_dropout(self.forward_features(video))
         with torch.autocast(x.device.type, enabled=False):  # logits in half precision would tie
             return self.head(x.float())
 
     def learn_pos_embed(self) -> None:
-        """Make the position table a parameter, trained and saved like the others; nothing where it is one."""
+        """Make the position table a parameter, trained and saved like the others; nothing where it is one.
+
+        Raises ValueError where there is no table.
+        """
         table = self.pos_embed
+        if table is None:
+            raise ValueError(f"{self.name or type(self).__name__} has no position table: {self.pos_embed_kind}")
         if not isinstance(table, nn.Parameter):
             del self.pos_embed
             self.pos_embed = nn.Parameter(table.clone())
@@ -151,10 +226,6 @@ class VideoEncoder(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
 
     def freeze_blocks(self, num_blocks: int) -> None:
         """Stop the gradients of the embedding and of the first num_blocks blocks, their norms excepted.
@@ -175,168 +246,66 @@ class VideoViT(VideoEncoder):
     """Video ViT: (B, 3, T, H, W) normalised RGB -> (B, K) logits.
 
     Args:
-        input_size: H and W in pixels, a multiple of patch_size. num_frames: T, a multiple of tubelet_size.
+        size, video, dropout: the transformer's size, the clips it takes, what is left out in training.
+        pos_embed: position table, a kind of `position_table`; fixed unless `learn_pos_embed` is called.
         num_classes: K; 0 leaves the head out (`forward` then returns the features).
         gelu: "erf", or "tanh" for its approximation.
-        drop_rate, attn_drop_rate, fc_drop_rate: dropout after projections, on attention weights, before the head.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         init_scale: factor on the head's initial weights.
         final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token;
             "none" = norm, all tokens (B, N, D).
-        pos_embed: position table, a kind of `position_table`; fixed unless `learn_pos_embed` is called.
 
     Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
 
     def __init__(
         self,
+        size: Size,
+        pos_embed: str,
+        video: VideoInput,
+        dropout: Dropout,
         *,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        input_size: int,
-        patch_size: int = 16,
-        num_frames: int = 16,
-        tubelet_size: int = 2,
-        in_chans: int = 3,
         num_classes: int = 2,
-        mlp_ratio: float = 4.0,
         gelu: str = "erf",
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        fc_drop_rate: float = 0.0,
         init_scale: float = 0.001,
         final_reduction: str = "fc_norm",
-        pos_embed: str = "sinusoid",
     ):
-        super().__init__(
-            embed_dim=embed_dim,
-            input_size=input_size,
-            patch_size=patch_size,
-            num_frames=num_frames,
-            tubelet_size=tubelet_size,
-            in_chans=in_chans,
-            pos_embed_kind=pos_embed,
-        )
+        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind=pos_embed)
         if final_reduction not in ("fc_norm", "cls", "none"):
             raise ValueError(f"final_reduction must be fc_norm, cls or none, not {final_reduction!r}")
-        self.final_reduction = final_reduction
-        self.register_buffer("pos_embed", position_table(pos_embed, self.grid, embed_dim)[None], persistent=False)
-        self.blocks = build_blocks(
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            gelu=gelu,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
-        # One of the two exists, under the name its published checkpoints use.
-        self.norm = nn.Identity() if final_reduction == "fc_norm" else LayerNorm(embed_dim)
-        self.fc_norm = LayerNorm(embed_dim) if final_reduction == "fc_norm" else nn.Identity()
-        self.fc_dropout = nn.Dropout(fc_drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-
-        self.apply(init_weights)
-        if num_classes:
-            with torch.no_grad():
-                self.head.weight.mul_(init_scale)
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D) -> (B, n, D): any subset of the tokens through the blocks and `norm`."""
-        return self.norm(self.run_blocks(x))
+        table = position_table(pos_embed, self.grid, size.embed_dim)
+        self.register_buffer("pos_embed", table[None], persistent=False)
+        self.blocks = build_blocks(size, dropout, gelu)
+        fc_norm = LayerNorm(size.embed_dim) if final_reduction == "fc_norm" else None
+        self.add_head(num_classes, fc_norm=fc_norm, drop_rate=dropout.fc_drop_rate)
+        self.initialize(init_scale)
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        """(B, 3, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
         x = self.encode(self.embed(video))
         if self.final_reduction == "fc_norm":
             return self.fc_norm(x.mean(dim=1))
         return x[:, 0] if self.final_reduction == "cls" else x
 
 
-def init_weights(module: nn.Module) -> None:
-    """VideoMAE's initialisation; the 3-D convolution keeps PyTorch's."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+TINY, SMALL, BASE = Size(128, 4, 4), Size(384, 12, 6), Size(768, 12, 12)
+LARGE, HUGE = Size(1024, 24, 16), Size(1280, 32, 16)
+_TINY = {"num_frames": 4, "view_fps": 5, "input_size": 64, "finetune_lr": 1e-3}
+_UMT = {"num_frames": 8, "view_fps": 5, "tubelet_size": 1}  # a token per frame
 
-
-@register_model(num_frames=4, view_fps=5, input_size=64, finetune_lr=1e-3)
-def vit_tiny_patch16_64(**kwargs) -> VideoViT:
-    """A ViT for tests and the demo; no published weights."""
-    return VideoViT(embed_dim=128, depth=4, num_heads=4, **kwargs)
-
-
-@register_model(finetune_lr=1e-3)
-def vit_small_patch16_224(**kwargs) -> VideoViT:
-    """ViT-S/16: 22 M parameters."""
-    return VideoViT(embed_dim=384, depth=12, num_heads=6, **kwargs)
-
-
-@register_model()
-def vit_base_patch16_224(**kwargs) -> VideoViT:
-    """ViT-B/16: 86 M parameters."""
-    return VideoViT(embed_dim=768, depth=12, num_heads=12, **kwargs)
-
-
-@register_model()
-def vit_large_patch16_224(**kwargs) -> VideoViT:
-    """ViT-L/16: 304 M parameters."""
-    return VideoViT(embed_dim=1024, depth=24, num_heads=16, **kwargs)
-
-
-@register_model()
-def vit_huge_patch16_224(**kwargs) -> VideoViT:
-    """ViT-H/16: 633 M parameters."""
-    return VideoViT(embed_dim=1280, depth=32, num_heads=16, **kwargs)
-
-
-@register_model(finetune_lr=1e-3)
-def mvd_vit_small_patch16_224(**kwargs) -> VideoViT:
-    """MVD's ViT: a 3-D sin-cos position table; S/16."""
-    return vit_small_patch16_224(pos_embed="sincos_3d", **kwargs)
-
-
-@register_model()
-def mvd_vit_base_patch16_224(**kwargs) -> VideoViT:
-    """MVD's ViT: a 3-D sin-cos position table; B/16."""
-    return vit_base_patch16_224(pos_embed="sincos_3d", **kwargs)
-
-
-@register_model()
-def mvd_vit_large_patch16_224(**kwargs) -> VideoViT:
-    """MVD's ViT: a 3-D sin-cos position table; L/16."""
-    return vit_large_patch16_224(pos_embed="sincos_3d", **kwargs)
-
-
-@register_model(num_frames=8, view_fps=5, tubelet_size=1, finetune_lr=1e-3)
-def umt_vit_small_patch16_224(**kwargs) -> VideoViT:
-    """UMT's ViT: a token per frame; S/16."""
-    return vit_small_patch16_224(pos_embed="umt", **kwargs)
-
-
-@register_model(num_frames=8, view_fps=5, tubelet_size=1)
-def umt_vit_base_patch16_224(**kwargs) -> VideoViT:
-    """UMT's ViT: a token per frame; B/16."""
-    return vit_base_patch16_224(pos_embed="umt", **kwargs)
-
-
-@register_model(num_frames=8, view_fps=5, tubelet_size=1)
-def umt_vit_large_patch16_224(**kwargs) -> VideoViT:
-    """UMT's ViT: a token per frame; L/16."""
-    return vit_large_patch16_224(pos_embed="umt", **kwargs)
-
-
-@register_model(num_frames=4, view_fps=5, input_size=64, finetune_lr=1e-3)
-def mvd_vit_tiny_patch16_64(**kwargs) -> VideoViT:
-    """MVD's for tests; no published weights."""
-    return vit_tiny_patch16_64(pos_embed="sincos_3d", **kwargs)
-
-
-@register_model(num_frames=4, view_fps=5, input_size=64, tubelet_size=1, finetune_lr=1e-3)
-def umt_vit_tiny_patch16_64(**kwargs) -> VideoViT:
-    """UMT's for tests; no published weights."""
-    return vit_tiny_patch16_64(pos_embed="umt", **kwargs)
+MODELS = {  # name: size, position table, defaults; the tiny ones are for tests and the demo, none is published
+    "vit_tiny_patch16_64": (TINY, "sinusoid", _TINY),
+    "vit_small_patch16_224": (SMALL, "sinusoid", {"finetune_lr": 1e-3}),  # 22 M parameters
+    "vit_base_patch16_224": (BASE, "sinusoid", {}),  # 86 M
+    "vit_large_patch16_224": (LARGE, "sinusoid", {}),  # 304 M
+    "vit_huge_patch16_224": (HUGE, "sinusoid", {}),  # 633 M
+    "mvd_vit_tiny_patch16_64": (TINY, "sincos_3d", _TINY),
+    "mvd_vit_small_patch16_224": (SMALL, "sincos_3d", {"finetune_lr": 1e-3}),
+    "mvd_vit_base_patch16_224": (BASE, "sincos_3d", {}),
+    "mvd_vit_large_patch16_224": (LARGE, "sincos_3d", {}),
+    "umt_vit_tiny_patch16_64": (TINY, "umt", {**_TINY, "tubelet_size": 1}),
+    "umt_vit_small_patch16_224": (SMALL, "umt", {**_UMT, "finetune_lr": 1e-3}),
+    "umt_vit_base_patch16_224": (BASE, "umt", _UMT),
+    "umt_vit_large_patch16_224": (LARGE, "umt", _UMT),
+}
+for _name, (_size, _pos_embed, _defaults) in MODELS.items():
+    register_model(_name, partial(VideoViT, _size, _pos_embed), ModelDefaults(**_defaults))

@@ -1,6 +1,5 @@
 """What several tests need: the recipe of the golden checkpoints, commands run as a user would run them."""
 
-import io
 import json
 import os
 import re
@@ -8,20 +7,19 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from datasets.clips import Clip
-from datasets.readers import VideoReader
-from engine.averages import Averages
+from benchmarks import cut_video
+from datasets.tools import synthetic
+from engine.checkpoint import RunState
 from engine.guard import NonFinite
 from engine.session import Session
-from utils.distributed import Agreement, Process
+from utils.distributed import Process
 from utils.logging import TensorBoard
-from utils.signals import Preemption
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real data beside the checkout; tests that need it skip where it is absent
@@ -92,51 +90,33 @@ def run(
     )
 
 
-def session(progress, *, guard=None, save=None, log_file=None) -> Session:
-    """A run of one process without files."""
-    vote = Agreement(Process(0, 0, 1, torch.device("cpu")), questions=2)
-    preemption = Preemption(os.devnull, vote, save, is_main=True, save_every_minutes=None)
-    return Session(progress, Averages(), TensorBoard(None), guard or NonFinite(progress), preemption, log_file)
+def load_weights(path) -> dict[str, torch.Tensor]:
+    """The state dict in one of our weights files."""
+    return torch.load(path, weights_only=True)["model"]
+
+
+ALONE = Process(0, 0, 1, torch.device("cpu"))
+
+
+def session(optimization, progress, *, guard=None, output_dir=Path(os.devnull), **options) -> Session:
+    """A run of one process, which keeps no state and, unless epochs end, writes no files."""
+    state = RunState(None, optimization, progress)
+    options = {"save_ckpt": False} | options
+    return Session(output_dir, state, ALONE, TensorBoard(None), guard or NonFinite(progress), **options)
 
 
 def write_video(path: Path, *, frames: int, fps: int, size: tuple[int, int] = (64, 48)) -> None:
     """Write an H.264 video of moving bars; frame i is brighter than frame i - 1. size: (width, height)."""
-    import av
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="mov" if path.suffix == ".mov" else "mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), 4 * i % 200, dtype=np.uint8)
-            pixels[:, (3 * i) % size[0] :][:, :8] = 255
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+    def picture(i):
+        pixels = np.full((size[1], size[0], 3), 4 * i % 200, dtype=np.uint8)
+        pixels[:, (3 * i) % size[0] :][:, :8] = 255
+        return pixels
+
+    synthetic.write_video(path, map(picture, range(frames)), size=size, fps=fps)
 
 
-def cut_dota(root, *, clips, frames, size=(1280, 720), quality=92):
-    """Cut DRIVING (25 fps) into clips at 10 fps: zips of JPEG, every second clip "anomalous" in its second half."""
-    (root / "dataset" / "annotations").mkdir(parents=True)
-    names = [f"solidWhiteRi_{i * frames:06d}" for i in range(clips)]
-    for i, name in enumerate(names):
-        source = [round((i * frames + t) * 25 / 10) for t in range(frames)]
-        (root / "frames" / name).mkdir(parents=True)
-        reader = VideoReader(Clip("video", str(DRIVING), 221, 25.0), str(DRIVING))
-        with zipfile.ZipFile(root / "frames" / name / "images.zip", "w") as z:
-            for t, frame in enumerate(reader.read(source)):
-                data = io.BytesIO()
-                Image.fromarray(frame.numpy()).resize(size).save(data, "JPEG", quality=quality)
-                z.writestr(f"{t:06d}.jpg", data.getvalue())
-        rows = [
-            {"image_path": f"frames/{name}/images/{t:06d}.jpg", "accident_id": 3 * (i % 2 and t >= frames - 3)}
-            for t in range(frames)
-        ]
-        annotation = {"labels": rows, "ego_involve": False, "night": False, "accident_id": 3}
-        (root / "dataset" / "annotations" / f"{name}.json").write_text(json.dumps(annotation))
-    for split, own in (("train", names[:-2]), ("val", names[-2:])):
-        (root / "dataset" / f"{split}_split.txt").write_text("\n".join(own) + "\n")
+cut_dota = partial(cut_video.cut_dota, DRIVING)
 
 
 def rewrite_zip(path, *, drop=(), add=None) -> None:

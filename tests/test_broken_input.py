@@ -11,7 +11,7 @@ from helpers import rewrite_zip, run
 
 import run_finetune
 from datasets import DataError, build_clips
-from datasets.faults import SkipBad
+from datasets.faults import CountedBatches
 from datasets.loader import EpochSampler
 from datasets.tools.synthetic import render_dota
 from datasets.windows import WindowIndex
@@ -205,7 +205,7 @@ def test_counts_go_on_where_an_interrupted_run_left_off():
     def batches(n):
         return [{"samples": ["a", "b", "c"], "skipped": [], "notes": []} for _ in range(n)]
 
-    first, second = SkipBad(batches(4), limit=0), SkipBad(batches(2), limit=0)
+    first, second = CountedBatches(batches(4), limit=0), CountedBatches(batches(2), limit=0)
     for _ in first:
         pass
     second.load_state_dicts([first.counts()])

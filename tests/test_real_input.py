@@ -3,8 +3,7 @@
 import json
 
 import pytest
-import torch
-from helpers import DRIVING, cut_dota, golden, published_file, run
+from helpers import DRIVING, cut_dota, golden, load_weights, published_file, run
 
 
 @pytest.mark.slow
@@ -36,4 +35,4 @@ def test_published_weights_on_real_video(tmp_path):
     last = json.loads((tmp_path / "run" / "log.txt").read_text().splitlines()[-1])
     assert metrics["n"] == 10 and metrics["n_pos"] == 3
     assert metrics["auroc"] == last["val_auroc"] and metrics["loss"] == pytest.approx(last["val_loss"], abs=1e-6)
-    assert torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)["head.weight"].shape == (2, 384)
+    assert load_weights(tmp_path / "run" / "checkpoint-1.pth")["head.weight"].shape == (2, 384)

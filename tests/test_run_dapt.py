@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, cut_dota, golden, published_file, run, write_video
+from helpers import SHARED, cut_dota, golden, load_weights, published_file, run, write_video
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import models
 import run_dapt
 import run_finetune
 from datasets.clips import DataError
@@ -113,7 +114,7 @@ def test_the_same_command_finishes_nothing_twice_and_continues(finished, roots, 
     for stop in (1, 2):
         in_process(*mix(roots, tmp_path / "run", *SHARES, "--stop_epoch", stop))
         assert [r["epoch"] for r in log(tmp_path / "run")] == list(range(stop))
-    a, b = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (finished, tmp_path / "run"))
+    a, b = (load_weights(f / "checkpoint-1.pth") for f in (finished, tmp_path / "run"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -123,14 +124,14 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_draws(roots, tmp_path):
     in_process(*mix(roots, tmp_path / "whole", *more))
     for stop in (1, 2):
         in_process(*mix(roots, tmp_path / "parts", *more, "--stop_epoch", stop))
-    a, b = (torch.load(tmp_path / f / "checkpoint-1.pth", weights_only=True) for f in ("whole", "parts"))
+    a, b = (load_weights(tmp_path / f / "checkpoint-1.pth") for f in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_learned_position_table_is_trained_and_resumed(roots, tmp_path):
     for stop in (1, 2):
         in_process(*mix(roots, tmp_path / "run", *SHARES, "--pos_embed", "learned", "--stop_epoch", stop))
-    first, last = (torch.load(tmp_path / "run" / f"checkpoint-{i}.pth", weights_only=True) for i in (0, 1))
+    first, last = (load_weights(tmp_path / "run" / f"checkpoint-{i}.pth") for i in (0, 1))
     assert not torch.equal(first["encoder.pos_embed"], last["encoder.pos_embed"])
 
 
@@ -174,7 +175,7 @@ def test_a_video_that_breaks_off_is_skipped(roots, tmp_path, capsys):
 def test_two_processes_train_the_same_model_as_one(roots, finished, tmp_path):
     done = run("run_dapt.py", *mix(roots, tmp_path / "two", *SHARES), processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (finished, tmp_path / "two"))
+    one, two = (load_weights(f / "checkpoint-1.pth") for f in (finished, tmp_path / "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
     for a, b in zip(log(finished), log(tmp_path / "two"), strict=True):
@@ -226,7 +227,7 @@ def test_the_published_cosine():
     case = golden("schedules")["schedules"]["dapt_bdd_cap_800"]
     steps = case["args"]["niter_per_ep"]
     assert args.nb_samples_per_epoch // 800 == steps
-    optimization = run_dapt.run_optimization(args, create_model(TINY[1]), steps)
+    optimization = run_dapt.optimization_of(args, create_model(TINY[1]), steps)
     starts = next(v for k, v in case.items() if k.startswith("epoch_starts"))
     for epoch, lr in starts.items():
         assert optimization.lr(int(epoch) * steps) == pytest.approx(lr, abs=1e-9)
@@ -259,9 +260,9 @@ def test_options_train(roots, tmp_path, options):
 def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(model, batches, set_epoch, objective, optimization, session, reporting, **kwargs):
+    def spy(model, batches, set_epoch, objective, session, reporting, **kwargs):
         (seen["batch"], *_) = batches
-        seen.update(model=model, optimization=optimization, dataset=batches.loader.dataset)
+        seen.update(model=model, optimization=session.state.optimization, dataset=batches.loader.dataset)
         session.progress.epoch = 1
 
     monkeypatch.setattr(run_dapt, "train_epochs", spy)
@@ -285,6 +286,20 @@ def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
     for source, enlarge in zip(seen["dataset"].sources, (True, False), strict=True):
         assert source.transform.rand_augment and source.transform.short_side == 70 and source.index.view_fps == 7
         assert source.transform.enlarge == enlarge and source.transform.aligned
+
+
+def test_dapt_goes_on_from_a_weights_file_without_naming_its_model(roots, tmp_path):
+    odd = ["--decoder_depth", "2", "--num_frames", "8", "--tubelet_size", "4", "--gelu", "tanh"]
+    in_process(*mix(roots, tmp_path / "a", *SHARES, *odd, "--stop_epoch", "1"))
+    unnamed = [word for word in mix(roots, tmp_path / "b", *SHARES, "--stop_epoch", "1") if word not in TINY[:2]]
+    with pytest.raises(ConfigError, match="--gelu erf contradicts .*checkpoint-0.pth, which was made with tanh"):
+        in_process(*unnamed, "--from_ckpt", tmp_path / "a" / "checkpoint-0.pth", "--gelu", "erf")
+    in_process(*unnamed, "--from_ckpt", tmp_path / "a" / "checkpoint-0.pth")
+    specs = [torch.load(tmp_path / f / "checkpoint-0.pth", weights_only=True)["spec"] for f in "ab"]
+    assert specs[0] == specs[1] and (specs[0]["decoder_depth"], specs[0]["num_frames"]) == (2, 8)
+    assert (specs[0]["data_set"], specs[0]["epoch"]) == (["videos", "CAP-DATA"], 0)
+    model, spec = models.load(str(tmp_path / "b" / "checkpoint-0.pth"))
+    assert spec == specs[1] and model.spec == {key: spec[key] for key in model.spec}
 
 
 def test_kinetics_and_labelled_sets_mix(roots, dota_root, tmp_path):

@@ -11,9 +11,15 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, load_weights, run
 
+import models
 import run_finetune
+from datasets import build_clips
+from datasets.augment.frames import EvalTransform
+from datasets.stream import SplitWindows
+from datasets.windows import index_clips
+from engine.evaluate import Scorer
 from models import create_model
 from utils.cli import ConfigError
 from utils.distributed import Process
@@ -109,7 +115,7 @@ def test_two_processes_train_the_same_model_as_one(dota_root, tmp_path):
             "run_finetune.py", *flags(dota_root, tmp_path / name, *SHORT), "--drop_path", "0", processes=processes
         )
         assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True) for name in ("one", "two"))
+    one, two = (load_weights(tmp_path / name / "checkpoint-1.pth") for name in ("one", "two"))
     for key in one:
         torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-4)
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
@@ -144,7 +150,7 @@ def test_a_killed_run_continues_with_its_best_values(dota_root, tmp_path):
             k: v for k, v in expected.items() if k != "seconds"
         }
     for name in ("checkpoint-3.pth", "checkpoint-best_auroc.pth", "checkpoint-best_auc_mcc.pth"):
-        a, b = (torch.load(f / name, weights_only=True) for f in (tmp_path / "whole", folder))
+        a, b = (load_weights(f / name) for f in (tmp_path / "whole", folder))
         assert all(torch.equal(a[k], b[k]) for k in a), name
     last = torch.load(folder / "checkpoint-last" / "state.pth", weights_only=True)
     assert last["best"]["auroc"] == max(r["val_auroc"] for r in whole)
@@ -213,7 +219,7 @@ def test_learning_rate_order_and_average_of_a_run(dota_root, tmp_path):
     rates = [e.value for e in EventAccumulator(str(tmp_path)).Reload().Scalars("train/lr")]
     assert rates == pytest.approx([0.1] * 8)
     state = torch.load(tmp_path / "checkpoint-last" / "state.pth", weights_only=True)
-    kept = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    kept = load_weights(tmp_path / "checkpoint-1.pth")
     assert all(torch.equal(kept[k], state["model_ema"][k]) for k in kept)
     assert any(not torch.equal(kept[k], state["model"][k]) for k in kept)
 
@@ -266,7 +272,7 @@ def test_stop_epoch_keeps_the_schedule_and_can_be_raised_later(dota_root, finish
     for stop in (1, 2):
         in_process(*flags(dota_root, tmp_path, *SHORT, "--stop_epoch", stop))
         assert [r["epoch"] for r in log(tmp_path)] == list(range(stop))
-    a, b = (torch.load(f / "checkpoint-1.pth", weights_only=True) for f in (tmp_path, finished))
+    a, b = (load_weights(f / "checkpoint-1.pth") for f in (tmp_path, finished))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -280,12 +286,14 @@ def test_a_learned_position_table_is_trained_resumed_and_evaluated(dota_root, tm
     in_process(*flags(dota_root, tmp_path / "whole", *words))
     for stop in (1, 2):
         in_process(*flags(dota_root, tmp_path / "parts", *words, "--stop_epoch", stop))
-    whole, parts = (torch.load(tmp_path / f / "checkpoint-1.pth", weights_only=True) for f in ("whole", "parts"))
+    whole, parts = (load_weights(tmp_path / f / "checkpoint-1.pth") for f in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     assert not torch.equal(whole["pos_embed"], source.pos_embed)
     evaluation = ["--eval", "--finetune", tmp_path / "whole" / "checkpoint-1.pth"]
     in_process(*flags(dota_root, tmp_path / "eval", *evaluation))
-    in_process(*flags(dota_root, tmp_path / "fixed", *evaluation, "--pos_embed", "sincos"))
+    with pytest.raises(ConfigError, match="--pos_embed sincos contradicts .*, which was made with learned"):
+        in_process(*flags(dota_root, tmp_path / "fixed", *evaluation, "--pos_embed", "sincos"))
+    in_process(*flags(dota_root, tmp_path / "fixed", *evaluation, "--pos_embed", "sincos", "--override_spec"))
     learned, fixed = ((tmp_path / f / "predictions.csv").read_text() for f in ("eval", "fixed"))
     assert learned != fixed
 
@@ -294,12 +302,109 @@ def test_a_position_table_is_learned_from_the_model_s_own(dota_root, tmp_path):
     torch.save(create_model("vit_tiny_patch16_64").state_dict(), tmp_path / "fixed.pth")
     words = ["--finetune", tmp_path / "fixed.pth", "--pos_embed", "learned", "--disable_eval_during_finetuning"]
     in_process(*flags(dota_root, tmp_path / "run", *SHORT, *words))
-    trained = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)["pos_embed"]
+    trained = load_weights(tmp_path / "run" / "checkpoint-1.pth")["pos_embed"]
     fixed = create_model("vit_tiny_patch16_64").pos_embed
     assert not torch.equal(trained, fixed) and torch.allclose(trained, fixed, atol=0.1)
     with pytest.raises(ConfigError, match="internvideo2_tiny_patch14_56 has a learned position table alone"):
         model = ["--model", "internvideo2_tiny_patch14_56", "--pos_embed", "sincos"]
         in_process(*flags(dota_root, tmp_path / "none", *SHORT, *model))
+
+
+@pytest.fixture(scope="module")
+def odd(dota_root, tmp_path_factory):
+    """A finished run of a model fed in another way than its name's defaults, and its weights file."""
+    folder = tmp_path_factory.mktemp("odd") / "run"
+    options = [
+        "--num_frames",
+        "8",
+        "--view_fps",
+        "2.5",
+        "--gelu",
+        "tanh",
+        "--final_reduction",
+        "cls",
+        "--init_scale",
+        9,
+    ]
+    in_process(*flags(dota_root, folder, *SHORT, *options, "--epochs", "1", "--warmup_epochs", "0"))
+    return folder / "checkpoint-0.pth"
+
+
+EVAL = ["--eval", "--data_set", "DoTA", "--device", "cpu", "--num_workers", "0"]
+
+
+def evaluate(root, output, weights, *more):
+    in_process(*EVAL, "--data_path", str(root), "--output_dir", str(output), "--finetune", str(weights), *more)
+    return predictions(output)
+
+
+def test_a_weights_file_says_how_it_is_evaluated(odd, dota_root, tmp_path):
+    """No flag of the model is needed; a file without a spec takes them, and must be given them all."""
+    rows = evaluate(dota_root, tmp_path / "spec", odd)
+    torch.save(load_weights(odd), tmp_path / "flat.pth")
+    how = ["--num_frames", "8", "--view_fps", "2.5", "--gelu", "tanh", "--final_reduction", "cls"]
+    flat = evaluate(dota_root, tmp_path / "flat", tmp_path / "flat.pth", "--model", "vit_tiny_patch16_64", *how)
+    assert rows == flat and len({row["score"] for row in rows}) > 20
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "trained"),
+    [
+        ("--num_frames", "4", "8"),
+        ("--view_fps", "10", "2.5"),
+        ("--gelu", "erf", "tanh"),
+        ("--input_size", "32", "64"),
+        ("--tubelet_size", "4", "2"),
+        ("--final_reduction", "fc_norm", "cls"),
+        ("--pos_embed", "learned", "sincos"),
+    ],
+)
+def test_a_flag_that_contradicts_the_weights_file_is_an_error(odd, dota_root, tmp_path, flag, value, trained):
+    with pytest.raises(
+        ConfigError, match=rf"{flag} {value}\S* contradicts .*checkpoint-0.pth, .* with {trained}: leave"
+    ):
+        evaluate(dota_root, tmp_path, odd, flag, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_contradiction_may_be_meant(odd, dota_root, tmp_path, capsys):
+    rows = evaluate(dota_root, tmp_path / "meant", odd, "--view_fps", "5", "--gelu", "erf", "--override_spec")
+    assert rows != evaluate(dota_root, tmp_path / "spec", odd)
+    assert "--gelu erf contradicts" in capsys.readouterr().out
+    arguments = json.loads((tmp_path / "meant" / "eval_args.json").read_text())["args"]
+    assert (arguments["view_fps"], arguments["gelu"], arguments["num_frames"]) == (5, "erf", 8)
+
+
+def test_a_weights_file_alone_is_scored_as_by_the_command(odd, dota_root, tmp_path):
+    rows = evaluate(dota_root, tmp_path, odd)
+    model, spec = models.load(str(odd))
+    clips = build_clips("DoTA", str(dota_root), "val")
+    index = index_clips(clips, num_frames=spec["num_frames"], view_fps=spec["view_fps"], stride=1)
+    windows = SplitWindows(clips, index, EvalTransform(spec["input_size"]))
+    scored = Scorer(windows).score(model)
+    assert [f"{score:.9g}" for score in scored.score] == [row["score"] for row in rows]
+
+
+def test_training_goes_on_from_a_weights_file_without_naming_its_model(odd, dota_root, tmp_path):
+    words = ["--data_set", "DoTA", "--data_path", dota_root, "--device", "cpu", "--num_workers", "0", *SHORT]
+    words = [str(word) for word in (*words, "--output_dir", tmp_path / "run", "--finetune", tmp_path / "odd.pth")]
+    shutil.copy(odd, tmp_path / "odd.pth")
+    with pytest.raises(ConfigError, match="--num_frames 4 contradicts"):
+        in_process(*words, "--num_frames", "4")
+    in_process(*words, "--stop_epoch", "1")
+    (tmp_path / "odd.pth").unlink()  # the run itself knows what it is, from now on
+    in_process(*words)
+    arguments = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
+    assert (arguments["model"], arguments["num_frames"], arguments["gelu"]) == ("vit_tiny_patch16_64", 8, "tanh")
+    spec = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)["spec"]
+    before = torch.load(odd, weights_only=True)["spec"]
+    assert spec == before | {"epoch": 1} and spec["data_set"] == "DoTA" and len(log(tmp_path / "run")) == 2
+
+
+def test_unlabelled_video_is_not_evaluated(dota_root, tmp_path, odd):
+    with pytest.raises(ConfigError, match="videos has no labels to evaluate against; .* run_predict.py"):
+        in_process("--eval", "--data_set", "videos", "--data_path", str(dota_root / "clip.mp4"), "--output_dir",
+                   str(tmp_path), "--finetune", str(odd))  # fmt: skip
 
 
 def test_options_reach_the_model(dota_root, tmp_path):
@@ -353,7 +458,7 @@ def test_evaluation_during_training_can_be_left_out(dota_root, tmp_path):
 @pytest.mark.slow
 def test_compiled_model_trains_and_saves_the_same_keys(dota_root, tmp_path):
     in_process(*flags(dota_root, tmp_path, *SHORT, "--compile", "--model_ema"))
-    state = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)
+    state = load_weights(tmp_path / "checkpoint-1.pth")
     assert state.keys() == create_model("vit_tiny_patch16_64").state_dict().keys()
 
 

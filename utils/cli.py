@@ -1,7 +1,8 @@
-"""The command line: a parser whose refusals help, batch arithmetic, and the record of what a run used."""
+"""The command line: a parser whose refusals help, the types of its values, and the error for what does not fit."""
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         self.retired = retired
+        self.free_on_resume: set[str] = set()  # destinations of flags that may change when a run is resumed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else args
@@ -51,27 +53,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resolving
+def positive(text: str) -> int:
+    """Return a whole number above 0. Raises argparse's error for anything else."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
-def split_batch(
-    total: int | None, per_process: int | None, *, default: int, world_size: int, update_freq: int
-) -> tuple[int, int]:
-    """(windows per process and forward pass, windows per step) from whichever is given; `default` per step otherwise.
+def natural(text: str) -> int:
+    """Return a whole number, 0 or above. Raises argparse's error for anything else."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
+    return int(text)
 
-    Raises ConfigError where both are given or the total does not divide, naming the nearest totals that do.
-    """
-    parts = world_size * update_freq
-    if total is not None and per_process is not None:
-        raise ConfigError("give --batch_size (per process) or --total_batch_size, not both")
-    if per_process is not None:
-        return per_process, per_process * parts
-    total = default if total is None else total
-    if total % parts:
-        below, above = total // parts * parts, -(-total // parts) * parts
-        raise ConfigError(
-            f"a total batch of {total} does not divide over {world_size} processes x {update_freq} passes: "
-            f"use --total_batch_size {' or '.join(str(n) for n in (below, above) if n)}"
-        )
-    return total // parts, total
+
+def positive_float(text: str) -> float:
+    """Return a finite number above 0. Raises argparse's error for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -112,7 +112,7 @@ def _leave(together: bool) -> None:
 
 
 def data_parallel(model: nn.Module, process: Process) -> nn.Module:
-    """DistributedDataParallel over the process group, or the model itself in a single process.
+    """Return DistributedDataParallel over the process group, or the model itself in a single process.
 
     Buffers are not sent around at every pass: ours are constants. Nor are inputs moved: they are where they should be.
     """
@@ -131,7 +131,7 @@ def seed_everything(seed: int) -> None:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -142,7 +142,7 @@ def barrier() -> None:
 
 
 def gather(value: Any) -> list | None:
-    """[value of rank 0, of rank 1, ...] on rank 0, None on the others. Values are pickled."""
+    """Return [value of rank 0, of rank 1, ...] on rank 0, None on the others. Values are pickled."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -151,7 +151,7 @@ def gather(value: Any) -> list | None:
 
 
 def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's value, on every rank. Values are pickled. group: of all ranks, if not the usual one."""
+    """Return rank 0's value, on every rank. Values are pickled. group: of all ranks, if not the usual one."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -160,7 +160,7 @@ def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
 
 
 def from_main(build: Callable[[], Any], timeout: timedelta = timedelta(days=1)) -> Any:
-    """What build() returns on rank 0, on every rank; where it raises there, every rank raises it.
+    """Return what build() returns on rank 0, on every rank; where it raises there, every rank raises it.
 
     The others wait for up to `timeout`, longer than collectives do elsewhere.
     """
@@ -199,7 +199,7 @@ class Agreement:
             self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def answer(self) -> tuple[bool, ...]:
-        """For each question last asked, whether any process voted yes; all no if none is open. An answer is given once.
+        """Return whether any process voted yes, for each question last asked, once; all no if none is open.
 
         Waits for processes that have not asked yet; raises RuntimeError where they do not within the timeout.
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def replaced(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there takes the place of `path` at the end, atomically.
+    """Yield a temporary path beside `path`; what is written there replaces `path` at the end, atomically.
 
     After an exception the temporary file is removed and `path` is as it was.
     """

@@ -63,7 +63,7 @@ def drop_records_from(path: str | Path, epoch: int, step: int = 0) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """Plain JSON types: numbers that are not finite become None, tuples lists, paths strings."""
+    """Return plain JSON types: numbers that are not finite become None, tuples lists, paths strings."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,7 +114,7 @@ class TensorBoard:
 
 
 def progress_bar(iterable: Iterable, *, description: str, total: int | None = None, enabled: bool = True) -> Iterable:
-    """tqdm on a terminal, the plain iterable elsewhere (a log file gets lines instead)."""
+    """Return tqdm on a terminal, the plain iterable elsewhere (a log file gets lines instead)."""
     if not (enabled and sys.stdout.isatty()):
         return iterable
     from tqdm import tqdm

@@ -14,13 +14,13 @@ from utils.files import replaced
 
 
 def differing(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> list[str]:
-    """The arguments both know, not among `free`, that differ: ["name: saved -> current", ...]."""
+    """Return the arguments both know, not among `free`, that differ: ["name: saved -> current", ...]."""
     keys = sorted((saved.keys() & current.keys()) - free)
     return [f"{k}: {saved[k]} -> {current[k]}" for k in keys if saved[k] != current[k]]
 
 
 def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) -> None:
-    """args.json: resolved arguments, command line, git revision, versions. Raises ConfigError where path's folder
+    """Write args.json: resolved arguments, command line, git revision, versions. Raises ConfigError where its folder
     cannot be written.
     """
     record = {
@@ -39,7 +39,7 @@ def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) 
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """The arguments in an args.json. Raises ConfigError where it is damaged."""
+    """Return the arguments in an args.json. Raises ConfigError where it is damaged."""
     try:
         return json.loads(path.read_text())["args"]
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -1,4 +1,4 @@
-"""What the flags of the run scripts stand for: values that were left open, and which may change when a run resumes."""
+"""What flags stand for that were left open: by the weights file, by the run to continue, by the machine."""
 
 import argparse
 import logging
@@ -7,43 +7,36 @@ from typing import Any
 
 from utils.cli import ConfigError
 
-# Arguments that may differ when a run is resumed: where, how fast, how far it runs, and what it started from.
-FREE_ON_RESUME = frozenset(
-    (
-        *("auto_resume", "resume", "start_epoch", "stop_epoch", "output_dir", "log_dir", "print_freq", "save_ckpt"),
-        *("save_ckpt_freq", "data_path", "finetune", "model_key", "model_prefix", "device", "num_workers", "pin_mem"),
-        *("compile", "no_flash_attn", "use_checkpoint", "batch_size", "update_freq", "eval", "eval_batch_size"),
-        *("disable_eval_during_finetuning", "allow_missing", "max_bad_samples", "from_ckpt", "scan_cache"),
-        *("save_every_minutes", "dist_timeout", "max_nonfinite"),
-    )
-)
-
 ORIGIN = ("finetune", "from_ckpt", "model_key", "model_prefix")  # what the weights came from
-SCHEDULE = ("epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end")
-OPTIMIZER = ("opt", "opt_eps", "opt_betas", "clip_grad")
-SESSION = ("log_dir", "auto_resume", "save_ckpt", "save_every_minutes", "max_nonfinite")
 logger = logging.getLogger("tad")
 
 
-def picked(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of some of the arguments."""
-    return {name: getattr(args, name) for name in names}
-
-
-def fill(args: argparse.Namespace, defaults: Any, names: Sequence[str]) -> None:
-    """Give the arguments that are None the value of the attribute of `defaults` of that name, in place."""
+def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Give each of the named arguments that is None the value of that name, if there is one, in place."""
     for name in names:
         if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
+            setattr(args, name, values.get(name))
 
 
-def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of those of the arguments that are not None."""
-    return {name: value for name, value in picked(args, names).items() if value is not None}
+def refuse_contradictions(
+    args: argparse.Namespace, spec: Mapping[str, Any], names: Sequence[str], weights: str
+) -> None:
+    """Compare the named arguments that are given with what a weights file says of itself.
+
+    Raises ConfigError naming both values where they differ, unless --override_spec is given.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is None or name not in spec or value == spec[name]:
+            continue
+        what = f"--{name} {value} contradicts {weights}, which was made with {spec[name]}"
+        if not args.override_spec:
+            raise ConfigError(f"{what}: leave the flag out, or add --override_spec if you mean it")
+        logger.warning(f"{what}; --override_spec is given")
 
 
 def keep_origin(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
-    """Set what the weights came from to what the arguments in a state to continue from say; log what changes."""
+    """Set the arguments that say what the weights came from to those of a state to continue from; log what changes."""
     saved = resumed["args"] if resumed else {}
     for name in (name for name in ORIGIN if name in saved and getattr(args, name) != saved[name]):
         logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
@@ -71,3 +64,25 @@ def resolve_schedule(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--start_epoch {args.start_epoch} < --stop_epoch {args.stop_epoch} <= --epochs {args.epochs} must hold"
         )
+
+
+def split_batch(
+    total: int | None, per_process: int | None, *, default: int, world_size: int, update_freq: int
+) -> tuple[int, int]:
+    """Return (windows per process and forward pass, windows per step) from whichever is given, else from `default`.
+
+    Raises ConfigError where both are given or the total does not divide, naming the nearest totals that do.
+    """
+    parts = world_size * update_freq
+    if total is not None and per_process is not None:
+        raise ConfigError("give --batch_size (per process) or --total_batch_size, not both")
+    if per_process is not None:
+        return per_process, per_process * parts
+    total = default if total is None else total
+    if total % parts:
+        below, above = total // parts * parts, -(-total // parts) * parts
+        raise ConfigError(
+            f"a total batch of {total} does not divide over {world_size} processes x {update_freq} passes: "
+            f"use --total_batch_size {' or '.join(str(n) for n in (below, above) if n)}"
+        )
+    return total // parts, total

@@ -17,14 +17,18 @@ ALIGNED_SCALES = (1, 1, 0.975, 0.95, 0.9, 0.875, 0.85)
 class PretrainTransform:
     """DAPT's augmentation, the same for all frames of a clip, and its mask.
 
-    aligned (as fine-tuning sees clips): short side to `short_side`, pad wide frames or not and squash to a square of
-    it, RandAugment in 7 of 10 clips, multi-scale crop. Else VideoMAE's: short side, multi-scale crop of the wide frame.
+    Aligned with what fine-tuning sees, as in simple-tad (arXiv:2507.09338), it resizes the short side to `short_side`,
+    pads wide frames or not and squashes them to a square of it, applies RandAugment in 7 of 10 clips, and crops by
+    `multi_scale_crop`. If not, as in VideoMAE (arXiv:2203.12602), it resizes the short side and crops the wide frame.
 
     Args:
         size: output height and width in pixels.
-        grid: (t, h, w) tokens of a clip. mask_ratio: share of them that is masked (see `tube_mask`).
-        short_side: pixels; smaller frames are enlarged, or stay where enlarge is False.
-        aa: RandAugment policy, or "none". Sources: simple-tad (arXiv:2507.09338), VideoMAE (arXiv:2203.12602).
+        grid: (t, h, w) tokens of a clip.
+        mask_ratio: share of them that is masked (see `tube_mask`).
+        short_side: pixels.
+        enlarge: whether smaller frames are enlarged to short_side, or stay.
+        aligned: whether clips look as in fine-tuning.
+        aa: RandAugment policy of aligned clips, or "none".
 
     Raises ValueError for a policy that does not parse or a mask that hides nothing or everything.
     """
@@ -46,7 +50,7 @@ class PretrainTransform:
         self.rand_augment = RandAugment(aa, "bicubic") if aligned and aa != "none" else None
 
     def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Frames uint8 (H, W, 3) -> video uint8 (1, 3, T, size, size), mask bool (1, N), True = masked.
+        """Turn frames uint8 (H, W, 3) into video uint8 (1, 3, T, size, size) and mask bool (1, N), True = masked.
 
         Raises DataError where frames differ in size.
         """

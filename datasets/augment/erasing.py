@@ -6,22 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MIN_AREA = 0.02  # of the boxes together, as a share of the picture
+MAX_ASPECT = 100.0
 
-def draw_erasing(
-    size: int,
-    rng: np.random.Generator,
-    *,
-    prob: float,
-    count: int,
-    max_area: float,
-    min_area: float = 0.02,
-    max_aspect: float = 100.0,
-) -> Tensor:
-    """Boxes of random erasing (arXiv:1708.04896): int64 (count, 4), each top, left, height, width in pixels.
+
+def draw_erasing(size: int, rng: np.random.Generator, *, prob: float, count: int, max_area: float) -> Tensor:
+    """Draw boxes to erase of a picture of size x size pixels: int64 (count, 4), each top, left, height, width.
 
     With probability prob between 1 and count boxes are drawn, else none; a box of height 0 is none. Their areas,
-    shared among them, are uniform in [min_area, max_area] of the picture, their aspect ratio log-uniform up to
-    max_aspect either way.
+    shared among them, are uniform in [MIN_AREA, max_area] of the picture, their aspect ratio log-uniform up to
+    MAX_ASPECT either way.
     """
     boxes = torch.zeros(count, 4, dtype=torch.int64)
     if rng.random() >= prob:
@@ -29,8 +23,8 @@ def draw_erasing(
     drawn = int(rng.integers(1, count + 1))
     for i in range(drawn):
         for _ in range(100):
-            area = rng.uniform(min_area, max_area) * size * size / drawn
-            aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
+            area = rng.uniform(MIN_AREA, max_area) * size * size / drawn
+            aspect = math.exp(rng.uniform(-math.log(MAX_ASPECT), math.log(MAX_ASPECT)))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < height < size and 0 < width < size:
                 top, left = rng.integers(size - height + 1), rng.integers(size - width + 1)

@@ -12,7 +12,7 @@ from datasets.augment.randaugment import RandAugment
 
 
 class FinetuneTransform:
-    """The published fine-tuning augmentation: pad wide frames or not, squash, RandAugment; the same for all frames.
+    """Pads wide frames or not, squashes them and applies RandAugment, the same for all frames.
 
     Args:
         size: output height and width in pixels.
@@ -20,8 +20,9 @@ class FinetuneTransform:
         aa: RandAugment policy "rand-m<magnitude 0..10>-n<ops>-mstd<std of the magnitude>", or "none".
         interpolation: of RandAugment's rotations and shears, one of INTERPOLATIONS.
         short_side: resize frames to this short side first; 0 keeps them. Padding is the same share either way.
-        erase_prob, erase_count, erase_max_area: random erasing (see `draw_erasing`); its boxes are drawn here and
-            filled on the device.
+        erase_prob: prob of `draw_erasing`, whose boxes are drawn here and filled on the device.
+        erase_count: count of `draw_erasing`.
+        erase_max_area: max_area of `draw_erasing`.
 
     Raises ValueError for a policy that does not parse.
     """
@@ -43,9 +44,10 @@ class FinetuneTransform:
         self.rand_augment = None if aa == "none" else RandAugment(aa, interpolation)
 
     def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Frames uint8 (H, W, 3), one at a time -> tensors with a leading axis of V views.
+        """Turn frames uint8 (H, W, 3), one at a time, into tensors with a leading axis of V views.
 
-        video uint8 (V, 3, T, size, size); boxes int64 (V, erase_count, 4) and seed int64 (V,) for `ToModelInput`.
+        These are video uint8 (V, 3, T, size, size), and boxes int64 (V, erase_count, 4) and seed int64 (V,) for
+        `NormalizeAndErase`. Raises DataError where the heights of frames differ.
         """
         shrunk, width = self.shrink(frames)
         videos, boxes = zip(*(self.augment(shrunk, width, rng) for _ in range(self.views)), strict=True)
@@ -53,7 +55,7 @@ class FinetuneTransform:
         return {"video": torch.stack(videos), "boxes": torch.stack(boxes), "seed": seeds}
 
     def shrink(self, frames: Iterable[Tensor]) -> tuple[Tensor, int]:
-        """Frames uint8 (H, W, 3) -> (uint8 (T, H', size, 3), W'): H' x W' is the size after `short_side`.
+        """Turn frames uint8 (H, W, 3) into uint8 (T, H', size, 3), and W': H' x W' is the size after `short_side`.
 
         The width is squashed at once: padding goes above and below, so the order does not matter, and what is
         padded and stacked afterwards is six times smaller than the frames of a 1280 x 720 video.
@@ -62,16 +64,14 @@ class FinetuneTransform:
         shrunk = []
         for frame in frames:
             height, width = frame.shape[:2]
-            frame = frame[None]
             if self.short_side:
                 scale = self.short_side / min(height, width)
                 height, width = round(height * scale), round(width * scale)
-                frame = resize(frame, height, width)
-            shrunk.append(resize(frame, height, self.size))
-        return stack([frame[0] for frame in shrunk]), width
+            shrunk.append(resize(resize(frame[None], height, width), height, self.size)[0])
+        return stack(shrunk), width
 
     def augment(self, frames: Tensor, width: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """The output of `shrink` -> (uint8 (3, T, size, size), int64 (erase_count, 4) boxes of `draw_erasing`)."""
+        """Turn the output of `shrink` into uint8 (3, T, size, size), and int64 (erase_count, 4) of `draw_erasing`."""
         frames = resize(pad_wide(frames, width, rng), self.size, self.size)
         if self.rand_augment is not None:
             frames = self.rand_augment(frames, rng)

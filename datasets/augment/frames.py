@@ -14,9 +14,9 @@ CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (
 
 
 def resize_exact(frame: Tensor, size: int) -> Tensor:
-    """uint8 (H, W, 3) -> uint8 (size, size, 3), bicubic without antialias or regard for the aspect ratio.
+    """Resize uint8 (H, W, 3) to (size, size, 3), bicubic without antialias or regard for the aspect ratio.
 
-    Within one level of cv2.resize(INTER_CUBIC), which the published weights were trained with.
+    The result is within one level of cv2.resize(INTER_CUBIC), which the published weights were trained with.
     """
     planes = frame.permute(2, 0, 1)[None].float()
     planes = F.interpolate(planes, size=(size, size), mode="bicubic", antialias=False, align_corners=False)
@@ -24,27 +24,26 @@ def resize_exact(frame: Tensor, size: int) -> Tensor:
 
 
 def resize(frames: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """uint8 (T, H, W, 3) -> uint8 (T, height, width, 3): `resize_exact`, except at hard edges, in a fifth of the time.
+    """Resize uint8 (T, H, W, 3) to (T, height, width, 3) as `resize_exact` does, but for hard edges, 5 times as fast.
 
-    PyTorch's uint8 kernel rounds and clamps between its two passes: within one level on most pixels, ten on some.
+    PyTorch's uint8 kernel rounds and clamps between its two passes: it is within one level on most pixels, ten on some.
     """
     if frames.shape[1:3] == (height, width):
         return frames
-    planes = F.interpolate(
-        frames.permute(0, 3, 1, 2), size=(height, width), mode=mode, antialias=False, align_corners=False
-    )
+    planes = frames.permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, size=(height, width), mode=mode, antialias=False, align_corners=False)
     return planes.permute(0, 2, 3, 1)
 
 
 def stack(frames: Sequence[Tensor]) -> Tensor:
-    """T frames (H, W, 3) -> (T, H, W, 3). Raises DataError where they differ in size."""
+    """Stack T frames (H, W, 3) to (T, H, W, 3). Raises DataError where they differ in size."""
     if len(sizes := {tuple(frame.shape[:2]) for frame in frames}) > 1:
         raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")
-    return torch.stack(list(frames))
+    return torch.stack(frames)
 
 
 class EvalTransform:
-    """Frames uint8 (H, W, 3), one at a time -> uint8 (n, 3, size, size): squashed to a square, nothing else."""
+    """Turns frames uint8 (H, W, 3), one at a time, into uint8 (n, 3, size, size): squashes them, and nothing else."""
 
     def __init__(self, size: int):
         self.size = size
@@ -56,9 +55,9 @@ class EvalTransform:
 def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
     """Pad frames that are wider than high above and below, by one draw for the clip.
 
-    uint8 (T, H, W, 3), whose width was `width` before squashing -> uint8 (T, H + top + bottom, W, 3). One of PADDINGS
-    is drawn; top and bottom are drawn apart, each up to half of width - H. Reflected borders are darkened by 30 % or
-    more. Source: simple-tad (arXiv:2507.09338).
+    Frames are uint8 (T, H, W, 3) and were `width` wide before squashing; they become (T, H + top + bottom, W, 3). One
+    of PADDINGS is drawn; top and bottom are drawn apart, each up to half of width - H. Reflected borders are darkened
+    by 30 % or more. The rule is simple-tad's (arXiv:2507.09338).
     """
     height = frames.shape[1]
     padding = PADDINGS[rng.integers(len(PADDINGS))]
@@ -67,9 +66,8 @@ def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
     top, bottom = (round(rng.random() * 0.5 * (width - height)) for _ in range(2))
     if padding in ("black", "colour"):
         colour = rng.integers(256, size=3) if padding == "colour" else np.zeros(3)
-        padded = torch.from_numpy(colour.astype(np.uint8)).repeat(
-            len(frames), height + top + bottom, frames.shape[2], 1
-        )
+        shape = len(frames), height + top + bottom, frames.shape[2], 3
+        padded = torch.from_numpy(colour.astype(np.uint8)).expand(shape).contiguous()
         padded[:, top : top + height] = frames
         return padded
     rows = np.pad(np.arange(height), (top, bottom), mode="reflect" if padding == "reflect" else "edge")
@@ -82,23 +80,23 @@ def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
 
 
 def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
-    """(width, height) candidates of VideoMAE's multi-scale crop of frames whose short side is `side` pixels.
+    """Return the (width, height) candidates of VideoMAE's multi-scale crop of frames whose short side is `side` pixels.
 
-    Every scale of the side with itself and its neighbours in `scales`; what is within 2 pixels of the output size is
-    that size, so that it need not be resized.
+    Every scale of the side goes with itself and its neighbours in `scales`; what is within 2 pixels of the output size
+    is that size, so that it need not be resized.
     """
     sides = [size if abs(int(side * s) - size) < 3 else int(side * s) for s in scales]
     return [(w, h) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
 
 
 def crop_offsets(spare_width: int, spare_height: int) -> list[tuple[int, int]]:
-    """(left, top) of the 13 places of a crop: on a grid of quarters of what is spare, corners, edges and centres."""
+    """Return (left, top) of the 13 places of a crop on a grid of quarters of what is spare: corners, edges, centres."""
     dx, dy = spare_width // 4, spare_height // 4
     return [(x * dx, y * dy) for x, y in CROP_PLACES]
 
 
 def multi_scale_crop(clip: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator) -> Tensor:
-    """uint8 (T, H, W, 3) -> uint8 (T, size, size, 3): one of `crop_sizes` at one of `crop_offsets`, drawn uniformly."""
+    """Turn uint8 (T, H, W, 3) into (T, size, size, 3): draw one of `crop_sizes` at one of `crop_offsets`, uniformly."""
     height, width = clip.shape[1:3]
     sizes = crop_sizes(min(height, width), size, scales)
     w, h = sizes[rng.integers(len(sizes))]

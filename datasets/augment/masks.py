@@ -4,10 +4,10 @@ import numpy as np
 
 
 def tube_mask(grid: tuple[int, int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """(t h w,) bool, True = masked: int(ratio h w) random places, the same in every temporal slice.
+    """Draw a mask of a (t, h, w) grid: (t h w,) bool, True = masked; the same int(ratio h w) places in every slice t.
 
-    A tube leaves nothing to copy from the frame before. Source: VideoMAE (arXiv:2203.12602). Raises ValueError where
-    no token would be masked or none visible.
+    A tube leaves nothing to copy from the frame before. The rule is VideoMAE's (arXiv:2203.12602). Raises ValueError
+    where no token would be masked or none visible.
     """
     slots, height, width = grid
     places = height * width

@@ -2,26 +2,16 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-DRIVING_OPS = [  # no solarise, posterise or translate: a street scene stays one
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-]
+# No solarise, posterise or translate: a street scene stays one.
+DRIVING_OPS = ["AutoContrast", "Equalize", "Invert", "Rotate", "Color"]
+DRIVING_OPS += ["Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"]
 INTERPOLATIONS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
 
 
@@ -29,25 +19,29 @@ class RandAugment:
     """timm's RandAugment over DRIVING_OPS by a policy such as "rand-m6-n3-mstd0.5-inc1", alike on all frames of a clip.
 
     `inc` is accepted because published commands carry it; as in the reference it changes nothing, since the list of
-    operations is given. Raises ValueError where the policy does not parse.
+    operations is fixed. Raises ValueError where the policy does not parse.
     """
 
     def __init__(self, policy: str, interpolation: str):
         self.augment = timm_policy(policy, interpolation)
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T, H, W, 3) -> uint8 (T, H, W, 3)."""
+        """Turn uint8 (T, H, W, 3) into uint8 (T, H, W, 3)."""
         seed, augmented = int(rng.integers(2**32)), []
-        with _global_rng_restored():
+        python, numpy = random.getstate(), np.random.get_state()
+        try:
             for frame in clip.numpy():
                 random.seed(seed)  # timm draws from the global generators: replay them for each frame
                 np.random.seed(seed)
                 augmented.append(np.asarray(self.augment(Image.fromarray(frame))))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
         return torch.from_numpy(np.stack(augmented))
 
 
 def timm_policy(policy: str, interpolation: str) -> Callable[[Image.Image], Image.Image]:
-    """The PIL image -> PIL image of `RandAugment`, which draws from Python's and NumPy's global generators."""
+    """Return the PIL image -> PIL image of `RandAugment`, which draws from Python's and NumPy's global generators."""
     from timm.data import auto_augment
 
     if interpolation not in INTERPOLATIONS:
@@ -67,13 +61,3 @@ def timm_policy(policy: str, interpolation: str) -> Callable[[Image.Image], Imag
     }
     ops = auto_augment.rand_augment_ops(magnitude=magnitude, hparams=hparams, transforms=DRIVING_OPS)
     return auto_augment.RandAugment(ops, layers)
-
-
-@contextmanager
-def _global_rng_restored() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -1,4 +1,8 @@
-"""Data sets by name. Each module here reads one kind of annotation files into a ClipTable, and does nothing else."""
+"""Data sets by name. Each module here reads one kind of annotation files into a ClipTable, and does nothing else.
+
+To add a data set, write load_x(root, split, selection) in a module here, add a line to DATA_SETS, and its name to
+utils/names.py. dota.py is an example: it makes a Clip of each name in a split file, and `selection.table` the table.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +17,20 @@ from datasets.formats.videos import load_bdd100k, load_kinetics, load_videos
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that `build_clips` knows: load(root, split, selection=...), with scan=... where it has video files and
-    fps=... where its annotations leave the frame rate open.
+    """A data set that `build_clips` knows.
 
-    splits: those to check and to pack. published: {split: (clips, frames)}. video_of: what tells from a clip's name
-    which video it was cut from.
-
-    labelled: can be fine-tuned and evaluated on. val_stride: published step between the windows evaluated during
-    training, in source frames. The rest is how DAPT uses it by default: split, step between windows in source frames
-    (between the frames of a clip for Kinetics), whether clips are cropped as fine-tuning sees them, whether small
-    frames are enlarged.
+    load: load(root, split, selection=...) reads a split; it takes scan=... and fps=... too, as the next two say.
+    of_videos: it has video files, whose frames `scan` counts.
+    assumes_fps: its annotations leave the frame rate open, which is `fps`.
+    labelled: it can be fine-tuned and evaluated on.
+    val_stride: published step between the windows evaluated during training, in source frames.
+    splits: those to check and to pack.
+    published: {split: (clips, frames)}.
+    video_of: tells from a clip's name which video it was cut from.
+    dapt_split: split that DAPT uses by default.
+    dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
+    dapt_aligned: whether it crops clips as fine-tuning sees them.
+    dapt_enlarge: whether it enlarges small frames.
     """
 
     load: Callable[..., ClipTable]
@@ -39,41 +47,32 @@ class DataSet:
     dapt_enlarge: bool = True
 
 
+_VIDEOS = partial(DataSet, of_videos=True, labelled=False)
+_DOTA = {"train": (3275, 334_903), "val": (1402, 142_747)}
 DATA_SETS = {
-    "DoTA": DataSet(
-        partial(load_dota, "DoTA"), published={"train": (3275, 334_903), "val": (1402, 142_747)}, video_of=video_of
-    ),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": (1402, 142_747)}, video_of=video_of),
+    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA, video_of=video_of),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}, video_of=video_of),
     "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
     "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
-    "BDD100K": DataSet(
-        load_bdd100k,
-        of_videos=True,
-        labelled=False,
-        splits=("train", "val", "test"),
-        dapt_split="all",
-        dapt_stride=16,
-    ),
-    "Kinetics": DataSet(
-        load_kinetics, of_videos=True, labelled=False, splits=("train",), dapt_stride=4, dapt_aligned=False
-    ),
-    "videos": DataSet(load_videos, of_videos=True, labelled=False, splits=("all",), dapt_split="all", dapt_stride=16),
+    "BDD100K": _VIDEOS(load_bdd100k, splits=("train", "val", "test"), dapt_split="all", dapt_stride=16),
+    "Kinetics": _VIDEOS(load_kinetics, splits=("train",), dapt_stride=4, dapt_aligned=False),
+    "videos": _VIDEOS(load_videos, splits=("all",), dapt_split="all", dapt_stride=16),
 }
 
 
 def find_data_set(name: str) -> DataSet:
-    """A data set by name. Raises DataError with the list of known ones."""
+    """Return a data set by name. Raises DataError with the list of known ones."""
     if name not in DATA_SETS:
         raise DataError(f"unknown data set {name!r}; known: {', '.join(sorted(DATA_SETS))}")
     return DATA_SETS[name]
 
 
 def find_data_sets(names: Sequence[str], assume_fps: float | None) -> list[DataSet]:
-    """The data sets of a run. Raises DataError for an unknown name, and where assume_fps is given to sets that know."""
+    """Return the data sets of a run. Raises DataError for an unknown name, and for a rate where all are known."""
     data_sets = [find_data_set(name) for name in names]
     if assume_fps is not None and not any(data_set.assumes_fps for data_set in data_sets):
-        open_ = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.assumes_fps)
-        raise DataError(f"the frame rate of {' and '.join(names)} is known; --assume_fps is for {open_}")
+        without_rate = ", ".join(name for name, data_set in DATA_SETS.items() if data_set.assumes_fps)
+        raise DataError(f"the frame rate of {' and '.join(names)} is known; --assume_fps is for {without_rate}")
     return data_sets

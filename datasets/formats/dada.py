@@ -15,12 +15,12 @@ lines), and the rest of the sheet is the other split.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection
+from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats.text import first_repeated, read_csv, read_lines, read_split, whole_number
 
 logger = logging.getLogger("tad")
@@ -28,46 +28,39 @@ logger = logging.getLogger("tad")
 EGO_TYPES = frozenset((*range(1, 19), 61, 62))  # accident types the recording car is part of
 FPS = 30.0  # of the frames as they are distributed; neither sheet says
 CCD_FRAMES, CCD_FPS = 50, 10.0  # CAP-DATA's clips of exactly 50 frames come from CCD, which has 10 fps
+SPLITS = {"train": "training.txt", "val": "validation.txt"}  # whose lists may be derived from the authors'
+COLUMNS = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
 Key = tuple[int, int]  # (type, video)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set keeps what: sheets, the first that exists; folder of splits; split -> file; digits of a video;
-    name of a frame; the authors' own list and the split it stands for.
-    """
+    """Where a data set keeps what."""
 
-    sheets: tuple[str, ...]
+    sheets: tuple[str, ...]  # names of the annotation sheet; the first that exists is read
     split_folder: str
-    splits: dict[str, str]
-    digits: int
+    digits: int  # of a video's number in the names of clips
     frame_name: str
-    original: str
-    original_split: str
+    authors_list: str  # in split_folder
+    authors_split: str  # the split it stands for
+    splits: dict[str, str] = field(default_factory=lambda: SPLITS)  # {split: its list}
 
     def clip_name(self, key: Key) -> str:
-        """<type>/<video>."""
+        """Return <type>/<video>."""
         return f"{key[0]}/{key[1]:0{self.digits}d}"
 
 
-_SPLITS = {"train": "training.txt", "val": "validation.txt"}
-_DADA2K = (3, "{:04d}.png", "orig_training.txt", "train")
+_DADA2K = Layout(("full_anno.csv",), "DADA2K_my_split", 3, "{:04d}.png", "orig_training.txt", "train")
+_CAP_SHEETS = ("cap_text_annotations.csv", "cap_annotation_file.csv")
 LAYOUTS = {
-    "DADA2K": Layout(("full_anno.csv",), "DADA2K_my_split", _SPLITS, *_DADA2K),
-    "DADA2K_half": Layout(
-        ("full_anno.csv",), "DADA2K_my_split", _SPLITS | {"train": "half_training.txt"}, *_DADA2K
-    ),
-    "CAP-DATA": Layout(
-        ("cap_text_annotations.csv", "cap_annotation_file.csv"), "CAPDATA_my_split", _SPLITS,
-        6, "{:06d}.jpg", "orig_full_testing-text.txt", "val",
-    ),
-}  # fmt: skip
+    "DADA2K": _DADA2K,
+    "DADA2K_half": replace(_DADA2K, splits=SPLITS | {"train": "half_training.txt"}),
+    "CAP-DATA": Layout(_CAP_SHEETS, "CAPDATA_my_split", 6, "{:06d}.jpg", "orig_full_testing-text.txt", "val"),
+}
 
 
-def load_dada(
-    name: str, root: str, split: str, *, fps: float | None = None, selection: Selection = ALL_CLIPS
-) -> ClipTable:
-    """The clips of a split of one of LAYOUTS: train, val, or all, which is every row of the sheet.
+def load_dada(name: str, root: str, split: str, *, fps: float | None = None, selection: Selection) -> ClipTable:
+    """Return the clips of a split of one of LAYOUTS: train, val, or all, which is every row of the sheet.
 
     fps: of the frames, but for those of CCD, which have 10; None: 30, as the published code has it. Raises DataError:
     a file missing or malformed, a clip that the sheet lacks, labels beyond the clip.
@@ -78,42 +71,46 @@ def load_dada(
     folder = Path(root, "annotation")
     sheet = next((folder / s for s in layout.sheets if (folder / s).is_file()), folder / layout.sheets[0])
     rows = _read_sheet(sheet)
-    keys = list(rows) if split == "all" else _split(layout, root, split, rows, sheet)
-    own = {layout.clip_name(key): key for key in keys}
-    return selection.table(
-        name, split, own, lambda clip: _clip(name, Path(root), clip, rows.get(own[clip]), sheet, fps or FPS)
-    )
+    keys = rows if split == "all" else _split(layout, root, split, rows, sheet)
+    keys = {layout.clip_name(key): key for key in keys}
+
+    def clip(clip_name: str) -> Clip:
+        if keys[clip_name] not in rows:
+            raise DataError(f"{sheet}: no row of clip {clip_name}, which a split file lists")
+        return _clip(name, Path(root), clip_name, rows[keys[clip_name]], sheet, fps or FPS)
+
+    return selection.table(name, split, keys, clip)
 
 
 def _split(layout: Layout, root: str, split: str, rows: dict[Key, dict[str, int]], sheet: Path) -> list[Key]:
-    """The clips of a split, in the order of its list; from the authors' list, sorted, where that is absent."""
+    """Return the clips of a split, in the order of its list."""
     folder, file = Path(root, layout.split_folder), layout.splits[split]
-    path, original = folder / file, folder / layout.original
-    derivable = file in _SPLITS.values()
-    built = derivable and not path.exists() and original.is_file()
-    if built:
-        path = original
-        lines = [(line.split(",")[0].split() or [line])[0] for line in read_lines(path)]
-    else:
-        other = f"put {layout.original} there" if derivable else "make it with python -m datasets.tools.prepare half"
-        lines = read_split(path, f"huggingface.co/tue-mps/simple-tad (datasets/); or {other}")
+    path, derivable = folder / file, file in SPLITS.values()
+    if derivable and not path.exists() and (folder / layout.authors_list).is_file():
+        return _derived_split(layout, path, split, rows, sheet)
+    other = f"put {layout.authors_list} there" if derivable else "make it with python -m datasets.tools.prepare half"
+    lines = read_split(path, f"huggingface.co/tue-mps/simple-tad (datasets/); or {other}")
     keys = [_key(line, path) for line in lines]
-    if not built:
-        if repeated := first_repeated(keys):
-            raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
-        return keys
-    listed = set(keys)
+    if repeated := first_repeated(keys):
+        raise DataError(f"{path}: type {repeated[0]}, video {repeated[1]} is listed twice")
+    return keys
+
+
+def _derived_split(layout: Layout, absent: Path, split: str, rows: dict[Key, dict[str, int]], sheet: Path) -> list[Key]:
+    """Return the clips of a split whose list is absent, from the authors' list, sorted."""
+    path = absent.with_name(layout.authors_list)
+    listed = {_key((line.split(",")[0].split() or [line])[0], path) for line in read_lines(path)}
     if unknown := listed - rows.keys():
         raise DataError(f"{path}: clip {layout.clip_name(min(unknown))} is not in {sheet}")
-    keys = sorted(listed if split == layout.original_split else rows.keys() - listed)
+    keys = sorted(listed if split == layout.authors_split else rows.keys() - listed)
     if not keys:
         raise DataError(f"{path}: lists every clip of {sheet}; none is left for {split}")
-    logger.info(f"{folder / file} is absent: {len(keys)} clips, from {path.name} and {sheet.name}")
+    logger.info(f"{absent} is absent: {len(keys)} clips, from {path.name} and {sheet.name}")
     return keys
 
 
 def _key(line: str, path: Path) -> Key:
-    """(type, video) of "<type>/<video>"."""
+    """Return (type, video) of "<type>/<video>"."""
     try:
         kind, video = map(int, line.split("/"))
     except ValueError as e:
@@ -122,16 +119,15 @@ def _key(line: str, path: Path) -> Key:
 
 
 def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
-    """{(type, video): {column: value}} of the columns that are used. Raises DataError."""
+    """Return {(type, video): {column: value}} of COLUMNS. Raises DataError."""
     if not path.is_file():
         raise DataError(
             f"{path}: annotation sheet not found; python -m datasets.tools.prepare sheet makes it of .xlsx, .xls"
         )
-    columns = ("video", "type", "light", "abnormal start frame", "abnormal end frame", "total frames")
     lines = read_csv(path)
     header = [cell.lower() for cell in next(lines, (0, []))[1]]
     where = {}
-    for column in columns:
+    for column in COLUMNS:
         found = [i for i, cell in enumerate(header) if cell.startswith(column)]
         if len(found) != 1:
             raise DataError(f"{path}: {len(found)} columns begin with {column!r}, 1 is needed")
@@ -153,27 +149,24 @@ def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
     return rows
 
 
-def _clip(name: str, root: Path, own: str, row: dict[str, int] | None, sheet: Path, fps: float) -> Clip:
-    if row is None:
-        raise DataError(f"{sheet}: no row of clip {own}, which a split file lists")
-    layout, kind = LAYOUTS[name], row["type"]
+def _clip(name: str, root: Path, clip_name: str, row: dict[str, int], sheet: Path, fps: float) -> Clip:
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
     if not 0 < total < 10**7:
-        raise DataError(f"{sheet}: {own} has {total} frames; correct the row")
+        raise DataError(f"{sheet}: {clip_name} has {total} frames; correct the row")
     labels = np.zeros(total, dtype=np.uint8)
     if start > -1 and end > -1:
         if not start <= end <= total:
-            raise DataError(f"{sheet}: {own}: frames {start} to {end} are anomalous, of {total}; correct the row")
+            raise DataError(f"{sheet}: {clip_name}: frames {start} to {end} are anomalous, of {total}; correct the row")
         labels[max(start - 1, 0) : end] = 1
     return Clip(
-        name=own,
-        source=str(root / "frames" / own / "images"),
+        name=clip_name,
+        source=str(root / "frames" / clip_name / "images"),
         num_frames=total,
         fps=CCD_FPS if name == "CAP-DATA" and total == CCD_FRAMES else fps,
-        frame_name=layout.frame_name,
+        frame_name=LAYOUTS[name].frame_name,
         first_frame=1,
         labels=labels,
-        category=str(kind),
-        ego=kind in EGO_TYPES,
+        category=str(row["type"]),
+        ego=row["type"] in EGO_TYPES,
         night=row["light"] == 2,
     )

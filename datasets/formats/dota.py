@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection
+from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats.text import first_repeated, read_split
 
 FPS = 10.0
@@ -36,8 +36,8 @@ _HALF = "huggingface.co/tue-mps/simple-tad (datasets/DoTA); or make it with pyth
 _HINTS = {"half_train_split.txt": _HALF}
 
 
-def load_dota(name: str, root: str, split: str, selection: Selection = ALL_CLIPS) -> ClipTable:
-    """The clips of a split: train, val or all (train and val) of "DoTA", train or val of "DoTA_half".
+def load_dota(name: str, root: str, split: str, selection: Selection) -> ClipTable:
+    """Return the clips of a split: train, val or all (train and val) of "DoTA", train or val of "DoTA_half".
 
     Frame counts and labels come from the annotations (accident_id > 0 is anomalous), the category from the metadata.
     Raises DataError: a file missing or malformed, an annotation whose frames are not 0, 1, 2, ...
@@ -54,14 +54,15 @@ def load_dota(name: str, root: str, split: str, selection: Selection = ALL_CLIPS
 
 
 def video_of(name: str) -> str:
-    """The YouTube video that a clip was cut from."""
+    """Return the YouTube video that a clip was cut from."""
     return name.rpartition("_")[0]
 
 
 def read_metadata(root: str) -> dict[str, dict]:
-    """{clip: {"anomaly_class": "ego: lateral", "anomaly_start", "anomaly_end", "num_frames", ...}} of both subsets.
+    """Return {clip: {"anomaly_class": "ego: lateral", "anomaly_start", "num_frames", ...}} of both subsets.
 
-    Empty where neither metadata file exists: categories then come from the annotations alone.
+    It is empty where neither metadata file exists: categories then come from the annotations alone. Raises DataError
+    where a file is malformed or a clip has no class.
     """
     metadata: dict[str, dict] = {}
     for subset in ("train", "val"):
@@ -78,9 +79,8 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except OSError as e:
-        raise DataError(
-            f"{path}: cannot be read ({e.strerror}); DoTA_annotations.zip goes into dataset/annotations/"
-        ) from e
+        remedy = "DoTA_annotations.zip goes into dataset/annotations/"
+        raise DataError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
     except ValueError as e:
         raise DataError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(content, dict):
@@ -98,10 +98,9 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
         raise DataError(f"{path}: not a DoTA annotation: {type(e).__name__}: {e}") from e
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
+    category = CATEGORIES.get(annotation.get("accident_id"))
     if metadata is not None:
         category = metadata["anomaly_class"].split(":")[-1].strip()  # "ego: leave_to_right"
-    else:
-        category = CATEGORIES.get(annotation.get("accident_id"))
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),

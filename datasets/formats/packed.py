@@ -12,7 +12,6 @@ frame, the last of them on the clip's last frame, as `WindowIndex` anchors them 
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,32 +21,28 @@ import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection, data_errors
 
-logger = logging.getLogger("tad")
-
 INDEX, MANIFEST = "pack.json", "clips.jsonl"
 UNPACKABLE = ("labels", "source")  # fields of a Clip that its entry holds in another form
 
 
 @dataclass(frozen=True)
 class PackedClip:
-    """An entry of the manifest.
+    """An entry of the manifest."""
 
-    clip: fields of the Clip but for UNPACKABLE. anomalous: [first, one past the last] frames, None without labels.
-    original: path, size in bytes and mtime in ns of the source. settings: those of the pack. file: the zip, relative
-    to the root; bytes, sha256 and frames of it.
-    """
-
-    clip: dict[str, Any]
-    anomalous: list[list[int]] | None
-    original: dict[str, Any]
-    settings: dict[str, Any]
-    file: str
-    bytes: int
-    sha256: str
-    frames: int
+    clip: dict[str, Any]  # fields of the Clip but for UNPACKABLE
+    anomalous: list[list[int]] | None  # [first, one past the last] frames, None without labels
+    original: dict[str, Any]  # path, size in bytes and mtime in ns of the source
+    settings: dict[str, Any]  # those of the pack
+    file: str  # path of the zip, relative to the root
+    bytes: int  # size of the zip
+    sha256: str  # of the zip, in hexadecimal
+    frames: int  # how many the zip holds
 
     def damage(self, root: Path, *, deep: bool) -> str:
-        """How the zip differs from what was packed, in size or, if deep, in SHA-256; "" where not. Raises DataError."""
+        """Say how the zip differs from what was packed, in size or, if deep, in SHA-256; "" where not.
+
+        Raises DataError where the zip cannot be read.
+        """
         path = root / self.file
         with data_errors(path):
             if (size := path.stat().st_size) != self.bytes:
@@ -57,7 +52,7 @@ class PackedClip:
         return ""
 
     def to_clip(self, root: Path) -> Clip:
-        """The Clip, with its frames in the pack at root."""
+        """Return the Clip, with its frames in the pack at root."""
         labels = None
         if self.anomalous is not None:
             labels = np.zeros(self.clip["num_frames"], dtype=np.uint8)
@@ -67,16 +62,16 @@ class PackedClip:
 
 
 def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
-    """(clip, anomalous) of the PackedClip of a clip that has its pack_step."""
-    own = {k: v for k, v in asdict(clip).items() if k not in UNPACKABLE}
+    """Return (clip, anomalous) of the PackedClip of a clip that has its pack_step."""
+    fields = {k: v for k, v in asdict(clip).items() if k not in UNPACKABLE}
     if clip.labels is None:
-        return own, None
+        return fields, None
     edges = np.flatnonzero(np.diff(np.concatenate([[0], clip.labels > 0, [0]])))
-    return own, edges.reshape(-1, 2).tolist()
+    return fields, edges.reshape(-1, 2).tolist()
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(1 << 20):
@@ -85,12 +80,12 @@ def sha256(path: Path) -> str:
 
 
 def is_packed(root: str | Path) -> bool:
-    """Whether root is a pack, finished or not."""
+    """Tell whether root is a pack, finished or not."""
     return Path(root, INDEX).is_file() or Path(root, MANIFEST).is_file()
 
 
 def read_manifest(root: Path) -> Iterator[PackedClip]:
-    """Entries of the manifest; of a line that a kill cut short, nothing."""
+    """Yield the entries of the manifest; of a line that a kill cut short, nothing."""
     path = root / MANIFEST
     if path.is_file():
         with path.open(encoding="utf-8") as f:
@@ -100,43 +95,39 @@ def read_manifest(root: Path) -> Iterator[PackedClip]:
 
 
 def read_index(root: Path) -> dict[str, Any] | None:
-    """Content of pack.json; None where there is none."""
+    """Return the content of pack.json; None where there is none."""
     path = root / INDEX
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def load_packed(name: str, root: str, split: str, splits: Sequence[str], selection: Selection) -> ClipTable:
-    """A split of a packed data set; a split "all" that was not packed is all of `splits`, which the data set has.
+    """Return a split of a packed data set; a split "all" that was not packed is all of `splits`, those of the data set.
 
     Raises DataError: packing is not finished, another data set or split, a clip without an entry.
     """
+    command = "python -m datasets.tools.pack"
     index = read_index(Path(root))
     if index is None:
-        raise DataError(
-            f"{root}: packing is not finished; the same python -m datasets.tools.pack command again goes on"
-        )
+        raise DataError(f"{root}: packing is not finished; the same {command} command again goes on")
     if name not in index["tables"]:
         known = ", ".join(index["tables"])
-        raise DataError(
-            f"{root}: a pack of {known}; python -m datasets.tools.pack {name} ROOT {root} adds {name} to it"
-        )
+        raise DataError(f"{root}: a pack of {known}; {command} {name} ROOT {root} adds {name} to it")
     tables = index["tables"][name]
     parts = splits if split == "all" and split not in tables else [split]
     if missing := " ".join(part for part in parts if part not in tables):
         raise DataError(
             f"{root}: split {split!r} of {name} is not packed, only {', '.join(tables)}; "
-            f"python -m datasets.tools.pack {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
+            f"{command} {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
         )
-    wanted = [tables[part] for part in parts]
-    names = dict.fromkeys(clip for table in wanted for clip in table["clips"])
-    left_out = list(dict.fromkeys(clip for table in wanted for clip in table["left_out"]))
+    tables = [tables[part] for part in parts]
+    names = dict.fromkeys(clip for table in tables for clip in table["clips"])
     entries = {entry.clip["name"]: entry for entry in read_manifest(Path(root)) if entry.clip["name"] in names}
 
-    def clip(own: str) -> Clip:
-        if own not in entries:
-            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {own}; run python -m datasets.tools.pack again")
-        return entries[own].to_clip(Path(root))
+    def clip(clip_name: str) -> Clip:
+        if clip_name not in entries:
+            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {clip_name}; run {command} again")
+        return entries[clip_name].to_clip(Path(root))
 
-    table = selection.table(name, split, names, clip, one_clip_per_video=wanted[0]["one_clip_per_video"])
-    table.left_out.extend(left_out)
+    table = selection.table(name, split, names, clip, one_clip_per_video=tables[0]["one_clip_per_video"])
+    table.left_out.extend(dict.fromkeys(clip for table in tables for clip in table["left_out"]))
     return table

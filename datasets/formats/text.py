@@ -9,7 +9,7 @@ from datasets.clips import DataError, data_errors
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
+    """Return the text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
     try:
         with data_errors(path):
             return path.read_text(encoding="utf-8-sig")
@@ -18,7 +18,7 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of its last line, cells without the white space around them) of each row of a csv that is not empty.
+    """Yield (number of its last line, cells without the white space around them) of each row that is not empty.
 
     Raises DataError where the file cannot be read, or a quote is not closed, or has something behind it.
     """
@@ -34,12 +34,12 @@ def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, stripped, without empty ones."""
+    """Return the lines of a text file, stripped, without empty ones."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def read_split(path: Path, hint: str) -> list[str]:
-    """Clip names of a split file, in its order. hint: where the file comes from.
+    """Return the clip names of a split file, in its order. hint: where the file comes from.
 
     Raises DataError where it is missing, empty or repeats a clip.
     """
@@ -54,7 +54,7 @@ def read_split(path: Path, hint: str) -> list[str]:
 
 
 def whole_number(text: str) -> int:
-    """An integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
+    """Return an integer, also where a spreadsheet wrote it as 12.0. Raises ValueError."""
     try:
         return int(text)
     except ValueError:
@@ -64,6 +64,6 @@ def whole_number(text: str) -> int:
 
 
 def first_repeated(names: Iterable[Hashable]) -> Hashable | None:
-    """The first name that comes a second time, or None."""
+    """Return the first name that comes a second time, or None."""
     seen: set[Hashable] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)

@@ -25,14 +25,15 @@ from typing import NoReturn
 
 import numpy as np
 
-from datasets.clips import ALL_CLIPS, BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.clips import BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
 from datasets.formats.text import read_csv, whole_number
-from datasets.formats.videos import SUFFIXES
-from datasets.scan import VideoInfo, VideoScan
+from datasets.readers import PICTURE_SUFFIXES
+from datasets.scan import VideoScan
+from datasets.video import VIDEO_SUFFIXES
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
-PICTURES = (".jpg", ".jpeg", ".png")
 INTERVAL, PER_FRAME = ("start_frame", "end_frame"), ("frame", "label")
 OF_CLIP = ("path", "fps", "category", "ego", "night")
 _YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
@@ -40,29 +41,27 @@ _YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no
 
 @dataclass
 class _Entry:
-    """What the rows of a clip say; row: the first of them."""
+    """What the rows of a clip say."""
 
-    row: int
-    values: dict[str, str]
-    intervals: list[tuple[int, int, int]] = field(default_factory=list)  # first, last, row
-    labels: dict[int, int] = field(default_factory=dict)
+    row: int  # number of the first of them
+    values: dict[str, str]  # {column of OF_CLIP: cell}
+    intervals: list[tuple[int, int, int]] = field(default_factory=list)  # first frame, last frame, row
+    labels: dict[int, int] = field(default_factory=dict)  # {frame: label}
 
 
 @dataclass(frozen=True)
 class _Frames:
-    """What the source of a clip holds, or why that is unknown."""
+    """What the source of a clip holds."""
 
     count: int = 0
-    fps: float = 0.0
-    name: str = "{:06d}.jpg"
-    first: int = 0
-    problem: str = ""
+    fps: float = 0.0  # 0 for pictures, which do not know it
+    name: str = "{:06d}.jpg"  # format of the names of pictures
+    first: int = 0  # number of the first picture
+    problem: str = ""  # why all that is unknown
 
 
-def load_csv(
-    root: str, split: str, scan: VideoScan, fps: float | None = None, selection: Selection = ALL_CLIPS
-) -> ClipTable:
-    """The clips of ROOT/<split>.csv, or, split "all", of a csv file; fps: of pictures whose row has none.
+def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: float | None = None) -> ClipTable:
+    """Return the clips of ROOT/<split>.csv, or, split "all", of a csv file; fps: of pictures whose row has none.
 
     Clips whose frames cannot be counted are named in the log and left to ClipTable.unreadable. Raises DataError naming
     row and column: a missing column, a value that is none, rows that contradict each other, labels beyond the clip.
@@ -89,8 +88,12 @@ def _fail(path: Path, row: int, column: str, problem: str, error: type[DataError
     raise error(f"{path}: row {row}, column {column}: {problem}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
 def _read(path: Path) -> tuple[set[str], dict[str, _Entry]]:
-    """The known columns there are, and what the rows say: {clip: entry}."""
+    """Return the known columns there are, and what the rows say: {clip: entry}."""
     rows = read_csv(path)
     header = [cell.lower() for cell in next(rows, (0, []))[1]]
     columns = _check_header(path, header)
@@ -160,59 +163,46 @@ def _absolute(path: Path, entry: _Entry) -> str:
     return os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
 
 
-def _source(path: Path, entry: _Entry) -> str:
-    """The source of a Clip: its absolute path without the .zip of a packed folder."""
-    return _absolute(path, entry).removesuffix(".zip")
-
-
 def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> dict[str, _Frames]:
-    """{clip: its frames}; videos go through the scan."""
-    sources: dict[str, str] = {}
+    """Return {clip: its frames}; videos go through the scan."""
+    sources: dict[str, str] = {}  # {source of a Clip: its name}
     for name, entry in entries.items():
         if "path" not in entry.values:
             _fail(path, entry.row, "path", f"empty, in every row of clip {name}")
-        source, own = _source(path, entry), _absolute(path, entry)
-        if source == own and os.path.isfile(f"{own}.zip"):  # which would be read in its place
+        absolute = _absolute(path, entry)
+        source = absolute.removesuffix(".zip")
+        if source == absolute and os.path.isfile(f"{source}.zip"):  # which would be read in its place
             _fail(path, entry.row, "path", f"{entry.values['path']}.zip is there too; name that, or move it away")
         if other := sources.get(source):
             _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
         sources[source] = name
-    videos = [source for source in sources if Path(source).suffix.lower() in SUFFIXES and not os.path.isdir(source)]
-    frames = {sources[v]: _of_video(info) for v, info in zip(videos, scan(videos), strict=True)}
-    return frames | {
-        name: _of_pictures(_absolute(path, entries[name])) for name in sources.values() if name not in frames
-    }
+    videos = [source for source in sources if source.lower().endswith(VIDEO_SUFFIXES) and not os.path.isdir(source)]
+    found = dict(zip((sources[video] for video in videos), scan(videos), strict=True))
+    frames = {name: _Frames(info.frames, info.fps, problem=info.problem) for name, info in found.items()}
+    return {name: frames.get(name) or _of_pictures(_absolute(path, entry)) for name, entry in entries.items()}
 
 
-def _of_video(info: VideoInfo) -> _Frames:
-    return _Frames(info.frames, info.fps, problem=info.problem)
-
-
-def _of_pictures(own: str) -> _Frames:
-    """The numbered pictures of a zip or folder."""
+def _of_pictures(path: str) -> _Frames:
+    """Find the numbered pictures of a zip or folder."""
     try:
-        if own.endswith(".zip"):
-            with zipfile.ZipFile(own) as z:
-                names = z.namelist()
-        elif os.path.isfile(own):
-            videos = " ".join(sorted(SUFFIXES))
-            return _Frames(problem=f"neither a zip nor a video with a suffix of {videos}; a zip's is .zip")
-        else:
-            names = os.listdir(own)
-        return _numbered(names)
+        if path.endswith(".zip"):
+            with zipfile.ZipFile(path) as z:
+                return _numbered(z.namelist())
+        if os.path.isfile(path):
+            suffixes = " ".join(VIDEO_SUFFIXES)
+            return _Frames(problem=f"neither a zip nor a video with a suffix of {suffixes}; a zip's is .zip")
+        return _numbered(os.listdir(path))
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
 
 
 def _numbered(names: list[str]) -> _Frames:
-    """Pictures of one numbered sequence. Raises ValueError where they are none, or one is missing."""
-    pictures = [n for n in names if n.lower().endswith(PICTURES) and not n.startswith(("__MACOSX/", "."))]
+    """Find the pictures of one numbered sequence. Raises ValueError where they are none, or one is missing."""
+    pictures = [n for n in names if n.lower().endswith(PICTURE_SUFFIXES) and not n.startswith(("__MACOSX/", "."))]
     parts = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", n) for n in pictures]
     kinds = {p.group(1, 3) if p else None for p in parts}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError(
-            f"not one numbered sequence of pictures: {', '.join(sorted(pictures)[:3]) or 'there are none'}"
-        )
+        raise ValueError(f"not one numbered sequence of pictures: {first_few(sorted(pictures), 3) or 'there are none'}")
     ((before, after),) = kinds
     numbers, width = [int(p.group(2)) for p in parts], min(len(p.group(2)) for p in parts)
     before, after = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
@@ -220,6 +210,10 @@ def _numbered(names: list[str]) -> _Frames:
     if gap := sorted({name.format(i) for i in range(first, last + 1)} - set(pictures)):
         raise ValueError(f"picture {gap[0]} is missing")
     return _Frames(last - first + 1, name=name, first=first)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
 
 
 def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Frames, assumed_fps: float | None) -> Clip:
@@ -240,7 +234,7 @@ def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Fram
             _fail(path, entry.row, column, f"{values[column]!r} is neither 1 nor 0")
     return Clip(
         name=name,
-        source=_source(path, entry),
+        source=_absolute(path, entry).removesuffix(".zip"),
         num_frames=frames.count,
         fps=fps,
         frame_name=frames.name,
@@ -252,7 +246,7 @@ def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Fram
 
 
 def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int) -> np.ndarray | None:
-    """(count,) uint8, or None where the csv has no labels."""
+    """Return (count,) uint8, or None where the csv has no labels."""
     labels = np.zeros(count, dtype=np.uint8)
     if columns.issuperset(INTERVAL):
         for start, end, row in entry.intervals:
@@ -262,11 +256,11 @@ def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int)
             labels[start : end + 1] = 1
         return labels
     if columns.issuperset(PER_FRAME):
-        if entry.labels.keys() != set(range(count)):
-            odd = min(entry.labels.keys() ^ set(range(count)))
-            problem = "has no label" if odd < count else f"has a label, but there are {count} frames"
-            error = DataError if odd < count else BeyondEnd
-            _fail(path, entry.row, "frame", f"frame {odd} of clip {name} {problem}", error)
+        if odd := entry.labels.keys() ^ set(range(count)):
+            missing = min(odd) < count
+            problem = "has no label" if missing else f"has a label, but there are {count} frames"
+            error = DataError if missing else BeyondEnd
+            _fail(path, entry.row, "frame", f"frame {min(odd)} of clip {name} {problem}", error)
         labels[list(entry.labels)] = list(entry.labels.values())
         return labels
     return None

@@ -11,31 +11,30 @@ folder.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.clips import ALL_CLIPS, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable
 from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan
+from datasets.video import VIDEO_SUFFIXES
 
 logger = logging.getLogger("tad")
 
-# Containers in which decord finds the frame it is asked for; in .mpg and .ts it lands tens of frames beside it.
-SUFFIXES = frozenset((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"))
 BDD100K_FOLDERS = {"train": ("train",), "val": ("val",), "test": ("test",), "all": ("train", "val", "test")}
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
-def load_videos(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
-    """Every video below a folder or in a list file, sorted; there are no splits but "all"."""
+def load_videos(root: str, split: str, scan: VideoScan, selection: Selection) -> ClipTable:
+    """Return every video below a folder, sorted, or in a list file; there are no splits but "all". Raises DataError."""
     if split != "all":
         raise DataError(f"a folder of videos has no split {split!r}; it has all")
     folder, videos = _listed(root, search=[""], keep=[])
     return _table("videos", split, folder, videos, scan, selection)
 
 
-def load_bdd100k(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
-    """Videos of a split of BDD100K: train, val, test or all of them; a list file replaces the search, not the split.
+def load_bdd100k(root: str, split: str, scan: VideoScan, selection: Selection) -> ClipTable:
+    """Return a split of BDD100K: train, val, test or all of them; a list file replaces the search, not the split.
 
     Raises DataError: unknown split, none of its folders, no video.
     """
@@ -47,8 +46,9 @@ def load_bdd100k(root: str, split: str, scan: VideoScan, selection: Selection = 
 
 
 def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[Path, list[str]]:
-    """(folder, paths relative to it) of the videos below root's folders `search`, or of those a list file names, of
-    which only what begins with one of `keep` is kept, if any is given.
+    """Return (folder, paths relative to it) of the videos below root's folders `search`, or of those in a list file.
+
+    keep: first folders of the lines of a list file that are kept; if empty, all are.
     """
     path, every = Path(root), "; split all has every video there is (--split all)" if keep else ""
     if path.is_file():
@@ -65,14 +65,13 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
         raise DataError(f"{path}: no such folder or list file; a folder of videos is expected")
     videos = [video for folder in search for video in _find(path, folder)]
     if not videos:
-        raise DataError(
-            f"{path}: no video below {' or '.join(search) or 'it'}; known suffixes: {' '.join(sorted(SUFFIXES))}{every}"
-        )
+        suffixes = " ".join(VIDEO_SUFFIXES)
+        raise DataError(f"{path}: no video below {' or '.join(search) or 'it'}; known suffixes: {suffixes}{every}")
     return path, videos
 
 
 def _find(root: Path, folder: str) -> list[str]:
-    """Paths relative to root of the videos below root/folder, sorted."""
+    """Return the paths relative to root of the videos below root/folder, sorted."""
     found, visited = [], set()
     for where, folders, names in os.walk(root / folder, followlinks=True):
         status = os.stat(where)
@@ -81,15 +80,15 @@ def _find(root: Path, folder: str) -> list[str]:
             continue
         visited.add((status.st_dev, status.st_ino))
         below = os.path.relpath(where, root)
-        videos = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
         found += videos if below == "." else [f"{below}/{name}" for name in videos]
     return sorted(found)
 
 
-def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection = ALL_CLIPS) -> ClipTable:
-    """Videos of ROOT/annotations/<split>.csv; of each, training draws one random clip per epoch, as published.
+def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection) -> ClipTable:
+    """Return the videos of ROOT/annotations/<split>.csv; training draws a random clip of each per epoch, as published.
 
-    Raises DataError: annotation missing or without the columns.
+    Raises DataError: annotation missing or malformed.
     """
     path = Path(root, "annotations", f"{split}.csv")
     if not path.is_file():
@@ -111,16 +110,16 @@ def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection =
 
 
 def _table(
-    name: str, split: str, root: Path, videos: Iterable[str], scan: VideoScan, selection: Selection, **options
+    name: str, split: str, root: Path, videos: list[str], scan: VideoScan, selection: Selection, **options
 ) -> ClipTable:
-    """The readable ones among videos, which are paths relative to root, as unlabelled clips named by those paths.
+    """Return the readable ones among videos, paths relative to root, as unlabelled clips named by those paths.
 
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
-    videos, folder = list(videos), os.path.abspath(root)
+    folder = os.path.abspath(root)
     sources = {video: os.path.join(folder, video) for video in videos}
-    wanted = [source for video, source in sources.items() if video not in selection.leave_out]
-    found = dict(zip(wanted, scan(wanted), strict=True))
+    to_scan = [source for video, source in sources.items() if video not in selection.leave_out]
+    found = dict(zip(to_scan, scan(to_scan), strict=True))
 
     def clip(video: str) -> Clip:
         info = found[sources[video]]

@@ -7,8 +7,8 @@ with --deep every picture and every frame is decoded. (A decoder conceals damage
 the CRC of a zip finds it all the same, a picture in a folder or a video may pass.)
 
 Prints a summary, and writes <data set>_check.json and <data set>_bad_clips.txt to --output_dir. The second is a list of
-the clips with errors for --bad_clips of run_finetune.py, run_dapt.py and datasets.tools.pack. The exit code is 1 where there
-are errors, 0 where there are none or warnings alone.
+the clips with errors for --bad_clips of run_finetune.py, run_dapt.py and datasets.tools.pack. The exit code is 1 where
+there are errors, 0 where there are none or warnings alone.
 
 Errors                                                     Warnings
   annotation        missing, malformed, not of this clip     extra_frames   more pictures than the annotation has
@@ -34,15 +34,14 @@ from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_da
 from datasets.clips import BeyondEnd, Unreadable, data_errors
 from datasets.formats.packed import PackedClip, read_manifest
 from datasets.parallel import available_cores, in_processes
-from datasets.readers import PictureReader, Reader, open_clip
+from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip
 from datasets.scan import probe
 from datasets.windows import WindowIndex
-from utils.cli import Parser
+from utils.cli import Parser, positive, positive_float
 from utils.files import replaced
-from utils.flags import ASSUME_FPS, positive, positive_float
+from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
 
-PICTURES = (".jpg", ".jpeg", ".png")
 WARNINGS = ("extra_frames", "short", "rate")
 NOT_OF_THE_CLIP = (*WARNINGS, "in_two_splits")  # leaving out the clip is no remedy
 KINDS = {Unreadable: "unreadable", BeyondEnd: "label_beyond_end"}  # of the errors of a clip's annotation
@@ -52,27 +51,27 @@ SHOWN = 10  # findings of a kind that the summary shows
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a clip of a split; clip is "" where it concerns the split."""
+    """What is wrong with a clip of a split."""
 
     split: str
-    clip: str
-    kind: str
+    clip: str  # its name; "" where the finding concerns the split
+    kind: str  # one of the errors and warnings above
     message: str
 
     @property
     def is_error(self) -> bool:
-        """Whether it ends the command with exit code 1."""
+        """Tell whether it ends the command with exit code 1."""
         return self.kind not in WARNINGS
 
 
 @dataclass(frozen=True)
 class Task:
-    """A clip to inspect; packed: its entry in the manifest of the pack at root, where it is of one."""
+    """A clip to inspect."""
 
     split: str
     clip: Clip
-    deep: bool
-    packed: PackedClip | None = None
+    deep: bool  # whether every frame is decoded
+    packed: PackedClip | None = None  # its entry in the manifest of the pack at root, where it is of one
     root: Path = Path()
 
     def __str__(self) -> str:
@@ -90,10 +89,16 @@ def check(
     assume_fps: float | None = None,
     workers: int = 1,
 ) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
-    """(findings in the order of splits and clips, {split: its numbers}) of a data set.
+    """Return (findings in the order of splits and clips, {split: its numbers}) of a data set.
 
-    splits: default: all there are. deep: decode everything. num_frames, view_fps: the window clips are measured by.
-    assume_fps: as in build_clips. Raises DataError for an unknown data set or where no split can be read.
+    Args:
+        splits: those to check; None: all there are.
+        deep: whether every frame is decoded.
+        num_frames, view_fps: the window that clips are measured by.
+        assume_fps: as in build_clips.
+        workers: processes that inspect clips.
+
+    Raises DataError for an unknown data set or where no split can be read.
     """
     (data_set,) = find_data_sets([name], assume_fps)
     splits = splits or data_set.splits
@@ -141,7 +146,7 @@ def _read_tables(
 
 
 def inspect_clip(task: Task) -> list[tuple[str, str]]:
-    """(kind, message) of everything that is wrong with the frames of a clip."""
+    """Return (kind, message) of everything that is wrong with the frames of a clip."""
     clip = task.clip
     if clip.labels is None and not task.deep and os.path.isfile(clip.source):
         return []  # the scan has just opened this video
@@ -156,10 +161,10 @@ def inspect_clip(task: Task) -> list[tuple[str, str]]:
 
 def _look_at_pictures(reader: PictureReader, clip: Clip, deep: bool) -> Iterator[tuple[str, str]]:
     expected = {clip.picture(i): i for i in clip.stored_frames.tolist()}
-    held = sorted(name for name in reader.held() if name.lower().endswith(PICTURES))
-    there = [expected[name] for name in held if name in expected]
-    yield from _lacking(clip, reader.path, there, f"; it holds {held[0]} and so on" if held and not there else "")
-    if there and (extra := [name for name in held if name not in expected]):
+    names = sorted(name for name in reader.file_names() if name.lower().endswith(PICTURE_SUFFIXES))
+    there = [expected[name] for name in names if name in expected]
+    yield from _lacking(clip, reader.path, there, f"; it holds {names[0]} and so on" if names and not there else "")
+    if there and (extra := [name for name in names if name not in expected]):
         yield "extra_frames", f"{reader.path}: {len(extra)} more than the {len(expected)} annotated: {_some(extra)}"
     broken = []
     for i in there:
@@ -176,15 +181,16 @@ def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str
     if info.problem:
         yield "unreadable", f"{reader.path}: {info.problem}"
         return
-    yield from _lacking(clip, reader.path, range(min(info.frames, clip.num_frames)), "")
+    frames = range(min(info.frames, clip.num_frames))
+    yield from _lacking(clip, reader.path, frames, "")
     if abs(info.fps / clip.fps - 1) > 0.01:
         yield "rate", f"{reader.path}: {info.fps:g} fps, annotated as {clip.fps:g}"
-    for first in range(0, min(info.frames, clip.num_frames) if deep else 0, CHUNK):
-        reader.read(range(first, min(first + CHUNK, info.frames, clip.num_frames)))
+    for first in range(0, len(frames) if deep else 0, CHUNK):
+        reader.read(frames[first : first + CHUNK])
 
 
 def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator[tuple[str, str]]:
-    """Frames that are annotated and not in `there`, ascending; those after its end are told apart where anomalous."""
+    """Yield what to say of annotated frames that are not in `there`, ascending; anomalous ones after its end differ."""
     end = there[-1] + 1 if there else 0
     beyond = clip.labels is not None and bool(clip.labels[end:].any())
     if there and beyond:
@@ -200,6 +206,7 @@ def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator
 
 
 def _some(names: Sequence[str]) -> str:
+    """Join names: the first three and the last."""
     return ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
 
 
@@ -208,7 +215,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _in_two_splits(tables: Mapping[str, ClipTable]) -> Iterator[Finding]:
-    """Clips, or names or sources of clips, of one split that another has too, told once, for the later split."""
+    """Yield clips whose name or source an earlier split has too."""
     names: dict[str, tuple[str, str]] = {}
     sources: dict[str, str] = {}
     for split, table in tables.items():
@@ -227,7 +234,7 @@ def _in_two_splits(tables: Mapping[str, ClipTable]) -> Iterator[Finding]:
 
 
 def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
-    """What a split holds."""
+    """Count what a split holds."""
     numbers = {
         "clips": len(table),
         "frames": int(table.frame_counts.sum()),
@@ -252,13 +259,13 @@ def _compare_with_published(
 ) -> None:
     """Add the published numbers, and how many clips are cut from videos of an earlier split, in place."""
     data_set, videos = find_data_set(name), set()
-    for split, own in numbers.items():
-        own["unusable_annotations"] = sum(f.split == split and f.kind == "annotation" for f in findings)
+    for split, counts in numbers.items():
+        counts["unusable_annotations"] = sum(f.split == split and f.kind == "annotation" for f in findings)
         if split in data_set.published:
-            own["published"] = dict(zip(("clips", "frames"), data_set.published[split], strict=True))
+            counts["published"] = dict(zip(("clips", "frames"), data_set.published[split], strict=True))
         if data_set.video_of:
             of_split = [data_set.video_of(clip.name) for clip in tables[split]]
-            own["clips_of_videos_in_earlier_splits"] = sum(video in videos for video in of_split)
+            counts["clips_of_videos_in_earlier_splits"] = sum(video in videos for video in of_split)
             videos.update(of_split)
 
 
@@ -267,8 +274,8 @@ def _compare_with_published(
 
 
 def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summary as text."""
-    lines = [line for split, own in numbers.items() for line in _split_lines(split, own)]
+    """Return the summary as text."""
+    lines = [line for split, counts in numbers.items() for line in _split_lines(split, counts)]
     by_kind: dict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         by_kind[finding.kind].append(finding)
@@ -280,29 +287,27 @@ def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]
     return "\n".join([*lines, f"{errors} errors, {len(findings) - errors} warnings"])
 
 
-def _split_lines(split: str, own: Mapping[str, Any]) -> Iterator[str]:
-    published = own.get("published", {})
-    clips, frames = (
-        f"{own[k]} {k}" + (f" ({published[k]} are published)" if k in published else "") for k in ("clips", "frames")
-    )
-    fps = ", ".join(f"{n} at {fps} fps" for fps, n in own["fps"].items())
-    low, high = own["frames_per_clip"]
-    yield f"{split}: {clips}, {frames}; {low} to {high} frames per clip; {fps}; {own['windows']} windows"
-    if "categories" in own:
-        share = own["anomalous_frames"] / max(own["frames"], 1)
+def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
+    published = {k: f" ({n} are published)" for k, n in counts.get("published", {}).items()}
+    clips, frames = (f"{counts[k]} {k}{published.get(k, '')}" for k in ("clips", "frames"))
+    fps = ", ".join(f"{n} at {fps} fps" for fps, n in counts["fps"].items())
+    low, high = counts["frames_per_clip"]
+    yield f"{split}: {clips}, {frames}; {low} to {high} frames per clip; {fps}; {counts['windows']} windows"
+    if "categories" in counts:
+        share = counts["anomalous_frames"] / max(counts["frames"], 1)
         yield (
-            f"    anomalous: {own['clips_with_anomaly']} clips, {own['anomalous_frames']} frames ({share:.1%}), "
-            f"{own['anomalous_windows']} windows; ego {own['ego']}, night {own['night']}"
+            f"    anomalous: {counts['clips_with_anomaly']} clips, {counts['anomalous_frames']} frames ({share:.1%}), "
+            f"{counts['anomalous_windows']} windows; ego {counts['ego']}, night {counts['night']}"
         )
-        yield "    " + ", ".join(f"{category} {n}" for category, n in own["categories"].items())
-    if own.get("clips_of_videos_in_earlier_splits"):
-        yield f"    {own['clips_of_videos_in_earlier_splits']} clips are cut from videos of an earlier split"
+        yield "    " + ", ".join(f"{category} {n}" for category, n in counts["categories"].items())
+    if shared := counts.get("clips_of_videos_in_earlier_splits"):
+        yield f"    {shared} clips are cut from videos of an earlier split"
 
 
 def write_report(
     folder: Path, name: str, findings: Sequence[Finding], numbers: Mapping[str, Any], about: Mapping[str, Any]
 ) -> tuple[Path, Path]:
-    """Write <name>_check.json and <name>_bad_clips.txt; their paths."""
+    """Write <name>_check.json and <name>_bad_clips.txt; returns their paths."""
     paths = folder / f"{name}_check.json", folder / f"{name}_bad_clips.txt"
     content = {
         **about,
@@ -320,7 +325,7 @@ def write_report(
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(__doc__, {})
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file, or a pack of it")

@@ -3,10 +3,10 @@
     python -m datasets.tools.pack DoTA /data/DoTA /data/DoTA_320 --short_side 320 --fps 10 --quality 92
     python run_finetune.py --data_set DoTA --data_path /data/DoTA_320 ...
 
-Annotations travel along, and OUT stands in for ROOT everywhere (see datasets/formats/packed.py for what is in it). Frames,
-labels and names keep the numbers of the original. Of a source at a whole multiple n of --fps, every n-th frame is kept,
-counted back from the clip's last one, so windows end on every n-th frame and training and evaluation need a step of n
-(--sampling_rate, --sampling_rate_val); of other sources every frame is kept.
+Annotations travel along, and OUT stands in for ROOT everywhere (see datasets/formats/packed.py for what is in it).
+Frames, labels and names keep the numbers of the original. Of a source at a whole multiple n of --fps, every n-th frame
+is kept, counted back from the clip's last one, so windows end on every n-th frame and training and evaluation need a
+step of n (--sampling_rate, --sampling_rate_val); of other sources every frame is kept.
 
 Killed at any moment, the same command goes on where it stopped; OUT can be used once it has finished. A later run adds
 splits or variants (DoTA_half to DoTA) and packs again the clips whose source has changed.
@@ -21,7 +21,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,10 +37,11 @@ from datasets.faults import read_bad_clips, warn_unmatched
 from datasets.formats.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest, sha256
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import Reader, find_source, open_clip
-from utils.cli import Parser
+from utils.cli import Parser, natural, positive, positive_float
 from utils.files import replaced
-from utils.flags import ASSUME_FPS, natural, positive, positive_float
+from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -52,19 +53,19 @@ WHOLE = 1 / 32  # a rate this close to a multiple of --fps counts as one: 16 fra
 
 @dataclass(frozen=True)
 class Settings:
-    """short_side of the frames in pixels, 0: as they are, never enlarged; frames per second, 0: all; JPEG quality."""
+    """How clips are packed."""
 
-    short_side: int
-    fps: float
-    quality: int
+    short_side: int  # of the frames in pixels, which are never enlarged; 0: as they are
+    fps: float  # frames per second to keep; 0: all
+    quality: int  # of the JPEGs, 1 to 100
 
     def step(self, fps: float) -> int:
-        """Every how manieth frame is kept of a source at fps."""
+        """Return n, where every n-th frame is kept of a source at fps."""
         ratio = fps / self.fps if self.fps else 1
         return round(ratio) if ratio > 1 and abs(ratio - round(ratio)) <= WHOLE else 1
 
     def jpeg(self, frame: Tensor) -> bytes:
-        """uint8 (H, W, 3) -> a JPEG. Resized with Pillow's bicubic filter, which averages what it leaves out."""
+        """Encode uint8 (H, W, 3), resized with Pillow's bicubic filter, which averages what it leaves out."""
         image = Image.fromarray(frame.numpy())
         scale = self.short_side / min(image.size)
         if 0 < scale < 1:
@@ -76,11 +77,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A clip to pack into root/file; `clip` has the pack_step it will have, and the source of the original."""
+    """A clip to pack."""
 
-    clip: Clip
-    root: Path
-    file: str
+    clip: Clip  # with the pack_step it will have, and the source of the original
+    root: Path  # folder of the pack
+    file: str  # path of the zip to write, relative to root
     settings: Settings
 
     def __str__(self) -> str:
@@ -88,7 +89,7 @@ class Job:
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Reader, np.ndarray]]:
-        """The original, and those of the frames to keep that come before its end. Raises DataError if there are none.
+        """Open the original: its reader, and the frames to keep. Raises DataError if there are none.
 
         A source that ends before its annotation is packed as it is read, the smaller number of frames counting.
         """
@@ -100,7 +101,7 @@ class Job:
             yield reader, frames
 
     def jpegs(self, reader: Reader, frames: Sequence[int]) -> Iterator[bytes]:
-        """The packed form of some frames. Raises DataError."""
+        """Yield the packed form of some frames. Raises DataError."""
         for first in range(0, len(frames), CHUNK):
             for frame in reader.frames(frames[first : first + CHUNK]):
                 yield self.settings.jpeg(frame)
@@ -119,22 +120,21 @@ def pack_clip(job: Job) -> PackedClip | DataError:
             digest = sha256(temporary)
     except DataError as e:
         return e
-    own, anomalous = describe(job.clip)
     size = path.stat().st_size
-    return PackedClip(own, anomalous, original, asdict(job.settings), job.file, size, digest, len(frames))
+    return PackedClip(*describe(job.clip), original, asdict(job.settings), job.file, size, digest, len(frames))
 
 
 def stamp(clip: Clip) -> dict[str, Any]:
-    """What tells that the source of a clip has changed: path, bytes and the latest mtime in ns. Raises DataError."""
+    """Return what changes with the source of a clip: path, bytes and the latest mtime in ns. Raises DataError."""
     path = Path(os.path.abspath(find_source(clip)))
     with data_errors(path):
-        status = [p.stat() for p in ([path, *path.iterdir()] if path.is_dir() else [path])]
-    size = sum(s.st_size for s in (status[1:] if path.is_dir() else status))
-    return {"path": str(path), "size": size, "mtime_ns": max(s.st_mtime_ns for s in status)}
+        files = [p.stat() for p in (path.iterdir() if path.is_dir() else [path])]
+        newest = max(s.st_mtime_ns for s in (path.stat(), *files))
+    return {"path": str(path), "size": sum(s.st_size for s in files), "mtime_ns": newest}
 
 
 def sample_bytes(job: Job) -> float | None:
-    """Mean bytes of a frame of the clip in its packed form, of a few; None where it cannot be read."""
+    """Return the mean bytes of a few frames of the clip in its packed form; None where it cannot be read."""
     try:
         with job.opened() as (reader, frames):
             few = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
@@ -154,22 +154,30 @@ def pack(
     assume_fps: float | None = None,
     workers: int = 1,
 ) -> None:
-    """Pack splits (default: all there are) of a data set into the folder `out`, or go on with it.
+    """Pack a data set into the folder `out`, or go on with it.
 
-    assume_fps: as in build_clips; the pack keeps it.
+    Args:
+        splits: those to pack; None: all there are.
+        settings: how to pack them.
+        leave_out: names of clips not to pack.
+        assume_fps: as in build_clips; the pack keeps it.
+        workers: processes that pack.
+
     Raises DataError: `out` is another pack, a pack of another root or no pack, is being written, cannot be, is on a
     disk that is too small; clips that cannot be read, after all others are done, named in out/bad_clips.txt.
     """
     out = Path(out)
     if is_packed(root):
         raise DataError(f"{root}: a pack already; pack the original again")
-    with _claimed(out, asdict(settings)):
+    with _locked(out, asdict(settings)):
         scan = VideoScan(out / "videos.json", workers=workers)
         (data_set,) = find_data_sets([name], assume_fps)
         splits = splits or data_set.splits
         problems: dict[str, DataError] = {}
-        wanted = {"leave_out": leave_out, "problems": problems}
-        tables = {s: build_clips(name, root, s, scan, assume_fps, **wanted) for s in splits}
+        tables = {
+            split: build_clips(name, root, split, scan, assume_fps, leave_out=leave_out, problems=problems)
+            for split in splits
+        }
         warn_unmatched(leave_out, tables.values())
         jobs = _jobs(tables, out, settings)
         done = {entry.clip["name"]: entry for entry in read_manifest(out)}
@@ -182,17 +190,16 @@ def pack(
         failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
             (out / BAD_CLIPS).write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
-            first = "; ".join(list(failed.values())[:3])
             raise DataError(
-                f"{len(failed)} clips cannot be packed: {first}; {len(done)} are. Repair them and run "
-                f"this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
+                f"{len(failed)} clips cannot be packed: {first_few(failed.values(), 3, '; ')}; {len(done)} are. Repair "
+                f"them and run this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
             )
         _finish(name, os.path.abspath(root), tables, jobs, done, out, settings)
 
 
 @contextmanager
-def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder of a pack, alone, without what an earlier process left half-written."""
+def _locked(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Lock the folder of a pack, and remove what an earlier process left half-written."""
     with data_errors(out, "written, choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         if not is_packed(out) and any(out.iterdir()):
@@ -206,15 +213,15 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise DataError(f"{out}: another process is packing into it") from e
         for entry in read_manifest(out):
             if entry.settings != settings:
-                held = " ".join(f"--{k} {v:g}" for k, v in entry.settings.items())
-                raise DataError(f"{out}: a pack with {held}; choose another folder, or remove it")
+                flags = " ".join(f"--{k} {v:g}" for k, v in entry.settings.items())
+                raise DataError(f"{out}: a pack with {flags}; choose another folder, or remove it")
         for half_written in out.rglob(".*.tmp"):
             half_written.unlink()
         yield
 
 
 def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[str, Job]:
-    """The clips of all tables by name, each once. Raises DataError for two clips of one name, or one file."""
+    """Return the clips of all tables by name, each once. Raises DataError for two clips of one name, or one file."""
     jobs: dict[str, Job] = {}
     steps: Counter[tuple[float, int]] = Counter()
     for table in tables.values():
@@ -245,17 +252,16 @@ def _refuse_other_originals(
     """Raise DataError where the pack has this data set from another root, or another data set's clip of one name."""
     for other, splits in (read_index(out) or {"tables": {}})["tables"].items():
         for table in splits.values():
-            held = table["root"]
-            if other == name and held != root:
-                raise DataError(f"{out}: a pack of {name} of {held}; pack that of {root} into another folder")
+            if other == name and table["root"] != root:
+                raise DataError(f"{out}: a pack of {name} of {table['root']}; pack that of {root} into another folder")
             for clip in sorted(jobs.keys() & table["clips"]) if other != name else ():
-                own, held = os.path.abspath(jobs[clip].clip.source), os.path.abspath(done[clip].original["path"])
-                if own != held.removesuffix(".zip"):
-                    raise DataError(f"{out}: holds {clip} of {other}, {held}; pack {name} into another folder")
+                original = os.path.abspath(done[clip].original["path"])
+                if os.path.abspath(jobs[clip].clip.source) != original.removesuffix(".zip"):
+                    raise DataError(f"{out}: holds {clip} of {other}, {original}; pack {name} into another folder")
 
 
 def file_of(name: str) -> str:
-    """The zip of a clip in a pack, relative to its root; it stays below it, whatever the name."""
+    """Return the path of a clip's zip, relative to the root of the pack; it stays below it, whatever the name."""
     parts = ["%2E%2E" if part == ".." else part for part in name.split("/") if part not in ("", ".")]
     return "/".join(["frames", *parts]) + ".zip"
 
@@ -263,10 +269,9 @@ def file_of(name: str) -> str:
 def _is_done(job: Job, entry: PackedClip | None) -> bool:
     if entry is None:
         return False
-    path, own = job.root / entry.file, describe(job.clip)[0]
-    same = all(entry.clip[k] == own[k] for k in ("num_frames", "first_frame", "pack_step"))
+    same = all(entry.clip[k] == getattr(job.clip, k) for k in ("num_frames", "first_frame", "pack_step"))
     try:
-        return same and path.stat().st_size == entry.bytes and stamp(job.clip) == entry.original
+        return same and (job.root / entry.file).stat().st_size == entry.bytes and stamp(job.clip) == entry.original
     except (OSError, DataError):
         return False
 
@@ -285,7 +290,7 @@ def _check_space(jobs: list[Job], out: Path, workers: int) -> None:
 
 
 def _pack_all(jobs: list[Job], done: dict[str, PackedClip], out: Path, workers: int) -> dict[str, str]:
-    """Do the jobs, each noted in the manifest and in `done` when its zip is there; {clip: why} of those that fail."""
+    """Do the jobs, noting each in the manifest and in `done` when its zip is there; returns {clip: why} of failures."""
     failed = {}
     try:
         with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
@@ -312,33 +317,29 @@ def _finish(
     out: Path,
     settings: Settings,
 ) -> None:
-    """Manifest in the order of the tables, with the annotations of now; then the index, which makes it a pack."""
+    """Write the manifest in the order of the tables, with the annotations as they are now; then the index, the last."""
     index = read_index(out) or {"settings": asdict(settings), "tables": {}}
-    index["tables"].setdefault(name, {}).update(
-        {
-            split: {
-                "root": root,
-                "clips": [clip.name for clip in table],
-                "left_out": table.left_out,
-                "one_clip_per_video": table.one_clip_per_video,
-            }
-            for split, table in tables.items()
+    for split, table in tables.items():
+        index["tables"].setdefault(name, {})[split] = {
+            "root": root,
+            "clips": [clip.name for clip in table],
+            "left_out": table.left_out,
+            "one_clip_per_video": table.one_clip_per_video,
         }
-    )
-    for own, job in jobs.items():
+    for clip_name, job in jobs.items():
         clip, anomalous = describe(job.clip)
-        done[own] = replace(done[own], clip=clip, anomalous=anomalous)
+        done[clip_name] = replace(done[clip_name], clip=clip, anomalous=anomalous)
     listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
     with replaced(out / MANIFEST) as temporary:
         _write_manifest(temporary, (done[clip] for clip in listed))
     with replaced(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
     (out / BAD_CLIPS).unlink(missing_ok=True)
-    size, original = (sum(done[clip].bytes for clip in jobs), sum(done[clip].original["size"] for clip in jobs))
+    size, original = sum(done[clip].bytes for clip in jobs), sum(done[clip].original["size"] for clip in jobs)
     logger.info(f"packed: {size / 1e9:.3g} GB in place of {original / 1e9:.3g} GB; --data_set {name} --data_path {out}")
 
 
-def _write_manifest(path: Path, entries: Any) -> None:
+def _write_manifest(path: Path, entries: Iterable[PackedClip]) -> None:
     with path.open("w", encoding="utf-8") as f:
         f.writelines(map(_line, entries))
 
@@ -348,7 +349,7 @@ def _line(entry: PackedClip) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = Parser(__doc__, {})
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file")
@@ -382,5 +383,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

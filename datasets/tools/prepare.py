@@ -1,7 +1,7 @@
 """Files that the data sets, or the study's offline scripts, expect beside the frames.
 
-    python -m datasets.tools.prepare half DoTA ROOT             half of the training clips of each category, for DoTA_half
-    python -m datasets.tools.prepare frames DADA2K ROOT OUT     frame_level_anno_val.csv: category, ego, night of each window
+    python -m datasets.tools.prepare half DoTA ROOT             half of the training clips of each category, for _half
+    python -m datasets.tools.prepare frames DADA2K ROOT OUT     csv of the category, ego, night of each window
     python -m datasets.tools.prepare bdd100k ROOT OUT           list of the videos that open, for --data_path
     python -m datasets.tools.prepare sheet SHEET.xlsx OUT.csv   an annotation sheet as csv; .xls too
 
@@ -24,8 +24,9 @@ from datasets.clips import Clip, ClipTable
 from datasets.formats.dada import LAYOUTS
 from datasets.formats.dota import CATEGORIES, SPLIT_FILES
 from datasets.windows import index_clips
+from utils.cli import positive_float
 from utils.files import replaced
-from utils.flags import ASSUME_FPS, positive_float
+from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
 
 CATEGORY_IDS = {name: number for number, name in CATEGORIES.items()}
@@ -33,7 +34,7 @@ CAP_SHEET = "annotation file"  # the sheet of CAP-DATA's workbook that holds the
 
 
 def half(clips: Sequence[Clip], seed: int) -> list[Clip]:
-    """Half of the clips of each category, rounded down but one at least, drawn at random; in their order."""
+    """Draw half of the clips of each category, rounded down but one at least; returns them in their order."""
     groups: dict[str | None, list[int]] = defaultdict(list)
     for i, clip in enumerate(clips):
         groups[clip.category].append(i)
@@ -43,11 +44,15 @@ def half(clips: Sequence[Clip], seed: int) -> list[Clip]:
 
 
 def frame_rows(clips: ClipTable, *, num_frames: int, view_fps: float) -> Iterable[list[Any]]:
-    """The rows of frame_level_anno_val.csv, the header first: one for each window, that is for each scored frame.
+    """Yield the rows of frame_level_anno_val.csv, the header first: one for each window, that is for each scored frame.
 
-    cat: number of the accident type (its name where it has none), 0 in safe frames. ego: 1 in anomalous frames of clips
-    the recording car is involved in. clip_lvl_cat, clip_lvl_ego: of the whole clip, DoTA only. As simple-tad has it,
-    after a column without name that counts the rows.
+    As in simple-tad, the columns are:
+        one without a name: counts the rows.
+        clip, filename: of the frame.
+        cat: number of the accident type (its name where it has none), 0 in safe frames.
+        ego: 1 in anomalous frames of clips the recording car is involved in.
+        night: of the clip.
+        clip_lvl_cat, clip_lvl_ego: category and ego of the whole clip, DoTA only.
     """
     of_clip = clips.name.startswith("DoTA")
     yield ["", "clip", "filename", "cat", "ego", "night", *(("clip_lvl_cat", "clip_lvl_ego") if of_clip else ())]
@@ -55,14 +60,13 @@ def frame_rows(clips: ClipTable, *, num_frames: int, view_fps: float) -> Iterabl
     for row, (number, frame) in enumerate(zip(*index.locations(), strict=True)):
         clip = clips[number]
         label = int(clip.labels[frame])
-        category = CATEGORY_IDS.get(clip.category, clip.category)
-        own = [clip.category, clip.ego] if of_clip else []
-        cat, ego = category if label else 0, label * int(bool(clip.ego))
-        yield [row, clip.name, clip.filename(frame), cat, ego, clip.night, *own]
+        cat = CATEGORY_IDS.get(clip.category, clip.category) if label else 0
+        clip_level = [clip.category, clip.ego] if of_clip else []
+        yield [row, clip.name, clip.filename(frame), cat, label * int(bool(clip.ego)), clip.night, *clip_level]
 
 
 def read_sheet(path: Path, sheet: str | None) -> list[list[str]]:
-    """The cells of a worksheet: `sheet`, or CAP-DATA's annotation, or the first. Raises DataError."""
+    """Return the cells of a worksheet: `sheet`, or CAP-DATA's annotation, or the first. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -155,7 +159,7 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +32,14 @@ VIDEO_FPS = 30
 
 @dataclass
 class Car:
-    """A car on the road: x metres right of the camera, z metres ahead, closing speed in metres per frame."""
+    """A car on the road."""
 
-    x: float
-    z: float
-    closing: float
+    x: float  # metres right of the camera
+    z: float  # metres ahead of it
+    closing: float  # metres per frame that it comes nearer
     colour: tuple[int, int, int]
     oncoming: bool = False
-    angle: float = 0.0
+    angle: float = 0.0  # of its roll, in radians
 
 
 class Scene:
@@ -77,12 +78,12 @@ class Scene:
         return Car(x + self.rng.uniform(-0.3, 0.3), z, closing, colour, oncoming)
 
     def labels(self) -> np.ndarray:
-        """(num_frames,) uint8."""
+        """Return (num_frames,) uint8, 1 = anomalous."""
         frame = np.arange(self.num_frames)
         return ((frame >= self.start) & (frame < self.end)).astype(np.uint8)
 
     def frame(self, t: int) -> Image.Image:
-        """The picture at frame t; call it for 0, 1, 2, ... in order."""
+        """Draw the picture at frame t; call it for 0, 1, 2, ... in order."""
         self._move(t)
         crashed = self.start + SWERVE <= t < self.end
         image = Image.new("RGB", (self.width, self.height))
@@ -126,7 +127,7 @@ class Scene:
         self.impact = (culprit.x, culprit.z)
 
     def _project(self, x: float, y: float, z: float) -> tuple[float, float]:
-        """Metres right of, above the road under, and ahead of the camera -> pixels."""
+        """Turn metres right of the camera, above the road, and ahead of the camera into pixels."""
         scale = FOCAL * self.width / z
         return self.width / 2 + x * scale, self.horizon * self.height + (CAMERA_HEIGHT - y) * scale
 
@@ -203,7 +204,7 @@ def render_clip(frames_dir: Path, scene: Scene, *, packed: bool, name: str = "{:
 
 
 def annotation(name: str, scene: Scene) -> dict:
-    """The per-clip annotation, as in dataset/annotations/<clip>.json."""
+    """Return the content of dataset/annotations/<clip>.json."""
     accident = KINDS[scene.kind]
     rows = [
         {
@@ -229,13 +230,7 @@ def annotation(name: str, scene: Scene) -> dict:
 
 
 def render_dota(
-    root: str | Path,
-    *,
-    train: int,
-    val: int,
-    seed: int = 0,
-    size: tuple[int, int] = (160, 90),
-    packed: bool = True,
+    root: str | Path, *, train: int, val: int, seed: int = 0, size: tuple[int, int] = (160, 90), packed: bool = True
 ) -> None:
     """Render train + val clips under `root`, with splits, metadata and annotations. size: (width, height) in pixels.
 
@@ -272,26 +267,33 @@ def render_videos(folder: str | Path, *, count: int, seed: int = 0, size: tuple[
 
     size: (width, height) in pixels, even. Raises ImportError without PyAV, FileExistsError where the folder exists.
     """
-    import av
-
     folder = Path(folder)
     folder.mkdir(parents=True)
     for i in range(count):
         scene = Scene(np.random.default_rng([seed, 2, i]), size)
-        with av.open(str(folder / f"{i:06d}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=VIDEO_FPS, options={"crf": "18", "threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-            for t in range(scene.num_frames):
-                pixels = np.asarray(scene.frame(t))
-                for _ in range(VIDEO_FPS // FPS):
-                    for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                        container.mux(packet)
-            for packet in stream.encode():
-                container.mux(packet)
+        pictures = (np.asarray(scene.frame(t)) for t in range(scene.num_frames))
+        repeated = (picture for picture in pictures for _ in range(VIDEO_FPS // FPS))
+        write_video(folder / f"{i:06d}.mp4", repeated, size=size, fps=VIDEO_FPS, crf="18", threads="1")
+
+
+def write_video(path: Path, pictures: Iterable[np.ndarray], *, size: tuple[int, int], fps: int, **options: str) -> None:
+    """Write pictures, uint8 (H, W, 3) of even size (W, H), as an H.264 video. Raises ImportError without PyAV.
+
+    The suffix of path, mp4 or mov, tells the container; options are those of libx264.
+    """
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format=path.suffix[1:].lower()) as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="folder to create; must not hold a data set yet")
     parser.add_argument("--train", type=int, default=48, help="training clips (default: 48)")
@@ -310,10 +312,8 @@ def main() -> None:
         parser.error(f"{e.filename} exists already; remove it or choose another folder")
     except ImportError as e:
         parser.error(f"--videos needs PyAV ({e}): pip install av")
-    print(
-        f"{args.train} training and {args.val} validation clips and {args.videos} videos of {size[0]} x {size[1]} "
-        f"pixels in {args.root}"
-    )
+    counts = f"{args.train} training and {args.val} validation clips and {args.videos} videos"
+    print(f"{counts} of {size[0]} x {size[1]} pixels in {args.root}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Checkpoints in, with every key accounted for, and our own weights files."""
 
-from models.weights.file import CheckpointError, fetch, read_checkpoint
-from models.weights.load import LoadReport, load_pretrained
+from models.weights.file import CheckpointError, fetch, read_checkpoint, read_spec
+from models.weights.pretrained import LoadReport, load_pretrained
+from models.weights.rebuild import load
 
-__all__ = ["CheckpointError", "LoadReport", "fetch", "load_pretrained", "read_checkpoint"]
+__all__ = ["CheckpointError", "LoadReport", "fetch", "load", "load_pretrained", "read_checkpoint", "read_spec"]

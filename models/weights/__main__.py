@@ -6,7 +6,7 @@ import sys
 from models.registry import create_model
 from models.weights.file import MODEL_KEYS, CheckpointError
 from models.weights.identify import likely_models
-from models.weights.load import load_pretrained
+from models.weights.pretrained import load_pretrained
 
 
 def main() -> None:

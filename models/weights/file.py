@@ -1,11 +1,14 @@
-"""Checkpoint files: downloaded once, unpickled safely, unwrapped to a state dict, or refused with the remedy."""
+"""Checkpoint files: downloaded once, unpickled safely, unwrapped to a state dict, or refused with the remedy.
+
+A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}.
+"""
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from utils.text import first_few, short_reason
 
 MODEL_KEYS = "model|module|state_dict|model_state"
 CONVERT_VIVIT = "convert it with other_models/ViViT/ckpt_vivit.py"
@@ -28,7 +33,8 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors.
 
-    epoch, family: what the file says of itself, if it does. model: its registered name, in a file of ours.
+    epoch, family: what the file says of itself, if it does. model: its registered name, in a file of ours. spec: see
+    `read_spec`.
     """
 
     path: str
@@ -37,12 +43,7 @@ class Checkpoint:
     epoch: int | None = None
     family: str | None = None
     model: str | None = None
-
-
-def brief(keys: Iterable[str], limit: int = 4) -> str:
-    """The first keys, and how many there are."""
-    keys = list(keys)
-    return ", ".join(keys[:limit]) + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")
+    spec: dict | None = None
 
 
 def fetch(path_or_url: str) -> str:
@@ -106,57 +107,74 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
             f"it pickles {name}, which is refused because unpickling can run code; if you trust the file, re-save its "
             "weights alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
         )
-    lines = [] if "weights_only" in str(error) else str(error).splitlines()  # no reason, but advice to unpickle all
-    reason = (lines or [type(error).__name__])[0][:120]
+    advice = "weights_only" in str(error)  # to unpickle all, and no reason
+    reason = type(error).__name__ if advice else short_reason(error)
     return f"truncated, or not a PyTorch checkpoint ({reason}); download or copy it again"
 
 
-def _load(file: Path) -> object:
-    """The content of a PyTorch or safetensors file."""
+def _load(file: Path, *, mapped: bool) -> object:
+    """The content of a PyTorch or safetensors file. mapped: its tensors stay in the file where its format allows it."""
     with file.open("rb") as f:
         head = f.read(9)
     if is_safetensors(head):
         return load_file(file)
     with torch.serialization.safe_globals(_safe_types()):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped and head[:2] == b"PK")
+
+
+def _read(path: str, *, mapped: bool = False) -> dict:
+    """The dictionary in a file. Raises CheckpointError: missing, empty, truncated or foreign file."""
+    file = Path(fetch(str(path)))
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
+    try:
+        content = _load(file, mapped=mapped)
+    except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
+        raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
 
 
 def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     """Read a state dict to the CPU from a PyTorch or safetensors file, unpickling tensors and plain types only.
 
     Args:
-        path: file or URL. model_key: names separated by |; the first one present is unwrapped, else the file itself
-            must be a state dict.
+        path: file or URL.
+        model_key: names separated by |; the first one present is unwrapped, else the file itself must be a state dict.
 
-    Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside.
+    Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
     """
-    file = Path(fetch(path))
-    if not file.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    if file.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download or copy it again")
-    try:
-        content = _load(file)
-    except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    content = _read(path)
     wrapper = next((k for k in model_key.split("|") if _is_state_dict(content.get(k))), "")
     state = content[wrapper] if wrapper else content
     if not _is_state_dict(state):
         raise CheckpointError(
             f"{path}: no weights under {' or '.join(model_key.split('|'))}; the file's keys are "
-            f"{brief(map(str, content))}. Name the right one with --model_key"
+            f"{first_few(content, 4)}. Name the right one with --model_key"
         )
-    about = {name: content.get(name) if wrapper else None for name in ("epoch", "family")}
+    spec = _checked_spec(content, path)
+    about = {**(spec or {}), **content} if wrapper else {}
+    epoch, family = about.get("epoch"), about.get("family")
     return Checkpoint(
         str(path),
         wrapper,
         dict(state),
-        epoch=about["epoch"] if isinstance(about["epoch"], int) else None,
-        family=about["family"] if isinstance(about["family"], str) else None,
-        model=getattr(state, "_metadata", {}).get("", {}).get("model"),
+        epoch=epoch if isinstance(epoch, int) else None,
+        family=family if isinstance(family, str) else None,
+        model=spec["model"] if spec else getattr(state, "_metadata", {}).get("", {}).get("model"),
+        spec=spec,
     )
+
+
+def read_spec(path_or_url: str) -> dict | None:
+    """Return the spec of a weights file of ours, without reading its tensors; None where the file has none.
+
+    Raises CheckpointError: an unreadable file, a damaged spec.
+    """
+    return _checked_spec(_read(path_or_url, mapped=True), path_or_url)
 
 
 def _is_state_dict(value: object) -> bool:
@@ -167,3 +185,59 @@ def _is_state_dict(value: object) -> bool:
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
         and all(v.layout == torch.strided and not v.is_quantized and not v.is_meta for v in value.values())
     )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+_SPEC = {  # key -> what its value, or each part of it, must be
+    "model": _is_name,
+    "num_frames": _is_count,
+    "view_fps": _is_positive,
+    "input_size": _is_count,
+    "tubelet_size": _is_count,
+    "gelu": _is_name,
+    "final_reduction": _is_name,
+    "pos_embed": _is_name,
+    "mean": _is_number,
+    "std": _is_positive,
+    "classes": _is_name,
+}
+_LISTS = {"mean": 3, "std": 3, "classes": None}  # key -> length
+_AUTOENCODER = {"decoder_depth": _is_count, "normalize_target": lambda value: isinstance(value, bool)}  # has both
+
+
+def _checked_spec(content: dict, path: str) -> dict | None:
+    """The spec in the content of a file, or None. Raises CheckpointError where it is not one."""
+    if "spec" not in content or _is_state_dict(content):
+        return None
+    spec, remedy = content["spec"], "take its weights alone: torch.save({'model': torch.load(FILE)['model']}, NEW_FILE)"
+    if not isinstance(spec, dict):
+        raise CheckpointError(f"{path}: its spec is a {type(spec).__name__}, not a dictionary; {remedy}")
+    rules = _SPEC | (_AUTOENCODER if _AUTOENCODER.keys() & spec.keys() else {})
+    for key, is_right in rules.items():
+        if key not in spec:
+            raise CheckpointError(f"{path}: its spec lacks {key}; {remedy}")
+        value = spec[key]
+        parts = value if key in _LISTS else [value]
+        right = (
+            isinstance(parts, list | tuple)
+            and all(map(is_right, parts))
+            and len(parts) == (_LISTS.get(key) or len(parts))
+        )
+        if not right:
+            raise CheckpointError(f"{path}: its spec says {key} = {value!r}; {remedy}")
+    return spec

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from models.registry import create_model, list_models
 from models.weights.dialects import DIALECTS, Dialect
-from models.weights.file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, brief, read_checkpoint
+from models.weights.file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
+from utils.text import first_few
 
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 Shapes = dict[str, tuple[int, ...]]  # by canonical key
@@ -47,7 +48,9 @@ def find_entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, s
         else:
             reasons[key] = f"outside {prefix}*"
     if not entries:
-        raise CheckpointError(f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {brief(checkpoint.state)}")
+        raise CheckpointError(
+            f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {first_few(checkpoint.state, 4)}"
+        )
     return entries
 
 
@@ -55,12 +58,12 @@ def recognise(entries: list[Entry], checkpoint: Checkpoint) -> Dialect:
     """The dialect of a file. Raises CheckpointError where it is of none."""
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
-        told = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
-        if told and dialect.family in (None, checkpoint.family) and _marked(entries, dialect.marks):
+        has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
+        if has_shapes and dialect.family in (None, checkpoint.family) and _marked(entries, dialect.marks):
             return dialect
     if _marked(entries, r"(vivit\.)?embeddings\.cls_token"):
         raise CheckpointError(f"{checkpoint.path}: this is a ViViT of Hugging Face; {CONVERT_VIVIT}")
-    keys = brief(entry.bare for entry in entries)
+    keys = first_few((entry.bare for entry in entries), 4)
     raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
 
 
@@ -108,9 +111,11 @@ def describe(wanted: tuple, *choices: Fits) -> str:
     return " or ".join(names) or f"a model of {blocks} blocks with patch_embed.proj.weight {embed}"
 
 
-def check_architecture(model: nn.Module, own: Shapes, found: Shapes, dialect: Dialect, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where the file is of another model size or family. own: the model's shapes."""
-    wanted, other = architecture(own), architecture(found)
+def check_architecture(
+    model: nn.Module, shapes: Shapes, found: Shapes, dialect: Dialect, checkpoint: Checkpoint
+) -> None:
+    """Raise CheckpointError where a file is of another model size or family. shapes: the model's; found: the file's."""
+    wanted, other = architecture(shapes), architecture(found)
     if other[0] is None:
         return
     fitted = inflated_shape(other[0], wanted[0]) if dialect.inflated else other[0]
@@ -125,7 +130,7 @@ def check_architecture(model: nn.Module, own: Shapes, found: Shapes, dialect: Di
 
         this = describe(other, lambda m: alike(m) and of_file(m), of_file)
         raise CheckpointError(f"{checkpoint.path}: this is {this}, but the model is {describe(wanted, alike)}")
-    decoders = [depth(r"decoder\.blocks", shapes) for shapes in (own, found)]
+    decoders = [depth(r"decoder\.blocks", side) for side in (shapes, found)]
     if all(decoders) and decoders[0] != decoders[1] and not dialect.own_target:
         raise CheckpointError(
             f"{checkpoint.path}: its decoder has {decoders[1]} blocks, the model's {decoders[0]}; "

@@ -25,8 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from models.weights.file import CheckpointError, brief, is_flax, read_checkpoint
+from models.weights.file import CheckpointError, is_flax, read_checkpoint
 from utils.files import replaced
+from utils.text import first_few
 
 SLOTS, SIDE = 16, 14  # the position table: slots of 2 frames, 16-pixel patches of 224
 
@@ -109,7 +110,9 @@ def from_scenic(tree: dict, path: str) -> dict[str, Tensor]:
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     parameters = tree.get("params") or (target and target.get("params", target))
     if not isinstance(parameters, dict):
-        raise CheckpointError(f"{path}: no parameters under params or optimizer/target; its keys are {brief(tree)}")
+        raise CheckpointError(
+            f"{path}: no parameters under params or optimizer/target; its keys are {first_few(tree, 4)}"
+        )
     state = {}
     for key, array in _leaves(parameters, ""):
         module, _, leaf = key.rpartition("/")
@@ -152,7 +155,7 @@ def convert(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     state = {key: tensor.float() for key, tensor in state.items()}
     depth = 1 + max((int(m.group(1)) for k in state if (m := re.match(r"encoder\.layer\.(\d+)\.", k))), default=-1)
     if not depth:
-        raise CheckpointError(f"{path}: not a ViViT; its keys begin {brief(state)}")
+        raise CheckpointError(f"{path}: not a ViViT; its keys begin {first_few(state, 4)}")
 
     def take(key: str) -> Tensor:
         try:
@@ -175,7 +178,7 @@ def convert(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
         take(f"{own}key.bias")
     left_out = [key for key in state if re.fullmatch(LEFT_OUT, key)]
     if unknown := state.keys() - set(left_out):
-        raise CheckpointError(f"{path}: {brief(sorted(unknown))}: not of an unfactorised ViViT-B/16x2")
+        raise CheckpointError(f"{path}: {first_few(sorted(unknown), 4)}: not of an unfactorised ViViT-B/16x2")
     print(f"position table   {SLOTS} slots of 2 frames -> {SLOTS // 2}, by the mean of pairs; class position left out")
     print("patch embedding  as it is")
     print(f"{depth} blocks        query, key, value -> qkv; key biases left out; the rest renamed")

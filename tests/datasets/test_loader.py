@@ -1,5 +1,3 @@
-import zipfile
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +6,8 @@ import torch
 
 from datasets import build_clips
 from datasets.augment.finetune import FinetuneTransform
-from datasets.augment.frames import EvalTransform
-from datasets.clips import Clip, ClipTable, DataError
-from datasets.faults import settle_faults
+from datasets.clips import ClipTable, DataError
 from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
-from datasets.readers import open_clip
-from datasets.stream import ClipStream, balance, eval_loader, window_batches
 from datasets.windows import WindowIndex
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,12 +102,12 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     return list(train_loader(dataset, sampler, num_workers=workers, pin_memory=False))
 
 
-TOLD = {"samples", "skipped", "notes", "weight"}  # what became of the samples
+NOTES = {"samples", "skipped", "notes", "weight"}  # say what became of the samples
 
 
 def same(a, b):
     assert a["skipped"] == b["skipped"] == a["notes"] == b["notes"] == [] and a["weight"] == b["weight"] == 1
-    tensors = a.keys() - TOLD
+    tensors = a.keys() - NOTES
     alike = a.keys() == b.keys() and a["samples"] == b["samples"]
     return alike and all(torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])) for k in tensors)
 
@@ -129,7 +123,7 @@ def test_batches_do_not_depend_on_ranks(dota_root):
     whole = training(dota_root)
     parts = zip(*(training(dota_root, batch_size=2, rank=r, world_size=2) for r in (0, 1)), strict=True)
     for a, (first, second) in zip(whole, parts, strict=True):
-        joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in TOLD}
+        joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in NOTES}
         joined |= {"skipped": [], "notes": [], "weight": 1.0, "samples": first["samples"] + second["samples"]}
         assert same(a, joined) and a["samples"] == joined["samples"] and len(a["samples"]) == 4
 
@@ -152,7 +146,7 @@ def test_augmentation_depends_on_epoch_source_and_position(dota_root):
 
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
-    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k not in TOLD} == {
+    assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k not in NOTES} == {
         "video": ((4, 3, 4, 32, 32), torch.uint8),
         "boxes": ((4, 1, 4), torch.int64),
         "seed": ((4,), torch.int64),
@@ -199,105 +193,5 @@ def test_a_batch_of_which_nothing_can_be_read_is_black_and_without_weight(dota_r
         names = [sample.removeprefix("DoTA ").partition(",")[0] for sample in a["samples"]]
         assert [fault.name for fault in b["skipped"]] == names and len(names) == 4
         assert all("no frames: expected" in str(fault) for fault in b["skipped"])
-        for key in a.keys() - TOLD:
+        for key in a.keys() - NOTES:
             assert a[key].shape[1:] == b[key].shape[1:] and a[key].dtype == b[key].dtype and len(b[key]) == 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation stream
-
-
-def test_balance():
-    costs = [5, 1, 9, 3, 3, 7]
-    shares = balance(costs, 2)
-    assert sorted(sum(shares, [])) == list(range(6))
-    assert [sum(costs[i] for i in share) for share in shares] in ([13, 15], [15, 13])
-    assert balance([4], 3) == [[0], [], []]
-
-
-def scored(root, *, workers=0, world_size=1, chunk_frames=16, batch_size=8, stride=1, view_fps=10):
-    """{(clip, last frame): the window's frames} of all ranks, and how often each window came."""
-    clips = build_clips("DoTA", str(root), "val")
-    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=view_fps, stride=stride)
-    windows, times = {}, Counter()
-    for rank in range(world_size):
-        stream = ClipStream(
-            clips, index, EvalTransform(32), chunk_frames=chunk_frames, rank=rank, world_size=world_size
-        )
-        loader = eval_loader(stream, num_workers=workers, pin_memory=False)
-        faults = []
-        options = {"faults": faults, "allow_missing": False}
-        for batch in window_batches(loader, index, batch_size=batch_size, device="cpu", **options):
-            assert len(batch.last) <= batch_size
-            for last, video in zip(batch.last.tolist(), batch.video, strict=True):
-                windows[batch.clip, last] = video
-                times[batch.clip, last] += 1
-        settle_faults(faults, clips, allow_missing=False)
-    assert set(times) == set(zip(*(a.tolist() for a in index.locations()), strict=True))
-    assert set(times.values()) == {1}
-    return windows
-
-
-@pytest.mark.parametrize("options", [{}, {"stride": 3}, {"view_fps": 5}, {"view_fps": 4, "stride": 2}], ids=str)
-def test_streamed_windows_are_the_windows_of_the_index(dota_root, options):
-    clips = build_clips("DoTA", str(dota_root), "val")
-    index = WindowIndex(
-        clips.frame_counts,
-        src_fps=clips.fps,
-        num_frames=4,
-        view_fps=options.get("view_fps", 10),
-        stride=options.get("stride", 1),
-    )
-    windows = scored(dota_root, **options)
-    for i in range(0, len(index), 7):
-        clip, frames = index[i]
-        with open_clip(clips[clip]) as reader:
-            expected = EvalTransform(32)(reader.frames(frames)).transpose(0, 1)
-        assert torch.equal(windows[clip, int(frames[-1])], expected)
-
-
-@pytest.mark.parametrize(
-    "options", [{"workers": 2}, {"world_size": 3}, {"workers": 2, "world_size": 2}, {"chunk_frames": 5}], ids=str
-)
-def test_each_window_comes_once_however_the_work_is_split(dota_root, options):
-    whole, split = scored(dota_root), scored(dota_root, **options)
-    assert all(torch.equal(whole[key], split[key]) for key in whole)
-
-
-def test_each_frame_is_decoded_once(dota_root, monkeypatch):
-    reads = Counter()
-    original = zipfile.ZipFile.read
-
-    def counting(self, name, *args, **kwargs):
-        reads[self.filename, name] += 1
-        return original(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(zipfile.ZipFile, "read", counting)
-    scored(dota_root, view_fps=5)
-    assert set(reads.values()) == {1}
-    clips = build_clips("DoTA", str(dota_root), "val")
-    assert len(reads) == sum(c.num_frames for c in clips)
-
-
-def test_frames_no_window_needs_are_not_decoded():
-    index = WindowIndex([31], src_fps=30, num_frames=4, view_fps=10, stride=6)
-    assert index.needed_frames(0).tolist() == list(range(3, 31, 3))
-
-
-def test_clips_without_windows_are_left_out(dota_root):
-    clips = build_clips("DoTA", str(dota_root), "val")
-    short = Clip("short", "nowhere", 2, 10.0, labels=np.zeros(2, np.uint8))
-    table = ClipTable("DoTA", "val", [short, *clips])
-    index = WindowIndex(table.frame_counts, src_fps=10, num_frames=4, view_fps=10)
-    stream = ClipStream(table, index, EvalTransform(32), chunk_frames=64)
-    assert stream.share == [1, 2, 3, 4, 5]
-    assert len(list(eval_loader(stream, num_workers=0, pin_memory=False))) == stream.num_chunks == 5
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_clip_stops_evaluation_and_is_named(dota_root, tmp_path, workers):
-    (tmp_path / "dataset").symlink_to(dota_root / "dataset")
-    with pytest.raises(
-        DataError, match=r"(?s)5 of 5 clips cannot be read.*(\n  syntheticva_00000\d: clip.*no frames.*){5}"
-    ):
-        scored(tmp_path, workers=workers)

@@ -1,5 +1,6 @@
 import io
 import shutil
+import sys
 import zipfile
 import zlib
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 from datasets.clips import Clip, DataError
 from datasets.readers import FolderReader, VideoReader, ZipReader, open_clip
+from datasets.scan import VideoScan
+from datasets.tools.synthetic import write_video
 
 
 def picture(i, size=(32, 18)):
@@ -118,19 +121,14 @@ def test_frames_of_different_sizes_are_refused(tmp_path):
         reader.read([0, 1])
 
 
-def write_video(path, frames=30, size=(64, 48)):
-    """H.264 with B frames, so that decoding order is not display order; frame i is of brightness 8 i."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"bf": "2", "g": "12"})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for i in range(frames):
-            picture = np.full((size[1], size[0], 3), 8 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+def write_grey_video(path):
+    """H.264 with B frames, so that decoding order is not display order; frame i of 30 is of brightness 8 i."""
+    pictures = (np.full((48, 64, 3), 8 * i, np.uint8) for i in range(30))
+    write_video(path, pictures, size=(64, 48), fps=10, bf="2", g="12")
 
 
 def test_video_frames_are_the_ones_asked_for(tmp_path):
-    write_video(tmp_path / "a.mp4")
+    write_grey_video(tmp_path / "a.mp4")
     with open_clip(clip(tmp_path / "a.mp4", n=30)) as reader:
         assert isinstance(reader, VideoReader)
         frames = reader.read([29, 0, 13, 14, 14])
@@ -142,12 +140,23 @@ def test_video_frames_are_the_ones_asked_for(tmp_path):
 
 
 def test_unreadable_video_is_named(tmp_path):
-    write_video(tmp_path / "a.mp4")
+    write_grey_video(tmp_path / "a.mp4")
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:400])
     (tmp_path / "empty.mov").write_bytes(b"")
     for name in ("cut.mp4", "empty.mov"):
         with pytest.raises(DataError, match=f"{name}: not a readable video"):
             open_clip(clip(tmp_path / name))
+
+
+def test_without_decord_the_remedy_is_named(tmp_path, monkeypatch):
+    write_grey_video(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(DataError, match=r"video files need decord .*: pip install -r requirements.txt"):
+        open_clip(clip(tmp_path / "a.mp4"))
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    with pytest.raises(DataError, match="pip install -r requirements.txt"):  # and no video is remembered as broken
+        scan([str(tmp_path / "a.mp4")])
+    assert (tmp_path / "scan.json").read_text() == "{}"
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "driving").is_dir(), reason="needs ../shared/data/driving")

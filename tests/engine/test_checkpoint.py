@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -9,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ALONE
 from timm.utils import ModelEmaV3
 
 from engine import checkpoint
-from engine.checkpoint import find_last, load_last, restore, save_last, save_weights
-from engine.guard import Progress
+from engine.checkpoint import Progress, RunState, find_last, load_last, restore, save_weights
 from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
 from models.weights import load_pretrained
 from utils.cli import ConfigError
+from utils.distributed import Process
 
 
 def optimization(model, **kwargs):
@@ -37,6 +39,14 @@ def trained(seed=0):
     return model, state
 
 
+def save_last(folder, model, optimization, progress, **options):
+    checkpoint.save_last(folder, RunState(model, optimization, progress, **options))
+
+
+def restored(saved, model, optimization, progress, process=ALONE):
+    restore(saved, RunState(model, optimization, progress), process)
+
+
 def draws():
     return random.random(), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
 
@@ -49,7 +59,6 @@ def test_everything_comes_back(tmp_path):
         model,
         state,
         Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5}),
-        parts={},
         record={"lr": 1},
     )
     expected = draws()
@@ -57,7 +66,7 @@ def test_everything_comes_back(tmp_path):
     other, fresh = trained(seed=1)
     draws()
     loaded, progress = load_last(find_last(tmp_path)), Progress()
-    restore(loaded, other, fresh, progress, parts={}, rank=0, world_size=1)
+    restored(loaded, other, fresh, progress)
     assert draws() == expected
     assert progress == Progress(3, 7, {"auroc": 0.9, "auc_mcc": -math.inf}, {"loss": 0.5})
     assert loaded["args"] == {"lr": 1}
@@ -76,11 +85,11 @@ def test_everything_comes_back(tmp_path):
 def test_a_state_of_other_data_is_refused(tmp_path, change):
     model, state = trained()
     now = {"num_windows": [8, 3], "steps_per_epoch": 5}
-    save_last(tmp_path, model, state, Progress(**now | change), parts={}, record={})
+    save_last(tmp_path, model, state, Progress(**now | change))
     ((name, before),) = change.items()
     match = re.escape(f"had {before} ") + ".*" + re.escape(f", now there are {now[name]}: the data has changed")
     with pytest.raises(ConfigError, match=match):
-        restore(load_last(find_last(tmp_path)), model, state, Progress(**now), parts={}, rank=0, world_size=1)
+        restored(load_last(find_last(tmp_path)), model, state, Progress(**now))
 
 
 class Killed(BaseException):
@@ -92,7 +101,7 @@ def test_a_save_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypat
     instants = 0
     while True:
         folder = tmp_path / str(instants)
-        save_last(folder, model, state, Progress(epoch=1), parts={}, record={})
+        save_last(folder, model, state, Progress(epoch=1))
         calls = 0
 
         def guarded(function, limit=instants):
@@ -111,14 +120,12 @@ def test_a_save_cut_short_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypat
             patch.setattr(checkpoint, "sync", guarded(checkpoint.sync))
             patch.setattr(checkpoint.torch, "save", guarded(torch.save))
             try:
-                save_last(folder, model, state, Progress(epoch=2), parts={}, record={})
+                save_last(folder, model, state, Progress(epoch=2))
                 finished = True
             except Killed:
                 finished = False
         assert load_last(find_last(folder))["epoch"] in ((2,) if finished else (1, 2))
-        save_last(
-            folder, model, state, Progress(epoch=3), parts={}, record={}
-        )  # and what is left over is in nobody's way
+        save_last(folder, model, state, Progress(epoch=3))  # and what is left over is in nobody's way
         assert load_last(find_last(folder))["epoch"] == 3 and os.listdir(folder) == ["checkpoint-last"]
         if finished:
             break
@@ -149,11 +156,13 @@ def test_weights_files_are_whole_or_untouched(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
-def test_weights_files_are_flat_and_load_anywhere(tmp_path):
+def test_weights_files_hold_published_keys_and_their_spec_and_load_anywhere(tmp_path):
     model, _ = trained()
-    save_weights(tmp_path / "weights.pth", model)
-    state = torch.load(tmp_path / "weights.pth", weights_only=True)
-    assert state.keys() == model.state_dict().keys()
+    save_weights(tmp_path / "weights.pth", model, data_set="DoTA", epoch=3)
+    content = torch.load(tmp_path / "weights.pth", weights_only=True)
+    assert content.keys() == {"model", "spec"} and content["model"].keys() == model.state_dict().keys()
+    assert content["spec"] == model.spec | {"data_set": "DoTA", "epoch": 3}
+    assert json.loads(json.dumps(content["spec"])) == content["spec"], "plain types alone"
     report = load_pretrained(create_model("vit_tiny_patch16_64"), str(tmp_path / "weights.pth"))
     assert not report.missing and not report.ignored
 
@@ -164,16 +173,16 @@ def test_each_rank_gets_its_own_random_state_and_the_scaler_its_scale(tmp_path, 
     state = optimization(model, scaler=scaler)
     scaler.scale(torch.ones(1))  # it reads its scale from now on
 
-    def two_ranks(own):
+    def two_ranks(first):
         torch.manual_seed(5)
-        return [own, {"rng": checkpoint._rng_state()}]
+        return [first, {**first, "rng": checkpoint._rng_state()}]
 
     monkeypatch.setattr(checkpoint, "gather", two_ranks)
-    save_last(tmp_path, model, state, Progress(), parts={}, record={})
+    save_last(tmp_path, model, state, Progress())
     torch.manual_seed(5)
     expected = torch.rand(3)
     other = optimization(model, scaler=torch.amp.GradScaler("cpu", init_scale=2.0))
-    restore(load_last(find_last(tmp_path)), model, other, Progress(), parts={}, rank=1, world_size=2)
+    restored(load_last(find_last(tmp_path)), model, other, Progress(), Process(1, 1, 2, torch.device("cpu")))
     assert torch.equal(torch.rand(3), expected) and other.scaler.get_scale() == 512.0
 
 
@@ -188,7 +197,7 @@ def find(folder, **kwargs):
 
 def test_best_values_stay_with_their_files(tmp_path):
     model, state = trained()
-    save_last(tmp_path / "a", model, state, Progress(2, 0, {"auroc": 0.9}), parts={}, record=record())
+    save_last(tmp_path / "a", model, state, Progress(2, 0, {"auroc": 0.9}), record=record())
     assert find(tmp_path / "a")["best"] == {"auroc": 0.9}
     assert find(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-last"))["best"] == {"auroc": -math.inf}
 
@@ -212,7 +221,7 @@ def test_damaged_or_foreign_states_are_named(tmp_path):
 
 def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
     model, state = trained()
-    save_last(tmp_path, model, state, Progress(1), parts={}, record={})
+    save_last(tmp_path, model, state, Progress(1))
     save_weights(tmp_path / "w.pth", model)
     before = (tmp_path / "w.pth").read_bytes()
 
@@ -222,7 +231,7 @@ def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(checkpoint.CheckpointWriteError, match="checkpoint-last: cannot be written .*No space .*intact"):
-        save_last(tmp_path, model, state, Progress(2), parts={}, record={})
+        save_last(tmp_path, model, state, Progress(2))
     with pytest.raises(checkpoint.CheckpointWriteError, match="w.pth: cannot be written"):
         save_weights(tmp_path / "w.pth", model)
     assert load_last(find_last(tmp_path))["epoch"] == 1 and (tmp_path / "w.pth").read_bytes() == before
@@ -232,13 +241,13 @@ def test_a_full_disk_keeps_what_was_there_and_says_so(tmp_path, monkeypatch):
 def test_a_file_that_cannot_grow_is_a_full_disk(tmp_path):
     """The kernel itself refuses, at half the size."""
     model, state = trained()
-    save_last(tmp_path, model, state, Progress(1), parts={}, record={})
+    save_last(tmp_path, model, state, Progress(1))
     size = (tmp_path / "checkpoint-last" / "state.pth").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
         with pytest.raises(checkpoint.CheckpointWriteError, match="what was there before is intact"):
-            save_last(tmp_path, model, state, Progress(2), parts={}, record={})
+            save_last(tmp_path, model, state, Progress(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_last(find_last(tmp_path))["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint-last"]

@@ -1,25 +1,30 @@
 import csv
 import json
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import session
 from PIL import Image
 from torch import nn
 
 from datasets.clips import Clip, ClipTable
 from datasets.faults import Fault
 from datasets.stream import WindowBatch
+from engine.checkpoint import Progress
 from engine.evaluate import (
     EvaluationError,
     Predictions,
+    Scorer,
     coverage,
     gather_predictions,
-    score_windows,
     write_metrics,
     write_predictions,
 )
 from engine.plots import evaluation_figures, save_figures
+from utils.signals import Preempted
 
 LABELS = {0: np.array([0, 1, 1]), 2: np.array([0, 0, 0, 0])}
 CLIPS = ClipTable(
@@ -34,9 +39,16 @@ CLIPS = ClipTable(
 EXPECTED = np.array([0, 0, 2, 2]), np.array([1, 2, 2, 3])
 
 
-def gathered(clip=(2, 0, 2, 0), frame=(3, 1, 2, 2), logits=((2, -2), (-1, 1), (0, 0), (0.1234567891, 3))):
-    local = np.array(clip), np.array(frame), np.array(logits, np.float32)
-    return gather_predictions(local, EXPECTED, LABELS.__getitem__)
+def gathered(
+    clip=(2, 0, 2, 0),
+    frame=(3, 1, 2, 2),
+    logits=((2, -2), (-1, 1), (0, 0), (0.1234567891, 3)),
+    *,
+    clips=CLIPS,
+    faults=(),
+):
+    scored = np.array(clip), np.array(frame), np.array(logits, np.float32)
+    return gather_predictions(scored, EXPECTED, clips, faults)
 
 
 def test_predictions_are_sorted_and_labelled():
@@ -71,16 +83,72 @@ def test_extreme_logits_do_not_overflow():
     assert predictions.metrics()["loss"] == pytest.approx(np.log(2) / 4, abs=1e-6)
 
 
+class Listed:
+    """The windows of CLIPS without files: batches and faults from a list."""
+
+    def __init__(self, items, expected=EXPECTED):
+        self.items, self.expected, self.clips, self.device = items, expected, CLIPS, torch.device("cpu")
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def locations(self):
+        return self.expected
+
+    def agree(self, faults):
+        return faults
+
+
+def batch(clip, *last):
+    generator = torch.Generator().manual_seed(clip)
+    return WindowBatch(
+        clip, np.array(last), torch.randint(256, (len(last), 3, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    )
+
+
+def tiny():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 2)).train()
+    model.normalize = lambda video: video / 255
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scoring_is_deterministic_and_in_the_precision_asked_for(dtype):
-    torch.manual_seed(0)
-    model, seen = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 2)).train(), []
+    model, seen = tiny(), []
     model.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    video = torch.randint(256, (2, 3, 1, 2, 2), dtype=torch.uint8)
-    batches = [WindowBatch(0, np.array([3, 4]), video)]
-    first, second = (score_windows(model, batches, lambda v: v / 255, dtype=dtype)[2] for _ in range(2))
+    scorer = Scorer(Listed([batch(2, 2, 3), batch(0, 1, 2)]), dtype)
+    first, second = (scorer.score(model).logits for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert seen == [dtype] * 2 and first.dtype == np.float32
+    assert seen == [dtype] * 4 and first.dtype == np.float32
+
+
+def test_frames_that_are_not_there_are_neither_expected_nor_scored():
+    fault = Fault(2, "1/001", "ends after 3 of 4 frames", 3)
+    predictions = Scorer(Listed([batch(0, 1, 2), fault, batch(2, 2)])).score(tiny())
+    assert predictions.clip.tolist() == [0, 0, 2] and predictions.faults == [fault]
+    fault = Fault(2, "1/001", "broken")
+    assert Scorer(Listed([batch(2, 2), batch(0, 1, 2), fault])).score(tiny()).clip.tolist() == [0, 0]
+    with pytest.raises(EvaluationError, match="no window can be scored"):
+        Scorer(Listed([fault], (np.array([2]), np.array([3])))).score(tiny())
+
+
+def test_clips_without_labels_are_scored_too():
+    bare = ClipTable("videos", "all", [replace(clip, labels=None) for clip in CLIPS])
+    predictions = gathered(clips=bare)
+    assert predictions.label is None
+    np.testing.assert_array_equal(predictions.score, gathered().score)
+
+
+def test_a_signal_leaves_an_evaluation_unfinished(tmp_path, monkeypatch):
+    """The batch after the signal is not scored, and nothing partial is returned."""
+    arrivals, model = [], tiny()
+    monkeypatch.setattr("utils.signals._arrivals", arrivals)
+    model.register_forward_hook(lambda *call: arrivals.append((0.0, signal.SIGTERM)))
+    run = session(None, Progress(), output_dir=tmp_path)
+    with pytest.raises(Preempted):
+        Scorer(Listed([batch(0, 1, 2), batch(2, 2, 3)])).score(model, run)
+    assert len(arrivals) == 1
 
 
 def test_one_class_is_said_to_say_nothing(caplog):
@@ -106,11 +174,14 @@ def test_predictions_csv(tmp_path):
 def test_every_clip_that_is_not_scored_stands_in_a_list():
     clips = ClipTable("DoTA", "val", CLIPS.clips, unreadable={"u": "why"}, left_out=["l"])
     lists = ("unreadable", "left_out", "frame_mismatch", "too_short")
-    own = coverage(gathered(), clips, iter([Fault(2, "1/001", "more", 4)]))
-    assert [own[name] for name in lists] == [["u"], ["l"], ["1/001"], ["short"]] and own["coverage"] == "2 of 5 clips"
-    without = Predictions(*(np.asarray(part)[:2] for part in vars(gathered()).values()))
-    own = coverage(without, clips, [Fault(2, "1/001", "broken")])
-    assert [own[name] for name in lists] == [["u", "1/001"], ["l"], [], ["short"]] and own["clips_scored"] == 1
+    covered = coverage(gathered(faults=[Fault(2, "1/001", "more", 4)]), clips)
+    assert [covered[name] for name in lists] == [["u"], ["l"], ["1/001"], ["short"]]
+    assert covered["coverage"] == "2 of 5 clips"
+    first = gathered()
+    without = Predictions(*(part[:2] for part in (first.clip, first.frame, first.label, first.logits)),
+                          [Fault(2, "1/001", "broken")])  # fmt: skip
+    covered = coverage(without, clips)
+    assert [covered[name] for name in lists] == [["u", "1/001"], ["l"], [], ["short"]] and covered["clips_scored"] == 1
 
 
 def test_metrics_json_has_null_where_undefined(tmp_path):

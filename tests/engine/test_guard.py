@@ -6,11 +6,11 @@ import torch
 from helpers import session
 from torch import nn
 
-from engine.guard import NonFinite, Progress, TrainingError
+from engine.checkpoint import Progress
+from engine.guard import NonFinite, TrainingError
 from engine.loop import Reporting, train_one_epoch
 from engine.optim import Optimization
 
-CPU = torch.device("cpu")
 OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0),
@@ -37,10 +37,8 @@ def run(values, *, optimizer="sgd", log_every=3, guard=None, objective=None, acc
         model,
         batches,
         objective or squared,
-        optimization,
-        session(guard.progress, guard=guard),
+        session(optimization, guard.progress, guard=guard),
         Reporting(clips_per_step=2, log_every=log_every),
-        device=CPU,
     )
     return model, optimization.optimizer.state_dict()["state"], means
 

@@ -6,8 +6,8 @@ from helpers import session
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.checkpoint import Progress
 from engine.finetune import FinetuneObjective
-from engine.guard import Progress
 from engine.loop import Reporting, train_epochs, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import Optimization, build_optimizer, cosine, parameter_groups
@@ -32,7 +32,7 @@ def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, **k
     optimization = Optimization(optimizer, lr=lr, weight_decay=lambda step: 0.0, **kwargs)
     progress.steps_per_epoch = steps or len(batches) // optimization.accumulate
     reporting = Reporting(clips_per_step=1, log_every=2)
-    return train_one_epoch(model, batches, squared, optimization, session(progress), reporting, device=CPU)
+    return train_one_epoch(model, batches, squared, session(optimization, progress), reporting)
 
 
 def test_accumulation_equals_a_large_batch():
@@ -94,9 +94,9 @@ def test_every_loss_trains_the_model(loss):
         weight_decay=lambda step: 0.05,
     )
     to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
-    run = session(Progress(steps_per_epoch=40))
+    run = session(optimization, Progress(steps_per_epoch=40))
     objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
-    train_one_epoch(model, [batch] * 40, objective, optimization, run, Reporting(clips_per_step=4), device=CPU)
+    train_one_epoch(model, [batch] * 40, objective, run, Reporting(clips_per_step=4))
     before = [p.clone() for p in model.parameters()]
     objective(model, batch | {"weight": 0.0})[0].backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters()), "nothing was read, nothing is learnt"
@@ -117,8 +117,8 @@ def test_the_model_trains_in_the_precision_asked_for(dtype):
     model, optimizer = linear().eval(), torch.optim.SGD(linear().parameters(), lr=0.0)
     optimizer.param_groups[0]["lr_scale"] = 1.0
     optimization = Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0, dtype=dtype)
-    run, batches = session(Progress(steps_per_epoch=1)), [torch.ones(2, 3)]
-    train_one_epoch(model, batches, objective, optimization, run, Reporting(clips_per_step=1), device=CPU)
+    run = session(optimization, Progress(steps_per_epoch=1))
+    train_one_epoch(model, [torch.ones(2, 3)], objective, run, Reporting(clips_per_step=1))
     assert seen == [(True, dtype)]
 
 
@@ -138,36 +138,34 @@ def test_scaled_losses_are_clipped_at_their_own_size():
     torch.testing.assert_close(plain.weight, scaled.weight)
 
 
-def test_epochs_continue_where_a_kill_left_them(tmp_path):
+def test_epochs_continue_where_a_kill_left_them(tmp_path, monkeypatch):
     """A run that was killed at epoch 1, step 2, and one that was killed between the training of epoch 1 and its end."""
     for step, trained in ((2, [(1, 2), (2, 0)]), (4, [(2, 0)])):
-        announced, saved, log_file = [], [], tmp_path / f"{step}.txt"
+        announced, saved, folder = [], [], tmp_path / str(step)
+        folder.mkdir()
         progress = Progress(epoch=1, step=step, means={"loss": 7.0}, steps_per_epoch=4)
         batches = [torch.ones(2, 3)] * 4
 
-        def after_epoch(progress=progress):
-            return {"epoch_seen": progress.epoch}
-
-        def save(progress=progress, saved=saved):
-            saved.append((progress.epoch, progress.step))
-
         model = linear()
         optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0, "weight_decay": 0.0}], lr=0.0)
+        optimization = Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0)
+        monkeypatch.setattr(
+            "engine.session.save_last",
+            lambda folder, state, saved=saved: saved.append((state.progress.epoch, state.progress.step)),
+        )
         train_epochs(
             model,
             batches,
             lambda epoch, first, announced=announced: announced.append((epoch, first)),
             squared,
-            Optimization(optimizer, lr=lambda s: 0.1, weight_decay=lambda s: 0.0),
-            session(progress, save=save, log_file=log_file),
+            session(optimization, progress, output_dir=folder, save_ckpt=True),
             Reporting(clips_per_step=1),
             stop_epoch=3,
-            device=CPU,
-            after_epoch=after_epoch,
+            evaluate=lambda progress=progress: {"epoch_seen": progress.epoch},
         )
         assert announced == trained and (progress.epoch, progress.step) == (3, 0)
         assert saved == ([(1, 4)] if step == 2 else []) + [(2, 0), (2, 4), (3, 0)]
-        records = [json.loads(line) for line in log_file.read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
         assert [(r["epoch"], r["epoch_seen"]) for r in records] == [(1, 1), (2, 2)]
         assert (records[0]["train_loss"] == 7.0) == (step == 4)
 

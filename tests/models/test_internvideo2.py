@@ -9,6 +9,8 @@ from helpers import fill_head, golden, other_input, other_recipe
 
 from models import create_model
 from models.internvideo2 import InternVideo2
+from models.registry import Dropout
+from models.vit import Size
 from models.weights import CheckpointError, load_pretrained
 
 FIXTURES = {f["name"]: f for f in golden("models_other")["fixtures"]}
@@ -103,7 +105,9 @@ def test_a_patch_embedding_of_one_frame_is_inflated(tmp_path):
         model.patch_embed(still.expand(1, 3, 4, 56, 56)), source.patch_embed(still).repeat(1, 2, 1)
     )
     with pytest.raises(CheckpointError, match="tiny_patch14_56, but the model is a model of 2 blocks with"):
-        load_pretrained(tiny(patch_size=28), str(tmp_path / "file.pth"))
+        load_pretrained(
+            InternVideo2(Size(96, 2, 3, patch_size=28), 64, model.video, Dropout()), str(tmp_path / "file.pth")
+        )
 
 
 def test_what_it_cannot_do_is_said(tmp_path):

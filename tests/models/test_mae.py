@@ -3,12 +3,12 @@ import pytest
 import torch
 from helpers import golden, golden_input, published_file
 
-from models import create_model, list_models
+from models import classifier_of, create_model, list_models, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
-from models.registry import IMAGENET_MEAN, IMAGENET_STD
 from models.weights import CheckpointError, load_pretrained
 
 TINY = "pretrain_videomae_tiny_patch16_64"
+DEFAULTS = model_defaults(TINY)
 
 
 def tiny(**kwargs):
@@ -66,7 +66,7 @@ def test_published_pretraining_checkpoints_give_the_reference_loss(size, tmp_pat
 def test_the_target_is_the_reference_s():
     known = golden("dapt_target")
     pixels = np.random.Generator(np.random.PCG64(31)).random((2, 3, 4, 32, 32)).astype(np.float32)
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (DEFAULTS.mean, DEFAULTS.std))
     video = (torch.from_numpy(pixels) - mean) / std
     mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 1]], dtype=torch.bool).tile(1, 2)
     model = create_model(TINY, input_size=32)
@@ -95,9 +95,10 @@ def test_the_target_is_the_reference_s():
 def test_every_size_wraps_its_encoder(name):
     with torch.device("meta"):
         model = create_model(name)
-        encoder = create_model(
-            name.removeprefix("pretrain_").replace("videomae", "vit"), num_classes=0, final_reduction="none"
-        )
+        encoder = create_model(classifier_of(name), num_classes=0, final_reduction="none")
+    assert classifier_of(name) == name.removeprefix("pretrain_").replace("videomae", "vit")
+    assert masked_autoencoder_of(classifier_of(name)) == name == masked_autoencoder_of(name)
+    assert classifier_of(classifier_of(name)) == classifier_of(name) and model.encoder.name == classifier_of(name)
     assert isinstance(model, MaskedAutoencoder) and type(model.encoder) is type(encoder)
     shapes = {k: v.shape for k, v in encoder.state_dict().items()}
     own = {k.removeprefix("encoder."): v.shape for k, v in model.state_dict().items() if k.startswith("encoder.")}
@@ -137,7 +138,7 @@ def test_unequal_or_empty_masks_are_refused():
 
 def test_reconstruction_pictures():
     model, mask = tiny(), tube()
-    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (DEFAULTS.mean, DEFAULTS.std))
     pixels = torch.rand(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     video = (pixels - mean) / std
     with torch.no_grad():

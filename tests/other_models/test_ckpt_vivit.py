@@ -247,7 +247,7 @@ def with_table(tmp_path, scale=2.0, **kwargs):
     model.learn_pos_embed()
     with torch.no_grad():
         model.pos_embed.mul_(scale)
-    torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
+    torch.save({"model": model.state_dict(), "spec": model.spec}, tmp_path / "file.pth")
     return model, str(tmp_path / "file.pth")
 
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import SHARED
 
 from datasets import DataError, build_clips
-from datasets.formats.dota import CATEGORIES, load_dota, read_metadata
+from datasets.formats.dota import CATEGORIES, read_metadata
 from datasets.formats.text import read_split
 from datasets.readers import open_clip
 from datasets.tools.synthetic import Scene, render_dota
@@ -40,7 +40,7 @@ def test_variants_and_splits(dota_root):
     assert [c.name for c in half] == names["train"][::2] and half[0].category is not None
     assert [c.name for c in build_clips("DoTA_half", str(dota_root), "val")] == names["val"]
     with pytest.raises(DataError, match="DoTA_half has no split 'all'; it has train, val"):
-        load_dota("DoTA_half", str(dota_root), "all")
+        build_clips("DoTA_half", str(dota_root), "all")
     with pytest.raises(DataError, match="unknown data set 'dota'; known: BDD100K, CAP-DATA, .*DoTA, DoTA_half"):
         build_clips("dota", str(dota_root), "train")
 

@@ -13,7 +13,6 @@ from helpers import SHARED, write_video
 
 from datasets import VideoScan, build_clips
 from datasets.clips import DataError
-from datasets.formats.videos import load_videos
 from datasets.readers import open_clip
 from datasets.scan import VideoInfo, probe
 from datasets.windows import RandomClipIndex, index_clips
@@ -48,7 +47,7 @@ def opened(monkeypatch):
 
 
 def test_frames_and_rates_are_those_of_the_files(videos, tmp_path):
-    table = load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=2))
+    table = build_clips("videos", str(videos), "all", VideoScan(tmp_path / "scan.json", workers=2))
     assert {c.name: (c.num_frames, round(c.fps, 3)) for c in table} == {
         "a.mp4": (30, 30.0),
         "c.MP4": (12, 10.0),
@@ -62,7 +61,7 @@ def test_frames_and_rates_are_those_of_the_files(videos, tmp_path):
 def test_what_cannot_be_read_is_counted_and_named_once(videos, tmp_path, caplog):
     scan = VideoScan(tmp_path / "scan.json", workers=1)
     with caplog.at_level(logging.WARNING, "tad"):
-        assert len(load_videos(str(videos), "all", scan)) == 3
+        assert len(build_clips("videos", str(videos), "all", scan)) == 3
     (record,) = caplog.records
     assert "videos all: 2 of 5 clips cannot be read: empty.mov (" in record.message and "noise.mp4 (" in record.message
 
@@ -71,19 +70,19 @@ def test_a_second_scan_opens_nothing_and_a_changed_video_is_opened_alone(videos,
     root = tmp_path / "own"
     shutil.copytree(videos, root)
     scan = VideoScan(tmp_path / "scan.json", workers=1)
-    first = load_videos(str(root), "all", scan)
+    first = build_clips("videos", str(root), "all", scan)
     assert sorted(opened) == ["a.mp4", "b.mov", "c.MP4", "empty.mov", "noise.mp4"]
     opened.clear()
-    again = load_videos(str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))
+    again = build_clips("videos", str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert [(c.name, c.num_frames) for c in again] == [(c.name, c.num_frames) for c in first] and not opened
 
     os.utime(root / "c.MP4", ns=(0, 0))
-    load_videos(str(root), "all", scan)
+    build_clips("videos", str(root), "all", scan)
     assert opened == ["c.MP4"]  # the same size, written at another time
     opened.clear()
     write_video(root / "a.mp4", frames=17, fps=30)
     write_video(root / "new.mp4", frames=9, fps=30)
-    changed = load_videos(str(root), "all", scan)
+    changed = build_clips("videos", str(root), "all", scan)
     assert sorted(opened) == ["a.mp4", "new.mp4"]
     assert {c.name: c.num_frames for c in changed} == {"a.mp4": 17, "c.MP4": 12, "deep/er/b.mov": 20, "new.mp4": 9}
 
@@ -100,37 +99,37 @@ def test_a_scan_that_is_killed_keeps_what_it_had(videos, tmp_path, monkeypatch, 
     monkeypatch.setattr("datasets.scan.probe", dies_at_the_third)
     monkeypatch.setitem(globals(), "probe", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
+        build_clips("videos", str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert len(json.loads((tmp_path / "scan.json").read_text())) == 2
 
 
 def test_nothing_readable_is_an_error(tmp_path):
     scan = VideoScan(tmp_path / "scan.json", workers=1)
     with pytest.raises(DataError, match="no such folder or list file"):
-        load_videos(str(tmp_path / "absent"), "all", scan)
+        build_clips("videos", str(tmp_path / "absent"), "all", scan)
     with pytest.raises(DataError, match="no video below it; known suffixes: .avi"):
-        load_videos(str(tmp_path), "all", scan)
+        build_clips("videos", str(tmp_path), "all", scan)
     (tmp_path / "a.mov").touch()
     with pytest.raises(DataError, match=r"videos all: 1 of 1 clips cannot be read: a.mov \(.*Error reading"):
-        load_videos(str(tmp_path), "all", scan)
+        build_clips("videos", str(tmp_path), "all", scan)
 
 
 def test_a_list_file_stands_for_a_folder(videos, tmp_path):
     (videos / "list.txt").write_text("a.mp4\n./a.mp4\n")
     with pytest.raises(DataError, match="video a.mp4 is listed twice"):
-        load_videos(str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
+        build_clips("videos", str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
     (videos / "list.txt").write_text("deep/er/b.mov\n\na.mp4\ngone.mp4\n")
-    table = load_videos(str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
+    table = build_clips("videos", str(videos / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert [c.name for c in table] == ["deep/er/b.mov", "a.mp4"]
     with pytest.raises(DataError, match="a.mp4: not a text file in UTF-8"):
-        load_videos(str(videos / "a.mp4"), "all", VideoScan(tmp_path / "scan.json", workers=1))
+        build_clips("videos", str(videos / "a.mp4"), "all", VideoScan(tmp_path / "scan.json", workers=1))
 
 
 def test_links_back_up_are_not_followed_twice(videos, tmp_path):
     root = tmp_path / "own"
     shutil.copytree(videos, root)
     (root / "deep" / "up").symlink_to(root)
-    assert len(load_videos(str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 3
+    assert len(build_clips("videos", str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 3
 
 
 def test_two_runs_may_share_a_cache(videos, tmp_path):
@@ -158,7 +157,7 @@ def test_bdd100k(tmp_path, caplog):
 
 
 def test_windows_of_videos_are_at_the_view_s_rate(videos, tmp_path):
-    table = load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
+    table = build_clips("videos", str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
     index = index_clips(table, num_frames=4, view_fps=10, stride=1)
     spans = {table[c].name: index.spans[c] for c in range(3)}
     assert spans == {"a.mp4": 10, "c.MP4": 4, "deep/er/b.mov": 8}  # at 25 fps: 0, 2, 5, 7
@@ -238,23 +237,25 @@ def dies(path):
 def test_a_video_that_crashes_the_decoder_is_narrowed_down(videos, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.scan.probe", dies)
     with pytest.raises(DataError, match=r"a process died, of a file that crashes its decoder .*a.mp4"):
-        load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=2))
+        build_clips("videos", str(videos), "all", VideoScan(tmp_path / "scan.json", workers=2))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"a": 3}', '{"a": [1]}'])
 def test_a_damaged_cache_is_named(videos, tmp_path, content):
     (tmp_path / "scan.json").write_text(content)
     with pytest.raises(DataError, match="scan.json: not a scan of videos .* remove it to scan again"):
-        load_videos(str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
+        build_clips("videos", str(videos), "all", VideoScan(tmp_path / "scan.json", workers=1))
 
 
 def test_a_cache_that_cannot_be_written_is_named(videos, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="scan.json: cannot be written .*; choose another --scan_cache"):
-        load_videos(str(videos), "all", VideoScan(tmp_path / "file" / "scan.json", workers=1))
+        build_clips("videos", str(videos), "all", VideoScan(tmp_path / "file" / "scan.json", workers=1))
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "driving").exists(), reason="needs ../shared/data/driving")
 def test_real_driving_video(tmp_path):
-    (clip,) = load_videos(str(SHARED / "data" / "driving"), "all", VideoScan(tmp_path / "scan.json", workers=1))
+    (clip,) = build_clips(
+        "videos", str(SHARED / "data" / "driving"), "all", VideoScan(tmp_path / "scan.json", workers=1)
+    )
     assert (clip.num_frames, clip.fps) == (221, 25.0)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers import run, write_video
 
-from datasets import Clip, DataError, build_clips, read_bad_clips
+from datasets import Clip, DataError, build_clips
+from datasets.faults import read_bad_clips
 from datasets.tools.check import Task, check, inspect_clip
 from datasets.tools.pack import Settings, pack
 from datasets.tools.synthetic import render_dota

@@ -25,7 +25,7 @@ from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, window_batches
+from datasets.stream import ClipStream, SplitWindows
 from datasets.tools.check import check
 from datasets.tools.pack import Settings, file_of, pack
 from datasets.tools.synthetic import render_dota
@@ -326,11 +326,9 @@ def test_a_source_that_ends_early_is_packed_as_it_is_read(dada, tmp_path, fps, c
     for root in (dada, out):
         clips = build_clips("DADA2K", str(root), "train")
         index = index_clips(clips, **WINDOW, stride=3)
-        stream, faults = ClipStream(clips, index, EvalTransform(32), chunk_frames=7), []
-        batches = list(window_batches(stream, index, batch_size=4, device="cpu", faults=faults))
-        usable = {fault.number: fault.frames for fault in faults}
-        assert "ends after" in faults[0].reason and 0 < usable[0] < 61
-        seen.append((fields(clips[0]), [n for batch in batches for n in batch.last.tolist() if n < usable[0]]))
+        *batches, fault = SplitWindows(clips, index, EvalTransform(32), batch_size=4)
+        assert "ends after" in fault.reason and fault.number == 0 < fault.frames < 61
+        seen.append((fields(clips[0]), [n for batch in batches for n in batch.last.tolist() if n < fault.frames]))
         dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=0, targets=True)
         samples = [dataset[0, 0, i, i] for i in range(len(index))]
         seen[-1] += ([s.get("label") if isinstance(s, dict) else "skipped" for s in samples],)

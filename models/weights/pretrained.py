@@ -1,0 +1,317 @@
+"""Checkpoints in, with every key accounted for: `load_pretrained(model, path)` fills a model or says why it cannot.
+
+A published file differs from our module in a few ways only: a wrapper around the state dict (`model`, `module`, ...),
+prefixes (`_orig_mod.`, `module.`, `encoder.`, `backbone.`), the name of the final norm (`encoder.norm`, `norm`,
+`fc_norm`), tensors of the pre-training task, and a position table or patch embedding for clips of another size. The
+keys of both sides are brought to one canonical form and matched; what the file has beyond the model must be named by a
+rule of its dialect. What the file may lack is the head of a classifier and the whole decoder of a masked autoencoder.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from models.pos_embed import likely_grid, resampled
+from models.registry import list_models
+from models.weights.dialects import Dialect
+from models.weights.file import MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
+from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise
+from utils.text import first_few
+
+_ENCODER_PREFIX = r"encoder\."  # of a masked autoencoder of ours; a classifier has none
+_DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every key. `loaded` and `missing` are the model's keys, `ignored` the file's.
+
+    sources maps each loaded key to the file's name for it; reasons maps each ignored key to why. epoch: of the file.
+    fitted: what was done to tensors of another grid or type.
+    """
+
+    path: str
+    dialect: str
+    wrapper: str
+    epoch: int | None
+    dtypes: tuple[str, ...]
+    loaded: list[str]
+    ignored: list[str]
+    missing: list[str]
+    sources: dict[str, str] = field(repr=False)
+    reasons: dict[str, str] = field(repr=False)
+    fitted: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
+        epoch = "" if self.epoch is None else f", epoch {self.epoch}"
+        renamed = sum(new != old for new, old in self.sources.items())
+        missing = first_few(self.missing, 4) + " (newly initialised)" * bool(self.missing)
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(self.reasons.values()).most_common())
+        return "\n".join(
+            (
+                f"weights from {self.path}",
+                f"  dialect  {self.dialect}{wrapped}, {'/'.join(self.dtypes)}{epoch}",
+                f"  loaded   {len(self.loaded):4d}  ({renamed} of them renamed)",
+                f"  ignored  {len(self.ignored):4d}  {why}".rstrip(),
+                f"  missing  {len(self.missing):4d}  {missing}".rstrip(),
+                *(f"  fitted         {what}" for what in self.fitted),
+            )
+        )
+
+
+def load_pretrained(
+    model: nn.Module,
+    path: str,
+    *,
+    model_key: str = MODEL_KEYS,
+    model_prefix: str = "",
+    stored_table: bool = True,
+) -> LoadReport:
+    """Fill `model` in place from a published, DAPT or fine-tuned checkpoint.
+
+    Half-precision files are copied up into the model's own dtype. The head (`head.*`) is loaded where its shape
+    fits and left as initialised where the file has none or one of another class count; so is InternVideo2's `fc_norm`,
+    and a masked autoencoder's decoder. A learned position table makes the model's one a parameter, and is `resampled`
+    for another grid of tokens.
+
+    Args:
+        path: file or http(s) URL. model_key: see `read_checkpoint`.
+        model_prefix: take the keys under this prefix alone, e.g. "student."; the others are reported as ignored.
+        stored_table: take a learned position table, where the file has one; else it is left out.
+
+    Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
+    of another shape or with NaN, a key that nothing accounts for. The model is untouched then.
+    """
+    return fill(model, read_checkpoint(path, model_key), model_prefix=model_prefix, stored_table=stored_table)
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, *, model_prefix: str = "", stored_table: bool = True) -> LoadReport:
+    """Fill `model` in place from a checkpoint that is read; the same as `load_pretrained` in all else."""
+    matching = Matching(model, checkpoint, model_prefix)
+    matching.check_architecture()
+    matching.ignore_head_of_other_classes()
+    matching.check_pooling()
+    matching.ignore_by_rules()
+    if not stored_table:
+        matching.ignore_position_table()
+    matching.fit_position_table()
+    matching.fit_patch_embed()
+    matching.note_unnamed_table()
+    matching.want_learned_table(stored_table)
+    matching.check_shapes()
+    matching.check_complete()
+    matching.check_values()
+    matching.copy()
+    return matching.report()
+
+
+class Matching:
+    """A checkpoint and a model, matched key by key; each pass decides on some keys or refuses the file.
+
+    Keys are canonical: the same for the same tensor in every dialect, without the encoder's prefix, the final norm
+    called `norm`.
+
+    Attributes:
+        source: key -> the entry of the file that shall be loaded; passes take away what is ignored, and fit tensors.
+        target: key -> the model's key.
+        shapes: key -> the shape in the model.
+        reasons: the file's key -> why it is ignored.
+        fitted: what was done to tensors, for the report.
+
+    Raises CheckpointError, as each pass does: no key under the prefix, no dialect, the same tensor twice.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, model_prefix: str):
+        self.model, self.checkpoint, self.path = model, checkpoint, checkpoint.path
+        self.encoder = getattr(model, "encoder", model)
+        self.is_ours = checkpoint.model in list_models()
+        self.reasons: dict[str, str] = {}
+        self.fitted: list[str] = []
+        entries = find_entries(checkpoint, model_prefix, self.reasons)
+        self.dialect = recognise(entries, checkpoint)
+        self.source: dict[str, Entry] = {}
+        for entry in entries:
+            other = self.source.setdefault(_canonical(entry.bare, self.dialect.prefix, self.dialect), entry)
+            if other is not entry:
+                raise self._error(f"{other.key} and {entry.key} both stand for the same tensor; one must go")
+        state = model.state_dict()
+        self.target = {_canonical(key, _ENCODER_PREFIX, self.dialect): key for key in state}
+        self.shapes: Shapes = {c: tuple(state[key].shape) for c, key in self.target.items()}
+
+    def _error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {message}")
+
+    def _ignore(self, c: str, reason: str) -> None:
+        """Move an entry from source to reasons."""
+        self.reasons[self.source.pop(c).key] = reason
+
+    def _missing(self) -> dict[str, str]:
+        """The part of target that the file does not have."""
+        return {c: key for c, key in self.target.items() if c not in self.source}
+
+    def check_architecture(self) -> None:
+        """Refuse a file of another model size or family."""
+        found = {c: tuple(e.tensor.shape) for c, e in self.source.items()}
+        check_architecture(self.model, self.shapes, found, self.dialect, self.checkpoint)
+
+    def ignore_head_of_other_classes(self) -> None:
+        """Ignore a head of another class count, the same in all else."""
+        wanted = self.shapes
+        head = {c: tuple(e.tensor.shape) for c, e in self.source.items() if c.startswith("head.") and c in wanted}
+        if all(len(s) == len(wanted[c]) and s[1:] == wanted[c][1:] and s[0] != wanted[c][0] for c, s in head.items()):
+            for c, (classes, *_) in head.items():
+                self._ignore(c, f"head.* of {classes} classes")
+
+    def check_pooling(self) -> None:
+        """Refuse a trained head that stands behind another pooling than the model's."""
+        c = "norm.weight"
+        if all(key in side for key in (c, "head.weight") for side in (self.source, self.target)):
+            names = [key.split(".")[-2] for key in (self.source[c].bare, self.target[c])]
+            if names[0] != names[1]:
+                in_file, in_model = ("fc_norm" if name == "fc_norm" else "cls" for name in names)
+                raise self._error(
+                    f"its head was trained with --final_reduction {in_file}, the model has {in_model}; use {in_file}"
+                )
+
+    def ignore_by_rules(self) -> None:
+        """Ignore what the dialect's rules leave out."""
+        for c in [c for c in self.source if c not in self.target or self.dialect.own_target]:
+            bare = self.source[c].bare
+            if any(re.fullmatch(rule, bare) for rule in self.dialect.ignored):
+                module = re.match(r"(encoder\.)?[^.]+", bare).group()
+                self._ignore(c, module if module == bare else f"{module}.*")
+
+    def ignore_position_table(self) -> None:
+        """Ignore the file's position table; refuse the file where the model needs it."""
+        if "pos_embed" in self.shapes:
+            raise self._error("the model's position table is learned, so it takes the file's; not sincos")
+        if "pos_embed" in self.source:
+            self._ignore("pos_embed", "learned position table")
+
+    def fit_position_table(self) -> None:
+        """Fit the file's position table to the encoder's grid; refuse it where the encoder has none.
+
+        A table equal to the encoder's fixed one is ignored, unless it is known to be learned.
+        """
+        entry, present = self.source.get("pos_embed"), self.encoder.pos_embed
+        if entry is None or entry.tensor.ndim != 3 or not entry.tensor.is_floating_point():
+            return
+        if present is None:
+            kind = self.encoder.pos_embed_kind
+            raise self._error(f"{entry.key} is a position table, and the model has none (its positions are {kind})")
+        table, said = entry.tensor.float(), []
+        first = present.shape[1] - math.prod(self.encoder.grid)  # the class token's, if there is one
+        grid = likely_grid(table.shape[1] - first, self.encoder.grid)
+        if grid:
+            table = torch.cat([table[:, :first], resampled(table[0, first:], grid, self.encoder.grid)[None]], dim=1)
+            read, fitted = (" x ".join(map(str, g)) for g in (grid, self.encoder.grid))
+            said.append(f"{entry.key} of {read} tokens" + f", resampled to {fitted}" * (read != fitted))
+        if not isinstance(present, nn.Parameter):
+            if not self.is_ours and table.shape == present.shape and torch.allclose(table, present, atol=1e-3):
+                self._ignore("pos_embed", "position table, the model's own")
+                return
+            said.append(f"{entry.key} replaces the model's fixed table, and is trained unless --freeze_layers is given")
+        self.source["pos_embed"] = replace(entry, tensor=table)
+        self.fitted += said
+
+    def fit_patch_embed(self) -> None:
+        """Inflate a patch embedding of one frame to the model's frames, keeping its sum."""
+        c = "patch_embed.proj.weight"
+        if c not in self.source or tuple(self.source[c].tensor.shape) == self.shapes[c]:
+            return
+        entry, frames = self.source[c], self.shapes[c][2]
+        self.source[c] = replace(entry, tensor=entry.tensor.float().expand(self.shapes[c]) / frames)
+        self.fitted.append(f"{entry.key} from 1 frame to {frames}")
+
+    def note_unnamed_table(self) -> None:
+        """Say so where the file does not say which position table it was trained with."""
+        known = self.is_ours or self.dialect.pos_embed or self.dialect.stored_table or "pos_embed" in self.source
+        if not known and self.encoder.pos_embed is not None:
+            kind = self.encoder.pos_embed_kind
+            self.fitted.append(f"position table: {kind}, the model's; the file does not say which it was trained with")
+
+    def want_learned_table(self, stored_table: bool) -> None:
+        """Expect a learned position table where the file has one, or files of its dialect do."""
+        expected = "pos_embed" in self.source or (stored_table and self.dialect.stored_table)
+        if expected and self.encoder.pos_embed is not None:
+            self.target["pos_embed"] = "pos_embed" if self.encoder is self.model else "encoder.pos_embed"
+            self.shapes["pos_embed"] = tuple(self.encoder.pos_embed.shape)
+
+    def check_shapes(self) -> None:
+        """Refuse a tensor of another shape than the model's."""
+        found = {c: tuple(self.source[c].tensor.shape) for c in self.shapes if c in self.source}
+        wrong = [c for c, shape in found.items() if shape != self.shapes[c]]
+        if wrong:
+            c = wrong[0]
+            raise self._error(
+                f"{len(wrong)} tensors have another shape than the model's: {self.source[c].key} is {found[c]}, "
+                f"not {self.shapes[c]}; give the model's options that the weights were trained with"
+            )
+
+    def check_complete(self) -> None:
+        """Refuse a file that lacks what the model needs, or has more than the rules of its dialect name."""
+        lacking = [key for c, key in self._missing().items() if not self._may_be_fresh(c)]
+        unknown = [entry.key for c, entry in self.source.items() if c not in self.target]
+        problems = []
+        if lacking:
+            names = first_few(lacking, 4)
+            problems.append(f"lacks {len(lacking)} tensors the model needs: {names}; the file is incomplete")
+        if unknown:
+            problems.append(
+                f"has {len(unknown)} keys that no rule of {self.dialect.name!r} accounts for: "
+                f"{first_few(unknown, 4)}; wrong file, or a family this loader does not know"
+            )
+        if problems:
+            raise self._error("; ".join(problems))
+
+    def _may_be_fresh(self, c: str) -> bool:
+        """Whether the file may lack a tensor: of a module that such files may lack, if it lacks the whole module."""
+        if _DECODER.fullmatch(c):
+            return not any(map(_DECODER.fullmatch, self.source))
+        module = c.split(".")[0]
+        return all(key.split(".")[0] != module for key in self.source) and bool(re.fullmatch(self.dialect.fresh, c))
+
+    def check_values(self) -> None:
+        """Refuse a tensor that is not of floating point or not finite."""
+        for key, tensor in ((entry.key, entry.tensor) for entry in self.source.values()):
+            if not tensor.is_floating_point():
+                raise self._error(f"{key} holds {tensor.dtype}, not weights; wrong or damaged file")
+            if not tensor.isfinite().all():
+                raise self._error(f"{key} has NaN or infinite values; the training that wrote it diverged")
+
+    def copy(self) -> None:
+        """Write source into the model."""
+        if "pos_embed" in self.source:
+            self.encoder.learn_pos_embed()
+        state = self.model.state_dict()
+        with torch.no_grad():
+            for c, entry in self.source.items():
+                state[self.target[c]].copy_(entry.tensor)
+
+    def report(self) -> LoadReport:
+        """Say what became of every key."""
+        state = self.checkpoint.state
+        sources = {key: self.source[c].key for c, key in self.target.items() if c in self.source}
+        return LoadReport(
+            path=self.path,
+            dialect=self.dialect.name,
+            wrapper=self.checkpoint.wrapper,
+            epoch=self.checkpoint.epoch,
+            dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
+            loaded=list(sources),
+            ignored=[key for key in state if key in self.reasons],
+            missing=list(self._missing().values()),
+            sources=sources,
+            reasons=self.reasons,
+            fitted=self.fitted,
+        )
+
+
+def _canonical(key: str, prefix: str, dialect: Dialect) -> str:
+    """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
+    return re.sub(rf"^{dialect.final_norm}\.", "norm.", re.sub(f"^{prefix}", "", key))

@@ -1,0 +1,57 @@
+"""A model from its weights file alone: `load(path)`."""
+
+import torch
+from torch import nn
+
+from models.registry import classifier_of, create_model
+from models.weights.file import CheckpointError, read_checkpoint
+from models.weights.pretrained import fill
+from utils.text import first_few, short_reason
+
+_COMMON = ("num_frames", "view_fps", "input_size", "tubelet_size", "mean", "std", "gelu")
+
+
+def load(path: str) -> tuple[nn.Module, dict]:
+    """Build the model that a weights file of ours is for, on the CPU, in evaluation mode, all its weights filled.
+
+    Args:
+        path: file or URL of a classifier or a masked autoencoder.
+
+    Returns (model, spec), the spec as it stands in the file. Raises CheckpointError: an unreadable file, one without a
+    spec or with a damaged one, weights that are not those of its spec.
+    """
+    checkpoint = read_checkpoint(path)
+    spec = checkpoint.spec
+    if spec is None:
+        raise CheckpointError(
+            f"{path} has no spec: it is a published file or one written before ours had one; create_model(NAME) and "
+            "load_pretrained(model, path), or evaluate it with --model"
+        )
+    try:
+        with torch.device("cpu"):
+            model = _build(spec)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: its spec does not make a model here: {short_reason(e)}") from e
+    report = fill(model, checkpoint)
+    if other := [*report.missing, *report.ignored]:
+        raise CheckpointError(f"{path}: its weights are not those of its spec: {first_few(other)}")
+    if (table := model.spec["pos_embed"]) != spec["pos_embed"]:
+        raise CheckpointError(
+            f"{path}: its spec says pos_embed = {spec['pos_embed']!r}, but its weights have {table!r}"
+        )
+    return model.eval(), spec
+
+
+def _build(spec: dict) -> nn.Module:
+    """The model of a spec, with new weights. Raises ValueError or TypeError where there is none."""
+    options = {key: spec[key] for key in _COMMON}
+    if classifier_of(spec["model"]) == spec["model"]:
+        options |= {"final_reduction": spec["final_reduction"], "num_classes": len(spec["classes"])}
+    elif "decoder_depth" in spec:
+        options |= {key: spec[key] for key in ("decoder_depth", "normalize_target")}
+    else:
+        raise ValueError(f"{spec['model']} needs decoder_depth and normalize_target")
+    model = create_model(spec["model"], **options)
+    if spec["pos_embed"] == "learned":
+        getattr(model, "encoder", model).learn_pos_embed()
+    return model

@@ -1,0 +1,108 @@
+"""Evaluation's stream of windows: each frame decoded once, each window handed out once."""
+
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import build_clips
+from datasets.augment.frames import EvalTransform
+from datasets.clips import Clip, ClipTable, DataError
+from datasets.faults import Fault
+from datasets.readers import open_clip
+from datasets.stream import ClipStream, SplitWindows, balance, eval_loader
+from datasets.windows import WindowIndex
+
+
+def test_balance():
+    costs = [5, 1, 9, 3, 3, 7]
+    shares = balance(costs, 2)
+    assert sorted(sum(shares, [])) == list(range(6))
+    assert [sum(costs[i] for i in share) for share in shares] in ([13, 15], [15, 13])
+    assert balance([4], 3) == [[0], [], []]
+
+
+def split(root, *, stride=1, view_fps=10, batch_size=16, **options):
+    clips = build_clips("DoTA", str(root), "val")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=view_fps, stride=stride)
+    return SplitWindows(clips, index, EvalTransform(32), batch_size=batch_size, **options)
+
+
+def gathered(root, *, world_size=1, **options):
+    """{(clip, last frame): the window's frames} of all ranks, each of which came once."""
+    windows, times, faults = {}, Counter(), []
+    for rank in range(world_size):
+        part = split(root, rank=rank, world_size=world_size, **options)
+        for item in part:
+            if isinstance(item, Fault):
+                faults.append(item)
+                continue
+            assert len(item.last) <= part.batch_size
+            for last, video in zip(item.last.tolist(), item.video, strict=True):
+                windows[item.clip, last] = video
+                times[item.clip, last] += 1
+    part.agree(faults)
+    assert set(times) == set(zip(*(a.tolist() for a in part.locations()), strict=True))
+    assert set(times.values()) == {1}
+    return windows
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 3}, {"view_fps": 5}, {"view_fps": 4, "stride": 2}], ids=str)
+def test_streamed_windows_are_the_windows_of_the_index(dota_root, options):
+    part = split(dota_root, **options)
+    clips, index = part.clips, part.index
+    windows = gathered(dota_root, **options)
+    for i in range(0, len(index), 7):
+        clip, frames = index[i]
+        with open_clip(clips[clip]) as reader:
+            expected = EvalTransform(32)(reader.frames(frames)).transpose(0, 1)
+        assert torch.equal(windows[clip, int(frames[-1])], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 2}, {"world_size": 3}, {"num_workers": 2, "world_size": 2}, {"batch_size": 5}], ids=str
+)
+def test_each_window_comes_once_however_the_work_is_split(dota_root, options):
+    whole, parts = gathered(dota_root), gathered(dota_root, **options)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_each_frame_is_decoded_once(dota_root, monkeypatch):
+    reads = Counter()
+    original = zipfile.ZipFile.read
+
+    def counting(self, name, *args, **kwargs):
+        reads[self.filename, name] += 1
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", counting)
+    gathered(dota_root, view_fps=5)
+    assert set(reads.values()) == {1}
+    clips = build_clips("DoTA", str(dota_root), "val")
+    assert len(reads) == sum(c.num_frames for c in clips)
+
+
+def test_frames_no_window_needs_are_not_decoded():
+    index = WindowIndex([31], src_fps=30, num_frames=4, view_fps=10, stride=6)
+    assert index.needed_frames(0).tolist() == list(range(3, 31, 3))
+
+
+def test_clips_without_windows_are_left_out(dota_root):
+    clips = build_clips("DoTA", str(dota_root), "val")
+    short = Clip("short", "nowhere", 2, 10.0, labels=np.zeros(2, np.uint8))
+    table = ClipTable("DoTA", "val", [short, *clips])
+    index = WindowIndex(table.frame_counts, src_fps=10, num_frames=4, view_fps=10)
+    stream = ClipStream(table, index, EvalTransform(32), chunk_frames=64)
+    assert stream.share == [1, 2, 3, 4, 5]
+    assert len(list(eval_loader(stream, num_workers=0, pin_memory=False))) == stream.num_chunks == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_clip_stops_evaluation_and_is_named(dota_root, tmp_path, workers):
+    (tmp_path / "dataset").symlink_to(dota_root / "dataset")
+    with pytest.raises(
+        DataError, match=r"(?s)5 of 5 clips cannot be read.*(\n  syntheticva_00000\d: clip.*no frames.*){5}"
+    ):
+        gathered(tmp_path, num_workers=workers)

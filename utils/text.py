@@ -1,0 +1,15 @@
+"""Pieces of messages: the first few of many names, the short reason of an error."""
+
+from collections.abc import Iterable
+
+
+def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
+    """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)"."""
+    items = [str(item) for item in items]
+    return sep.join(items[:limit]) + (f"{sep}... ({len(items)} in all)" if len(items) > limit else "")
+
+
+def short_reason(error: BaseException, limit: int = 120) -> str:
+    """Return the first line of what an error says, cut to `limit` characters, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
