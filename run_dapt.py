@@ -262,7 +262,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
             )
         sources.append(Source(clips, index, transform))
     warn_unmatched(bad_clips, [source.clips for source in sources])
-    return WindowDataset(sources, seed=args.seed, targets=False)
+    return WindowDataset(sources, seed=args.seed, targets=False, read_timeout=args.read_timeout)
 
 
 def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size: int) -> EpochSampler:

@@ -270,7 +270,9 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
     )
-    dataset = WindowDataset([Source(clips, index, transform)], seed=args.seed, targets=True)
+    dataset = WindowDataset(
+        [Source(clips, index, transform)], seed=args.seed, targets=True, read_timeout=args.read_timeout
+    )
     return train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem), sampler
 
 
@@ -290,6 +292,7 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
         allow_missing=args.allow_missing,
+        read_timeout=args.read_timeout,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ class Fault:
         return f"{self.name}: {self.reason}"
 
 
+@contextmanager
+def loader_errors() -> Iterator[None]:
+    """Turn the death of a loading process while the body waits for it into a DataError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        remedy = "give the job more memory or fewer --num_workers; the same command continues a training run"
+        raise DataError(f"a loading process died, killed from outside or for lack of memory ({e}): {remedy}") from e
+
+
 class CountedBatches:
     """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
 
@@ -51,21 +64,25 @@ class CountedBatches:
         self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
-            for fault in batch["notes"]:
-                self._log_once(logger.warning, fault, str(fault))
-            for fault in batch["skipped"]:
-                self._skipped_here, self._skipped = self._skipped_here + 1, self._skipped + 1
-                self._bad_clips[fault.name] += 1
-                self._log_once(logger.error, fault, f"skipped a sample of {fault}")
-                if self._skipped_here > self.limit:
-                    raise DataError(
-                        f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
-                        f"so far of {_named(self._bad_clips)}; python -m datasets.tools.check finds all such clips for "
-                        "--bad_clips, or raise the limit"
-                    )
-            self._samples += len(batch["samples"])
-            yield batch
+        with loader_errors():
+            for batch in self.loader:
+                self._count(batch)
+                yield batch
+
+    def _count(self, batch: dict[str, Any]) -> None:
+        for fault in batch["notes"]:
+            self._log_once(logger.warning, fault, str(fault))
+        for fault in batch["skipped"]:
+            self._skipped_here, self._skipped = self._skipped_here + 1, self._skipped + 1
+            self._bad_clips[fault.name] += 1
+            self._log_once(logger.error, fault, f"skipped a sample of {fault}")
+            if self._skipped_here > self.limit:
+                raise DataError(
+                    f"more than --max_bad_samples {self.limit} samples skipped in an epoch, the last of {fault}; "
+                    f"so far of {_named(self._bad_clips)}; python -m datasets.tools.check finds all such clips for "
+                    "--bad_clips, or raise the limit"
+                )
+        self._samples += len(batch["samples"])
 
     def _log_once(self, log: Callable[[str], None], fault: Fault, message: str) -> None:
         kind = fault.name, fault.frames > 0

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
 from datasets.labels import smooth_labels
+from datasets.parallel import READ_TIMEOUT, Child, limited_results
 from datasets.readers import open_clip
 from datasets.windows import RandomClipIndex, WindowIndex
 from utils.signals import shield_worker
@@ -110,28 +111,37 @@ class WindowDataset(Dataset):
     int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a Fault where the
     source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
 
+    read_timeout: seconds without a picture read after which a loading process gives a window up as unreadable.
+
     Raises DataError where targets are asked of unlabelled clips.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool):
+    def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool, read_timeout: float = READ_TIMEOUT):
         self.sources, self.seed, self.targets = list(sources), seed, targets
+        self._child = Child(self._read, read_timeout)
         for source in self.sources if targets else ():
             source.clips.require_labels()
 
     def __getitem__(self, key: Key) -> dict[str, Any] | Fault:
+        try:
+            (sample,) = limited_results(self._child, key)
+        except DataError as e:
+            source, _, number, _ = self._draw(key)
+            return Fault(number, source.clips[number].name, str(e))
+        return sample
+
+    def _read(self, key: Key) -> Iterator[dict[str, Any]]:
+        """Yield the sample of a key. Raises DataError where it cannot be read."""
         source, rng, number, frames = self._draw(key)
         clip = source.clips[number]
-        try:
-            with open_clip(clip) as reader:
-                mismatch, usable = reader.mismatch(), reader.usable_frames()
-                if frames[-1] >= usable:
-                    raise DataError(mismatch)
-                views = source.transform(reader.frames(frames), rng)
-        except DataError as e:
-            return Fault(number, clip.name, str(e))
+        with open_clip(clip) as reader:
+            mismatch, usable = reader.mismatch(), reader.usable_frames()
+            if frames[-1] >= usable:
+                raise DataError(mismatch)
+            views = source.transform(reader.frames(frames), rng)
         name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
         notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
-        return self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
+        yield self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | Fault]:
         """Return the samples of a batch; a black one without a name follows where none can be read."""

@@ -1,68 +1,218 @@
-"""Work on many files in worker processes, with a progress bar."""
+"""Work in child processes that are killed where they give no sign of life: no read is without a time limit.
+
+A decoder that hangs or crashes in native code takes its process with it, not the run. A child is forked where it is
+first needed, serves one item after another, and is replaced after it had to be killed. It dies with its parent, even
+with one that was killed, and heeds no signal but KILL.
+"""
 
 import ctypes
 import os
+import pickle
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from multiprocessing import get_context
-from typing import TypeVar
+from io import BytesIO
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import get_worker_info
 
 from datasets.clips import DataError
 from utils.logging import progress_bar
-from utils.signals import shield_worker
+from utils.signals import SIGNALS
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+READ_TIMEOUT = 60.0  # seconds without a picture read
+_ALIVE_EVERY = 1.0  # seconds between two signs of life
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_to_parent: Connection | None = None  # in a child: where signs of life go
+_last_sign = 0.0
+
+
+class ReadFailure(DataError):
+    """A reading process hung or died; the message says which."""
 
 
 def available_cores() -> int:
-    """Count the CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def in_processes(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, description: str
-) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, function(item)) of every item, as they finish. function and items must pickle.
+def alive() -> None:
+    """Tell the process that waits for this one, if any does, that the work goes on; call it for each picture read."""
+    global _last_sign
+    if _to_parent is not None and time.monotonic() - _last_sign > _ALIVE_EVERY:
+        _last_sign = time.monotonic()
+        _to_parent.send_bytes(_dumps(("alive", None)))
 
-    decord is used in such processes alone, since it must not live through the forks of a data loader. A process dies
-    with its parent, even with one that was killed, and of signals heeds its parent's alone.
 
-    Raises what function raises, and DataError naming the suspects where a process died.
+class Child:
+    """A process that runs function(item), which yields results, for each item it is sent.
+
+    function: need not pickle; items, results and what it raises must.
+    limit: seconds without a result or a sign of life after which the process is killed.
     """
-    items = list(items)
-    workers = max(1, min(workers, len(items)))
-    with ProcessPoolExecutor(workers, get_context("fork"), initializer=_start, initargs=(os.getpid(),)) as pool:
-        results = _results(pool, function, items, ahead=2 * workers)
-        yield from progress_bar(results, description=description, total=len(items))
+
+    def __init__(self, function: Callable[[Any], Iterable[Any]], limit: float):
+        self.function, self.limit, self.deadline = function, limit, 0.0
+        self._pid: int | None = None
+        self.connection: Connection | None = None
+
+    def send(self, item: Any) -> None:
+        """Start the work on an item; `receive` must have returned "done" for the one before, or raised."""
+        if self._pid is None:
+            self._start()
+        self.connection.send_bytes(_dumps(item))
+        self.deadline = time.monotonic() + self.limit
+
+    def receive(self) -> tuple[str, Any]:
+        """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after the last result.
+
+        Raises ReadFailure where none comes in time or the process has died; and what function raised.
+        """
+        if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
+            self.kill()
+            raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds (--read_timeout)")
+        try:
+            kind, value = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError) as e:
+            raise ReadFailure(f"the process that read it {self._end()}") from e
+        self.deadline = time.monotonic() + self.limit
+        if kind == "error":
+            raise value
+        return kind, value
+
+    def results(self, item: Any) -> Iterator[Any]:
+        """Yield the results of function(item). Raises as `receive` does."""
+        self.send(item)
+        while (message := self.receive())[0] != "done":
+            if message[0] == "result":
+                yield message[1]
+
+    def kill(self) -> None:
+        """End the process, if there is one."""
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            self._end()
+
+    def _start(self) -> None:
+        self.connection, other = Pipe()
+        parent, self._pid = os.getpid(), os.fork()
+        if self._pid == 0:
+            try:
+                self.connection.close()
+                _serve(other, self.function, parent)
+            finally:
+                os._exit(0)
+        other.close()
+
+    def _end(self) -> str:
+        """Say how the process, which has ended or is about to, has ended."""
+        _, status = os.waitpid(self._pid, 0)
+        self.connection.close()
+        self._pid = None
+        if not os.WIFSIGNALED(status):
+            return f"ended with code {os.waitstatus_to_exitcode(status)}"
+        name = signal.Signals(os.WTERMSIG(status)).name
+        return f"was killed by {name}" + " (of too little memory?)" * (name == "SIGKILL")
 
 
-def _results(pool: ProcessPoolExecutor, function: Callable, items: list, *, ahead: int) -> Iterator[tuple]:
-    waiting, running = iter(items), {}
-    try:
-        while True:
-            running |= {pool.submit(function, item): item for item in islice(waiting, ahead - len(running))}
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running[future], future.result()
-                del running[future]
-    except BrokenProcessPool as e:
-        suspects = ", ".join(sorted(map(str, running.values())))
-        raise DataError(
-            f"a process died, of a file that crashes its decoder or of too little memory: {suspects}"
-        ) from e
-    finally:
-        for future in running:
-            future.cancel()
-
-
-def _start(parent: int) -> None:
-    shield_worker()
+def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> None:
+    """Work on items until the parent closes its end. Runs in the child."""
+    global _to_parent
+    signal.set_wakeup_fd(-1)  # that of the parent
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that
-        os._exit(1)
+        return
+    _to_parent = connection
+    while True:
+        try:
+            item = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            for result in function(item):
+                connection.send_bytes(_dumps(("result", result)))
+            connection.send_bytes(_dumps(("done", None)))
+        except Exception as e:
+            connection.send_bytes(_dumps(("error", e)))
+
+
+def limited_results(child: Child, item: Any) -> Iterable[Any]:
+    """Return the results of child.function(item), from the child in a loading process of a DataLoader.
+
+    In the process that loads for itself (--num_workers 0) they are made right here, without a limit.
+    """
+    return child.results(item) if get_worker_info() else child.function(item)
+
+
+class _Pickler(pickle.Pickler):
+    """Sends tensors by value: PyTorch's way through shared memory needs a server in the child."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return buffer.getbuffer()
+
+
+def in_processes(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    description: str,
+    failed: Callable[[Item, ReadFailure], Result] | None = None,
+    limit: float = READ_TIMEOUT,
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)) of every item, as they finish, with a progress bar.
+
+    failed(item, error) stands for the result of an item whose process hung for `limit` seconds or died; without it such
+    an item raises ReadFailure. Video decoders are used in such processes alone, since they must not live through the
+    forks of a data loader.
+
+    Raises what function raises.
+    """
+    items = list(items)
+    children = [Child(lambda item: [function(item)], limit) for _ in range(max(1, min(workers, len(items))))]
+    results = _results(children, iter(items), failed)
+    yield from progress_bar(results, description=description, total=len(items))
+
+
+def _results(children: list[Child], items: Iterator, failed: Callable | None) -> Iterator[tuple]:
+    idle, busy = list(children), {}
+    try:
+        while True:
+            while idle and (item := next(items, _NOTHING)) is not _NOTHING:
+                child = idle.pop()
+                child.send(item)
+                busy[child] = item
+            if not busy:
+                return
+            patience = min(child.deadline for child in busy) - time.monotonic()
+            ready = wait([child.connection for child in busy], max(patience, 0))
+            for child in [c for c in busy if c.connection in ready or c.deadline <= time.monotonic()]:
+                try:
+                    kind, value = child.receive()
+                except ReadFailure as e:
+                    if failed is None:
+                        raise ReadFailure(f"{busy[child]}: {e}") from e
+                    kind, value = "done", None
+                    yield busy[child], failed(busy[child], e)
+                if kind == "result":
+                    yield busy[child], value
+                if kind == "done":
+                    del busy[child]
+                    idle.append(child)
+    finally:
+        for child in children:
+            child.kill()
+
+
+_NOTHING = object()

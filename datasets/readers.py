@@ -5,9 +5,13 @@
         for frame in reader.frames([0, 3, 6]):   # one uint8 (H, W, 3) at a time: half the memory traffic
             ...
 
-Pictures are decoded at full size by Pillow: the same pixels as OpenCV's, as fast as torchvision's decoder, which is
-deprecated since 0.29. A reader is opened where it is used, inside the worker process, and closed after the item, since
-a video's decoder must not live through a fork (see datasets/video.py).
+Pictures are decoded at full size by Pillow: the same pixels as OpenCV's. Of 16 bit, grey or colour, the upper 8 count
+(65535 becomes 255); 32-bit integer and float pictures are refused, since nothing says which of their values is white.
+Palettes, grey and alpha become RGB, and a picture is turned as its EXIF orientation asks, as players turn videos.
+Hidden files (see `is_hidden`) are no part of a folder or zip.
+
+A reader is opened where it is used, inside the worker process, and closed after the item, since a video's decoder must
+not live through a fork (see datasets/video.py).
 """
 
 import io
@@ -22,20 +26,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from datasets.clips import Clip, DataError, data_errors
 from datasets.video import Video
-from utils.text import short_reason
+from utils.text import first_few, short_reason
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+OTHER_PICTURE_SUFFIXES = (  # which are not read, so that a message can say so
+    *(".avif", ".bmp", ".exr", ".gif", ".heic", ".jfif", ".jp2", ".jxl"),
+    *(".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 
 # What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as is that for a picture which claims
 # to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
 _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError),
     *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
+)
+
+_FLIP = Image.Transpose
+_SIDEWAYS = (_FLIP.TRANSPOSE, _FLIP.ROTATE_270, _FLIP.TRANSVERSE, _FLIP.ROTATE_90)
+_TURNS = dict(  # {EXIF orientation: what sets the picture upright}
+    enumerate((_FLIP.FLIP_LEFT_RIGHT, _FLIP.ROTATE_180, _FLIP.FLIP_TOP_BOTTOM, *_SIDEWAYS), start=2)
 )
 
 
@@ -88,8 +102,46 @@ class Reader:
         self.close()
 
 
-def _decode(data: bytes) -> Tensor:
+def is_hidden(name: str) -> bool:
+    """Tell whether a part of a path begins with "." or "__MACOSX", as of files a desktop leaves beside pictures."""
+    return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in name.split("/"))
+
+
+def _open_picture(data: bytes) -> Image.Image:
+    """Read the header of a picture. Raises ValueError for one of 32 bits a value, and what Pillow raises."""
     image = Image.open(io.BytesIO(data))
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # as an older Pillow has 16-bit PNGs
+        kind = "float" if image.mode == "F" else "32-bit integer"
+        raise ValueError(f"a {kind} picture, whose range is unknown: convert it to 8 or 16 bit")
+    return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what sets a picture upright by its EXIF orientation; None where there is none, or it is damaged."""
+    known = image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+    if not known or image.format == "TIFF":  # getexif() decodes a PNG to look behind its pixels; a TIFF turns itself
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (*_UNREADABLE, TypeError):
+        return None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Return (height, width) in pixels of a picture, upright, from its header. Raises what Pillow raises."""
+    image = _open_picture(data)
+    width, height = image.size
+    return (width, height) if _turn(image) in _SIDEWAYS else (height, width)
+
+
+def _decode(data: bytes) -> Tensor:
+    image = _open_picture(data)
+    image.load()  # and what stands behind the pixels, of a PNG
+    if (turn := _turn(image)) is not None:  # 0 is a mirror
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):  # 16 bit: convert() would clip at 255
+        upper = (np.asarray(image) >> 8).astype(np.uint8)
+        return torch.from_numpy(upper[..., None].repeat(3, axis=-1))
     if image.mode != "RGB":  # convert() would copy even so
         image = image.convert("RGB")
     return torch.from_numpy(np.array(image))
@@ -102,8 +154,15 @@ class PictureReader(Reader):
         raise NotImplementedError
 
     def file_names(self) -> list[str]:
-        """Return the names of the files in the source, in any order."""
+        """Return the names of the files in the source but for hidden ones, in any order."""
         raise NotImplementedError
+
+    def _instead(self) -> str:
+        """Say what the source holds, where it lacks a picture."""
+        names = sorted(self.file_names())
+        suffix = os.path.splitext(names[0])[1] if names else ""
+        note = f"; {suffix} pictures are not read, convert them" if suffix.lower() in OTHER_PICTURE_SUFFIXES else ""
+        return f"holds {first_few(names, 3) or 'nothing'}{note}"
 
     def frames(self, frame_ids: Sequence[int], decode: Callable[[bytes], Any] = _decode) -> Iterator[Tensor]:
         """Yield the frames, or whatever `decode` makes of the files; a zip has checked their CRC."""
@@ -140,13 +199,10 @@ class ZipReader(PictureReader):
         try:
             return self._zip.read(name)  # checks the CRC
         except KeyError as e:
-            names = self.file_names()
-            raise KeyError(
-                f"not in the zip, whose {len(names)} files begin with {names[0]}" if names else "the zip is empty"
-            ) from e
+            raise KeyError(f"not in the zip, which {self._instead()}") from e
 
     def file_names(self) -> list[str]:
-        return self._zip.namelist()
+        return [name for name in self._zip.namelist() if not name.endswith("/") and not is_hidden(name)]
 
     def _has(self, frame: int) -> bool:
         return self.clip.picture(frame) in self._zip.NameToInfo
@@ -164,10 +220,13 @@ class FolderReader(PictureReader):
         os.scandir(os.path.join(path, ".")).close()  # whether it may be listed and entered
 
     def _bytes(self, name: str) -> bytes:
-        return Path(self.path, name).read_bytes()
+        try:
+            return Path(self.path, name).read_bytes()
+        except FileNotFoundError as e:
+            raise KeyError(f"no such file; the folder {self._instead()}") from e
 
     def file_names(self) -> list[str]:
-        return os.listdir(self.path)
+        return [name for name in os.listdir(self.path) if not is_hidden(name)]
 
     def _has(self, frame: int) -> bool:
         return os.path.isfile(os.path.join(self.path, self.clip.picture(frame)))
@@ -183,13 +242,17 @@ class VideoReader(Reader):
         self._video = Video(path)
 
     def _has(self, frame: int) -> bool:
-        return frame < len(self._video)
+        # where only decoding tells, the scan has: a file that was changed since ends with an error of the read
+        return frame < (len(self._video) if self._video.counted else self.clip.num_frames)
 
     def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
-        yield from self.read(frame_ids)
+        return self._video.frames(frame_ids)
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
-        return self._video.read([int(i) for i in frame_ids])
+        return self._video.read(frame_ids)
+
+    def close(self) -> None:
+        self._video.close()
 
 
 def _reason(error: Exception) -> str:
@@ -210,6 +273,8 @@ def find_source(clip: Clip) -> str:
         with data_errors(path), suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)
             return path
+    if os.path.exists(f"{clip.source}.ZIP"):
+        raise DataError(f"clip {clip.name}: no frames: {clip.source}.ZIP is not read: rename it to {packed}")
     raise DataError(f"clip {clip.name}: no frames: expected {packed}, a folder {clip.source}/ or a video {clip.source}")
 
 

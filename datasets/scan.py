@@ -1,25 +1,29 @@
-"""Frame counts and frame rates of video files: read once, in parallel, and kept in a file.
+"""What video files hold, frame counts above all: found out once, in parallel, and kept in a file.
 
-Opening a video to count its frames takes milliseconds, a hundred thousand of them minutes. A scan remembers each file
+Finding out takes milliseconds a video, a hundred thousand of them minutes. A scan remembers each file
 by path, size and modification time; a later one opens what is new or changed and nothing else. Files that cannot be
-read are remembered too, with the reason, and not tried again until they change.
+read are remembered too, with the reason, and not tried again until they change; those that hung or crashed a reader
+are tried again by the next scan. What an earlier version of this file kept is found out anew.
 """
 
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from datasets.clips import DataError
-from datasets.parallel import in_processes
+from datasets.parallel import ReadFailure, in_processes
 from datasets.video import VideoInfo, probe
 from utils.files import replaced
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
 SAVE_EVERY = 60.0  # seconds between saves of a scan in progress
+VERSION = 2  # of what an entry means; entries of others are found out anew
 
 
 class VideoScan:
@@ -36,24 +40,31 @@ class VideoScan:
     def __call__(self, paths: Sequence[str]) -> list[VideoInfo]:
         """Return the VideoInfo of each path, in order. A missing file is a problem too, but is not remembered.
 
-        Raises DataError where the cache cannot be used, or where decord is needed and not installed.
+        Raises DataError where the cache cannot be used.
         """
         known, stamps = self._load(), {path: _stamp(path) for path in paths}
         stale = {path: stamp for path, stamp in stamps.items() if stamp and known.get(path, [None])[0] != stamp}
-        if stale:
-            self._probe_all(stale, known)
+        failed = self._probe_all(stale, known) if stale else {}
         missing = VideoInfo(0, 0.0, "no such file, or no permission to read it")
-        return [VideoInfo(*known[path][1:]) if stamps[path] else missing for path in paths]
+        found = {path: VideoInfo(*known[path][1:]) if path in known else missing for path in paths}
+        return [missing if not stamps[path] else failed.get(path) or found[path] for path in paths]
 
     def _load(self) -> dict[str, list]:
         """Return what the cache holds: {path: [stamp, *fields of VideoInfo]}."""
         if not self.cache.exists():
             return {}
         try:
-            known = json.loads(self.cache.read_text())
-            if not all(len(entry) == 4 for entry in known.values()):
+            content = json.loads(self.cache.read_text())
+            if "version" not in content and all(isinstance(e, list) and len(e) == 4 for e in content.values()):
+                return {}  # of before there were versions
+            if not isinstance(content["version"], int):
+                raise ValueError(f"version {content['version']!r}")
+            if content["version"] != VERSION:
+                return {}
+            known, fields = content["videos"], len(astuple(VideoInfo(0, 0.0)))
+            if not all(len(entry) == 1 + fields for entry in known.values()):
                 raise ValueError("entries of another shape")
-        except (OSError, ValueError, AttributeError, TypeError) as e:
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
             raise DataError(f"{self.cache}: not a scan of videos ({e}); remove it to scan again") from e
         return known
 
@@ -61,21 +72,46 @@ class VideoScan:
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with replaced(self.cache) as temporary:  # another run may have written meanwhile
-                temporary.write_text(json.dumps(self._load() | known, sort_keys=True))
+                content = {"version": VERSION, "videos": self._load() | known}
+                temporary.write_text(json.dumps(content, sort_keys=True))
         except OSError as e:
             raise DataError(f"{self.cache}: cannot be written ({e.strerror}); choose another --scan_cache") from e
 
-    def _probe_all(self, stamps: dict[str, list[int]], known: dict[str, list]) -> None:
-        logger.info(f"counting the frames of {len(stamps)} videos; kept in {self.cache}")
-        saved = time.monotonic()
+    def _probe_all(self, stamps: dict[str, list[int]], known: dict[str, list]) -> dict[str, VideoInfo]:
+        """Add what is found out to `known`, and return {path: info} of videos that hung or crashed their reader."""
+        logger.info(f"looking into {len(stamps)} videos; kept in {self.cache}")
+        saved, failed = time.monotonic(), {}
+
+        def give_up(path: str, error: ReadFailure) -> VideoInfo:
+            failed[path] = VideoInfo(0, 0.0, str(error))
+            return failed[path]
+
+        options = {"workers": self.workers, "description": "videos", "failed": give_up}
         try:
-            for path, info in in_processes(probe, stamps, workers=self.workers, description="videos"):
-                known[path] = [stamps[path], info.frames, info.fps, info.problem]
+            for path, info in in_processes(probe, stamps, **options):
+                if path not in failed:
+                    known[path] = [stamps[path], *astuple(info)]
                 if time.monotonic() - saved > SAVE_EVERY:
                     self._save(known)
                     saved = time.monotonic()
         finally:
             self._save(known)
+        return failed
+
+
+def log_notes(name: str, found: Mapping[str, VideoInfo]) -> None:
+    """Log what is to be known of the videos of a data set, {name of video: info}, once for each kind of note."""
+    usable = {video: info for video, info in found.items() if not info.problem}
+    variable = [video for video, info in usable.items() if not info.constant]
+    slow = [f"{video} ({info.note})" for video, info in usable.items() if info.method == "sequence"]
+    short = [f"{video} ({info.short})" for video, info in usable.items() if info.short]
+    for videos, note in (
+        (variable, "have a variable frame rate; their frames are the nearest pictures on a grid of the average rate"),
+        (slow, "are decoded from the beginning at each read, which is slow; encode them anew, as H.264 in mp4"),
+        (short, "are shorter than they claim; what is there is used"),
+    ):
+        if videos:
+            logger.warning(f"{name}: {len(videos)} of {len(found)} videos {note}: {first_few(videos, 3)}")
 
 
 def _stamp(path: str) -> list[int] | None:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.augment.frames import EvalTransform
 from datasets.clips import ClipTable, DataError
-from datasets.faults import Fault, agree_on_faults
+from datasets.faults import Fault, agree_on_faults, loader_errors
+from datasets.parallel import READ_TIMEOUT, Child, limited_results
 from datasets.readers import open_clip
 from datasets.windows import WindowIndex
 from utils.logging import progress_bar
@@ -80,8 +81,10 @@ class ClipStream(IterableDataset):
         chunk_frames: int,
         rank: int = 0,
         world_size: int = 1,
+        read_timeout: float = READ_TIMEOUT,
     ):
         self.clips, self.index, self.transform, self.chunk_frames = clips, index, transform, chunk_frames
+        self._child = Child(self._chunks, read_timeout)
         costs = np.where(index.counts > 0, index.frame_counts, 0)
         self.share = [c for c in balance(costs, world_size)[rank] if costs[c]]
 
@@ -97,19 +100,23 @@ class ClipStream(IterableDataset):
             share = [share[i] for i in part]
         for number in share:
             try:
-                with open_clip(self.clips[number]) as reader:
-                    mismatch, usable = reader.mismatch(), reader.usable_frames()
-                    if not usable:
-                        raise DataError(mismatch)
-                    needed = self.index.needed_frames(number)
-                    needed = needed[needed < usable]
-                    for first in range(0, len(needed), self.chunk_frames):
-                        ids = needed[first : first + self.chunk_frames]
-                        yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
-                if mismatch:
-                    yield Fault(number, self.clips[number].name, mismatch, usable)
+                yield from limited_results(self._child, number)
             except DataError as e:
                 yield Fault(number, self.clips[number].name, str(e))
+
+    def _chunks(self, number: int) -> Iterator[FrameChunk | Fault]:
+        """Yield what there is of a clip. Raises DataError where it cannot be read, or not to its end."""
+        with open_clip(self.clips[number]) as reader:
+            mismatch, usable = reader.mismatch(), reader.usable_frames()
+            if not usable:
+                raise DataError(mismatch)
+            needed = self.index.needed_frames(number)
+            needed = needed[needed < usable]
+            for first in range(0, len(needed), self.chunk_frames):
+                ids = needed[first : first + self.chunk_frames]
+                yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
+        if mismatch:
+            yield Fault(number, self.clips[number].name, mismatch, usable)
 
 
 class _Gatherer:
@@ -159,6 +166,7 @@ class SplitWindows:
         batch_size: windows of a batch at most, and frames read at a time.
         num_workers: reading processes; 0: this one.
         allow_missing: whether clips that cannot be read are left out, instead of refused.
+        read_timeout: seconds without a picture read after which a reading process gives a clip up as unreadable.
 
     Raises DataError where some clips are known to be unreadable, unless allow_missing.
     """
@@ -176,10 +184,12 @@ class SplitWindows:
         num_workers: int = 0,
         pin_memory: bool = False,
         allow_missing: bool = False,
+        read_timeout: float = READ_TIMEOUT,
     ):
         self.clips, self.index, self.device = clips, index, torch.device(device)
         self.batch_size, self.allow_missing, self._show_progress = batch_size, allow_missing, rank == 0
-        self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, rank=rank, world_size=world_size)
+        share = {"rank": rank, "world_size": world_size}
+        self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, read_timeout=read_timeout, **share)
         self._loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.agree([])
 
@@ -187,13 +197,14 @@ class SplitWindows:
         loader = eval_loader(self.stream, **self._loader_options)
         total = self.stream.num_chunks
         gatherer, refused = _Gatherer(self.index, self.batch_size, self.device), False
-        for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
-            if isinstance(item, Fault):
-                gatherer.drop(item.number)
-                refused = refused or not (item.frames or self.allow_missing)
-                yield item
-            elif not refused:
-                yield from gatherer.add(item)
+        with loader_errors():
+            for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
+                if isinstance(item, Fault):
+                    gatherer.drop(item.number)
+                    refused = refused or not (item.frames or self.allow_missing)
+                    yield item
+                elif not refused:
+                    yield from gatherer.add(item)
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""

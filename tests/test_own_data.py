@@ -56,7 +56,10 @@ def test_training_and_evaluation(own, weights, tmp_path):
     finetune(*SHORT, "--data_path", own, "--output_dir", tmp_path / "run", "--allow_missing")
     (record,) = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert (record["train_samples"], record["train_skipped"]) == (8, 0) and 0 <= record["val_auroc"] <= 1
-    assert json.loads((tmp_path / "run" / "videos.json").read_text()).keys() >= {str(own / "a.mp4"), str(own / "c.mp4")}
+    assert json.loads((tmp_path / "run" / "videos.json").read_text())["videos"].keys() >= {
+        str(own / "a.mp4"),
+        str(own / "c.mp4"),
+    }
     words = ["--eval", "--data_path", own, "--finetune", weights, "--scan_cache", tmp_path / "scan.json"]
     finetune(*words, "--output_dir", tmp_path / "eval", "--allow_missing")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())

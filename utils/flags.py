@@ -221,6 +221,8 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     group.free("no_flash_attn", False, "plain attention, not PyTorch's fused kernels")
     group.fixed("seed", seed, "seed of weights, data order and augmentation", type=natural)
     group.free("num_workers", 8, "loading processes per training process", type=natural)
+    help = "seconds without a picture read after which a clip counts as unreadable; none with --num_workers 0"
+    group.free("read_timeout", 60.0, help, type=positive_float)
     group.free("pin_mem", True, "pin host memory for faster copies to the GPU")
     help = "minutes a process waits for the others before the run ends"
     group.free("dist_timeout", 30.0, help, type=positive_float)

@@ -1,18 +1,23 @@
 """A packed data set: what `python -m datasets.tools.pack` writes, read in place of the original.
 
-ROOT/pack.json          written last, when all is there: settings; of each split of each data set its original root, and
-                        its clips in order
-ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it came from, size and SHA-256 of its zip
+ROOT/pack.json          written last, when all is there: version, settings; of each split of each data set its original
+                        root, and its clips in order
+ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it came from, size and SHA-256 of its zip,
+                        and the version of the code that packed it
 ROOT/frames/<clip>.zip  JPEGs, each named by the number of its frame in the original: 000000.jpg, 000003.jpg, ...
 
 A pack at a lower rate keeps every n-th frame, counted back from the clip's last one. A packed Clip has the frame count,
 numbers, rate, labels and names of the original, so windows are those of the original too: those that end on every n-th
 frame, the last of them on the clip's last frame, as `WindowIndex` anchors them at a stride of n.
+
+Version 1, which says nothing of versions, counted the packets of a video file instead of the pictures it shows: its
+clips of videos are refused. Those of zips and folders of pictures are as good as ever.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,10 @@ from typing import Any
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection, data_errors
+from datasets.formats.numbered import SteppedClip
+from utils.text import first_few
 
+VERSION = 2
 INDEX, MANIFEST = "pack.json", "clips.jsonl"
 UNPACKABLE = ("labels", "source")  # fields of a Clip that its entry holds in another form
 
@@ -37,6 +45,18 @@ class PackedClip:
     bytes: int  # size of the zip
     sha256: str  # of the zip, in hexadecimal
     frames: int  # how many the zip holds
+    version: int = 1  # of the code that packed it
+
+    @property
+    def is_outdated(self) -> bool:
+        """Tell whether it is of a video whose frames were not counted by timestamp.
+
+        Where the original is gone, a path with a suffix but .zip is taken for that of a video.
+        """
+        path = self.original["path"]
+        if self.version > 1 or path.endswith(".zip") or os.path.isdir(path):
+            return False
+        return os.path.isfile(path) or os.path.splitext(path)[1] != ""
 
     def damage(self, root: Path, *, deep: bool) -> str:
         """Say how the zip differs from what was packed, in size or, if deep, in SHA-256; "" where not.
@@ -58,7 +78,8 @@ class PackedClip:
             labels = np.zeros(self.clip["num_frames"], dtype=np.uint8)
             for first, end in self.anomalous:
                 labels[first:end] = 1
-        return Clip(source=str(root / self.file.removesuffix(".zip")), labels=labels, **self.clip)
+        make = SteppedClip if "number_step" in self.clip else Clip
+        return make(source=str(root / self.file.removesuffix(".zip")), labels=labels, **self.clip)
 
 
 def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
@@ -94,6 +115,15 @@ def read_manifest(root: Path) -> Iterator[PackedClip]:
                     yield PackedClip(**json.loads(line))
 
 
+def refuse_outdated(root: str | Path, entries: Iterable[PackedClip]) -> None:
+    """Raise DataError where some of the entries of the pack at root are outdated."""
+    if old := [entry.clip["name"] for entry in entries if entry.is_outdated]:
+        raise DataError(
+            f"{root}: a pack made before frames were counted by timestamp; the pictures of {len(old)} videos in it may "
+            f"stand under wrong numbers ({first_few(old, 3)}): pack the original again into another folder"
+        )
+
+
 def read_index(root: Path) -> dict[str, Any] | None:
     """Return the content of pack.json; None where there is none."""
     path = root / INDEX
@@ -103,7 +133,8 @@ def read_index(root: Path) -> dict[str, Any] | None:
 def load_packed(name: str, root: str, split: str, splits: Sequence[str], selection: Selection) -> ClipTable:
     """Return a split of a packed data set; a split "all" that was not packed is all of `splits`, those of the data set.
 
-    Raises DataError: packing is not finished, another data set or split, a clip without an entry.
+    Raises DataError: packing is not finished, another data set or split, a clip without an entry, clips of videos in a
+    pack of version 1.
     """
     command = "python -m datasets.tools.pack"
     index = read_index(Path(root))
@@ -122,6 +153,8 @@ def load_packed(name: str, root: str, split: str, splits: Sequence[str], selecti
     tables = [tables[part] for part in parts]
     names = dict.fromkeys(clip for table in tables for clip in table["clips"])
     entries = {entry.clip["name"]: entry for entry in read_manifest(Path(root)) if entry.clip["name"] in names}
+
+    refuse_outdated(root, (entry for clip, entry in entries.items() if clip not in selection.leave_out))
 
     def clip(clip_name: str) -> Clip:
         if clip_name not in entries:

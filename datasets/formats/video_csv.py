@@ -5,37 +5,41 @@ ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT
 path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder
 clip            name of the clip (default: its path); a clip with several anomalies has several rows
 fps             frames per second of the source; videos know it themselves
+step            of the numbers of pictures where every step-th was kept (default: 1)
 start_frame     first and last anomalous frame, counted from 0, both included; empty: none
 end_frame
 category, ego, night        of the clip, optional; ego and night: 1 or 0
 
 Or a row for each frame: frame (from 0, each frame of a clip once) and label (1 anomalous, 0 safe) in place of
-start_frame and end_frame. Without either pair clips are unlabelled, for DAPT. Pictures are one numbered sequence, as in
-img_0001.png, img_0002.png; the first is frame 0, whatever its number.
+start_frame and end_frame. Without either pair clips are unlabelled, for DAPT.
+
+Pictures are one numbered sequence, as in img_0001.png, img_0002.png; the first is frame 0, whatever its number. A gap
+is refused; where every third picture of a recording at 30 fps was kept (img_0001.png, img_0004.png, ...), step 3 says
+that none is missing: fps is then 10, and frames 0, 1, ... are the pictures there are. Hidden files do not count.
 """
 
 import logging
 import math
 import os
-import re
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from datasets.clips import BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.formats.numbered import SteppedClip, find_numbered
 from datasets.formats.text import read_csv, whole_number
-from datasets.readers import PICTURE_SUFFIXES
-from datasets.scan import VideoScan
-from datasets.video import VIDEO_SUFFIXES
-from utils.text import first_few
+from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES
+from datasets.scan import VideoScan, log_notes
+from datasets.video import VIDEO_SUFFIXES, VideoInfo
 
 logger = logging.getLogger("tad")
 
 INTERVAL, PER_FRAME = ("start_frame", "end_frame"), ("frame", "label")
-OF_CLIP = ("path", "fps", "category", "ego", "night")
+OF_CLIP = ("path", "fps", "step", "category", "ego", "night")
 _YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
 
 
@@ -57,6 +61,7 @@ class _Frames:
     fps: float = 0.0  # 0 for pictures, which do not know it
     name: str = "{:06d}.jpg"  # format of the names of pictures
     first: int = 0  # number of the first picture
+    step: int = 1  # from one picture's number to the next one's
     problem: str = ""  # why all that is unknown
 
 
@@ -141,6 +146,8 @@ def _add_row(path: Path, entries: dict[str, _Entry], row: dict[str, str], number
         if entry.values.setdefault(column, value) != value:
             other = entry.values[column]
             _fail(path, number, column, f"{value!r} for clip {name}, {other!r} in row {entry.row} or after")
+    if row.get("step") and whole("step") == 0:
+        _fail(path, number, "step", "0 is below 1")
     if row.get("start_frame") or row.get("end_frame"):
         start, end = whole("start_frame"), whole("end_frame")
         if end < start:
@@ -176,40 +183,36 @@ def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> di
         if other := sources.get(source):
             _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
         sources[source] = name
-    videos = [source for source in sources if source.lower().endswith(VIDEO_SUFFIXES) and not os.path.isdir(source)]
+    videos = [source for source, name in sources.items() if _is_video(_absolute(path, entries[name]))]
     found = dict(zip((sources[video] for video in videos), scan(videos), strict=True))
-    frames = {name: _Frames(info.frames, info.fps, problem=info.problem) for name, info in found.items()}
-    return {name: frames.get(name) or _of_pictures(_absolute(path, entry)) for name, entry in entries.items()}
+    log_notes(str(path), found)
+    frames = {
+        name: _Frames(info.frames, info.fps, problem=_why(entries[name].values["path"], info))
+        for name, info in found.items()
+    }
+    pictures = [name for name in entries if name not in frames]
+    return frames | {name: _of_pictures(path, entries[name]) for name in pictures}
 
 
-def _of_pictures(path: str) -> _Frames:
+def _why(name: str, info: VideoInfo) -> str:
+    """Say why a video cannot be used; one that is not called so may have been meant as something else."""
+    other = info.problem and not name.lower().endswith(VIDEO_SUFFIXES)
+    return info.problem + "; no zip by its suffix, .zip, and no folder either" * bool(other)
+
+
+def _is_video(path: str) -> bool:
+    """Tell whether a source is left to the video decoder: any file but a zip or a picture, and what is called so."""
+    no_video = path.lower().endswith((".zip", *PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES))
+    return not no_video and not os.path.isdir(path) and (path.lower().endswith(VIDEO_SUFFIXES) or os.path.exists(path))
+
+
+def _of_pictures(path: Path, entry: _Entry) -> _Frames:
     """Find the numbered pictures of a zip or folder."""
     try:
-        if path.endswith(".zip"):
-            with zipfile.ZipFile(path) as z:
-                return _numbered(z.namelist())
-        if os.path.isfile(path):
-            suffixes = " ".join(VIDEO_SUFFIXES)
-            return _Frames(problem=f"neither a zip nor a video with a suffix of {suffixes}; a zip's is .zip")
-        return _numbered(os.listdir(path))
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        found = find_numbered(_absolute(path, entry), whole_number(entry.values.get("step", "1")))
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as e:  # RuntimeError: a zip version it does not know
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
-
-
-def _numbered(names: list[str]) -> _Frames:
-    """Find the pictures of one numbered sequence. Raises ValueError where they are none, or one is missing."""
-    pictures = [n for n in names if n.lower().endswith(PICTURE_SUFFIXES) and not n.startswith(("__MACOSX/", "."))]
-    parts = [re.fullmatch(r"(.*?)(\d+)(\.\w+)", n) for n in pictures]
-    kinds = {p.group(1, 3) if p else None for p in parts}
-    if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"not one numbered sequence of pictures: {first_few(sorted(pictures), 3) or 'there are none'}")
-    ((before, after),) = kinds
-    numbers, width = [int(p.group(2)) for p in parts], min(len(p.group(2)) for p in parts)
-    before, after = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
-    name, first, last = f"{before}{{:0{width}d}}{after}", min(numbers), max(numbers)
-    if gap := sorted({name.format(i) for i in range(first, last + 1)} - set(pictures)):
-        raise ValueError(f"picture {gap[0]} is missing")
-    return _Frames(last - first + 1, name=name, first=first)
+    return _Frames(found.count, name=found.name, first=found.first, step=found.step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,7 +235,10 @@ def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Fram
         flags[column] = _YES_NO.get(values.get(column, "").lower())
         if column in values and flags[column] is None:
             _fail(path, entry.row, column, f"{values[column]!r} is neither 1 nor 0")
-    return Clip(
+    if frames.fps and "step" in values:
+        _fail(path, entry.row, "step", "a video has no numbered pictures; leave it empty")
+    make = Clip if frames.step == 1 else partial(SteppedClip, number_step=frames.step)
+    return make(
         name=name,
         source=_absolute(path, entry).removesuffix(".zip"),
         num_frames=frames.count,

@@ -5,8 +5,8 @@ Kinetics   ROOT/annotations/<split>.csv             label,youtube_id,time_start,
            ROOT/<split>/<label>/<youtube_id>_<start>_<end>.mp4, both in six digits
 videos     ROOT/**/*                                 every file with a video's suffix
 
-For BDD100K and videos, a text file may stand in place of ROOT: one path per line, absolute or relative to the file's
-folder.
+For BDD100K and videos, a text file may stand in place of ROOT: one path per line, of a file with any suffix, absolute
+or relative to the text file's folder; for videos, a video file may, too.
 """
 
 import logging
@@ -14,9 +14,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, data_errors
 from datasets.formats.text import first_repeated, read_csv, read_lines
-from datasets.scan import VideoScan
+from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
 
 logger = logging.getLogger("tad")
@@ -29,8 +29,17 @@ def load_videos(root: str, split: str, scan: VideoScan, selection: Selection) ->
     """Return every video below a folder, sorted, or in a list file; there are no splits but "all". Raises DataError."""
     if split != "all":
         raise DataError(f"a folder of videos has no split {split!r}; it has all")
-    folder, videos = _listed(root, search=[""], keep=[])
+    path = Path(root)
+    folder, videos = (path.parent, [path.name]) if _is_video(path) else _listed(root, search=[""], keep=[])
     return _table("videos", split, folder, videos, scan, selection)
+
+
+def _is_video(path: Path) -> bool:
+    """Tell whether a path is that of a video, and not of a folder or a list: by its suffix or its first bytes."""
+    if not path.is_file():
+        return False
+    with data_errors(path), path.open("rb") as f:
+        return path.name.lower().endswith(VIDEO_SUFFIXES) or b"\0" in f.read(1024)
 
 
 def load_bdd100k(root: str, split: str, scan: VideoScan, selection: Selection) -> ClipTable:
@@ -62,7 +71,7 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
             logger.warning(f"{path}: {len(lines) - len(videos)} of {len(lines)} lines are not of this split")
         return path.parent, videos
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder or list file; a folder of videos is expected")
+        raise DataError(f"{path}: no such folder or list file; a folder of videos, a video or a text file is expected")
     videos = [video for folder in search for video in _find(path, folder)]
     if not videos:
         suffixes = " ".join(VIDEO_SUFFIXES)
@@ -120,6 +129,7 @@ def _table(
     sources = {video: os.path.join(folder, video) for video in videos}
     to_scan = [source for video, source in sources.items() if video not in selection.leave_out]
     found = dict(zip(to_scan, scan(to_scan), strict=True))
+    log_notes(f"{name} {split}", {os.path.relpath(path, folder): info for path, info in found.items()})
 
     def clip(video: str) -> Clip:
         info = found[sources[video]]

@@ -2,9 +2,10 @@
 
     python -m datasets.tools.check DoTA /data/DoTA [--split train val] [--deep]
 
-Reads every annotation and every file: whole zips with the CRC of each picture, the header and first frame of videos;
-with --deep every picture and every frame is decoded. (A decoder conceals damage inside a JPEG or a video where it can:
-the CRC of a zip finds it all the same, a picture in a folder or a video may pass.)
+Reads every annotation and every file: whole zips with the CRC of each picture, the header of pictures, the header and
+first frames of videos; with --deep every picture and every frame is decoded, and videos are read in sequence and by
+seeking. (A decoder conceals damage inside a JPEG where it can: the CRC of a zip finds it all the same, a picture in a
+folder may pass.)
 
 Prints a summary, and writes <data set>_check.json and <data set>_bad_clips.txt to --output_dir. The second is a list of
 the clips with errors for --bad_clips of run_finetune.py, run_dapt.py and datasets.tools.pack. The exit code is 1 where
@@ -14,7 +15,10 @@ Errors                                                     Warnings
   annotation        missing, malformed, not of this clip     extra_frames   more pictures than the annotation has
   unreadable        zip, picture or video                    short          shorter than a window: goes unused
   missing_frames    annotated, not there                     rate           the video has another than the annotation
+  damaged           a video's decoder reports damage         truncated      a video is shorter than its container says
+  seek              other pictures by seeking than in sequence, in a video
   label_beyond_end  anomalous after the last frame there is
+  sizes             pictures of several sizes in a clip, by their headers
   in_two_splits     the clip, its name or its source, in another split too
   changed           a zip of a pack has another size or, with --deep, another SHA-256 than when it was packed
 """
@@ -34,18 +38,19 @@ from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_da
 from datasets.clips import BeyondEnd, Unreadable, data_errors
 from datasets.formats.packed import PackedClip, read_manifest
 from datasets.parallel import available_cores, in_processes
-from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip
+from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip, picture_size
 from datasets.scan import probe
+from datasets.tools.check_video import look_deep
 from datasets.windows import WindowIndex
 from utils.cli import Parser, positive, positive_float
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
+from utils.text import first_few
 
-WARNINGS = ("extra_frames", "short", "rate")
+WARNINGS = ("extra_frames", "short", "rate", "truncated")
 NOT_OF_THE_CLIP = (*WARNINGS, "in_two_splits")  # leaving out the clip is no remedy
 KINDS = {Unreadable: "unreadable", BeyondEnd: "label_beyond_end"}  # of the errors of a clip's annotation
-CHUNK = 32  # frames decoded at a time
 SHOWN = 10  # findings of a kind that the summary shows
 
 
@@ -166,14 +171,25 @@ def _look_at_pictures(reader: PictureReader, clip: Clip, deep: bool) -> Iterator
     yield from _lacking(clip, reader.path, there, f"; it holds {names[0]} and so on" if names and not there else "")
     if there and (extra := [name for name in names if name not in expected]):
         yield "extra_frames", f"{reader.path}: {len(extra)} more than the {len(expected)} annotated: {_some(extra)}"
-    broken = []
+    broken: list[str] = []
+    sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # {(height, width): names}
     for i in there:
         try:
-            next(reader.frames([i]) if deep else reader.frames([i], decode=bytes))
+            size = next(reader.frames([i])).shape[:2] if deep else next(reader.frames([i], decode=picture_size))
+            sizes[tuple(size)].append(clip.picture(i))
         except DataError as e:
             broken.append(str(e))
     if broken:
         yield "unreadable", broken[0] + f"; and {len(broken) - 1} more of its {len(there)} frames" * (len(broken) > 1)
+    if len(sizes) > 1:
+        yield "sizes", f"{reader.path}: pictures of {_sizes(sizes)}; a window needs one size: resize the others"
+
+
+def _sizes(names: Mapping[tuple[int, int], Sequence[str]]) -> str:
+    """Say how many pictures are of each size, the commonest first, with names of the others."""
+    (size, most), *others = sorted(names.items(), key=lambda pair: -len(pair[1]))
+    rest = [f"{w} x {h}: {len(of)} ({_some(of)})" for (h, w), of in others]
+    return first_few([f"{size[1]} x {size[0]}: {len(most)}", *rest])
 
 
 def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str, str]]:
@@ -185,8 +201,10 @@ def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str
     yield from _lacking(clip, reader.path, frames, "")
     if abs(info.fps / clip.fps - 1) > 0.01:
         yield "rate", f"{reader.path}: {info.fps:g} fps, annotated as {clip.fps:g}"
-    for first in range(0, len(frames) if deep else 0, CHUNK):
-        reader.read(frames[first : first + CHUNK])
+    if info.short:
+        yield "truncated", f"{reader.path}: {info.short}"
+    if deep:
+        yield from look_deep(reader.path, len(frames))
 
 
 def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator[tuple[str, str]]:

@@ -34,7 +34,18 @@ from torch import Tensor
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets
 from datasets.clips import data_errors
 from datasets.faults import read_bad_clips, warn_unmatched
-from datasets.formats.packed import INDEX, MANIFEST, PackedClip, describe, is_packed, read_index, read_manifest, sha256
+from datasets.formats.packed import (
+    INDEX,
+    MANIFEST,
+    VERSION,
+    PackedClip,
+    describe,
+    is_packed,
+    read_index,
+    read_manifest,
+    refuse_outdated,
+    sha256,
+)
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import Reader, find_source, open_clip
 from utils.cli import Parser, natural, positive, positive_float
@@ -121,7 +132,8 @@ def pack_clip(job: Job) -> PackedClip | DataError:
     except DataError as e:
         return e
     size = path.stat().st_size
-    return PackedClip(*describe(job.clip), original, asdict(job.settings), job.file, size, digest, len(frames))
+    settings = asdict(job.settings)
+    return PackedClip(*describe(job.clip), original, settings, job.file, size, digest, len(frames), VERSION)
 
 
 def stamp(clip: Clip) -> dict[str, Any]:
@@ -163,8 +175,8 @@ def pack(
         assume_fps: as in build_clips; the pack keeps it.
         workers: processes that pack.
 
-    Raises DataError: `out` is another pack, a pack of another root or no pack, is being written, cannot be, is on a
-    disk that is too small; clips that cannot be read, after all others are done, named in out/bad_clips.txt.
+    Raises DataError: `out` is another pack, an old one of videos, of another root or no pack, is being written, cannot
+    be, is on a disk that is too small; clips that cannot be read, after all others are done, in out/bad_clips.txt.
     """
     out = Path(out)
     if is_packed(root):
@@ -211,6 +223,7 @@ def _locked(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise DataError(f"{out}: another process is packing into it") from e
+        refuse_outdated(out, read_manifest(out))
         for entry in read_manifest(out):
             if entry.settings != settings:
                 flags = " ".join(f"--{k} {v:g}" for k, v in entry.settings.items())
@@ -318,7 +331,7 @@ def _finish(
     settings: Settings,
 ) -> None:
     """Write the manifest in the order of the tables, with the annotations as they are now; then the index, the last."""
-    index = read_index(out) or {"settings": asdict(settings), "tables": {}}
+    index = {"settings": asdict(settings), "tables": {}} | (read_index(out) or {}) | {"version": VERSION}
     for split, table in tables.items():
         index["tables"].setdefault(name, {})[split] = {
             "root": root,

@@ -1,5 +1,7 @@
 """A user's own table: what it may hold, and what its mistakes are answered with."""
 
+import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -10,6 +12,8 @@ from PIL import Image
 from datasets import VideoScan, build_clips
 from datasets.clips import DataError
 from datasets.readers import open_clip
+from datasets.tools.check import check
+from datasets.tools.pack import Settings, pack
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,8 @@ def test_what_a_row_names_is_what_is_read(table, sources, tmp_path):
     assert clip.num_frames == 2
     clips = table(f"path,fps\na.mp4,10\n{tmp_path}/h.ZIP,10\n{tmp_path}/folder.zip,10\n")
     reasons = list(clips.unreadable.values())
-    assert "; a zip's is .zip" in reasons[0] and reasons[1].endswith("folder.zip: no such file")
+    assert "suffix .ZIP is not read: rename it to .zip" in reasons[0]
+    assert reasons[1].endswith("folder.zip: no such file")
 
 
 def test_zips_with_folders_inside(table, sources):
@@ -116,13 +121,13 @@ def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
     clips = table("path,fps\na.mp4,\nbroken.mp4,\ngone.mp4,\ngap,10\nmixed,10\npage.zip,10\nnowhere,10\nnotes.txt,10\n")
     assert [c.name for c in clips] == ["a.mp4"] and clips.listed == 8
     reasons = {
-        "broken.mp4": "Error reading",
+        "broken.mp4": "Invalid data found",
         "gone.mp4": "no such file",
-        "gap": "picture frame-3.PNG is missing",
+        "gap": "picture frame-3.PNG is missing; restore or renumber them, or leave the clip out with --bad_clips",
         "mixed": "not one numbered sequence of pictures: a1.jpg, b1.jpg",
         "page.zip": "File is not a zip file",
         "nowhere": "no such file",
-        "notes.txt": "neither a zip nor a video with a suffix of .avi",
+        "notes.txt": "Invalid data found when processing input; no zip by its suffix, .zip, and no folder either",
     }
     assert clips.unreadable.keys() == reasons.keys()
     for i, (name, reason) in enumerate(reasons.items()):
@@ -160,6 +165,9 @@ def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
         ("clip,path\n,\nx,a.mp4\n,\n", None),
         ("path,fps\na.mp4,fast\n", "row 2, column fps: 'fast' is not a frame rate"),
         ("path,fps\na.mp4,-3\n", "row 2, column fps: '-3' is not a frame rate"),
+        ("path,step\na.mp4,2.5\n", "row 2, column step: '2.5' is not a whole number, 0 or above"),
+        ("path,step\na.mp4,0\n", "row 2, column step: 0 is below 1"),
+        ("path,step\na.mp4,3\n", "row 2, column step: a video has no numbered pictures; leave it empty"),
         ("path,ego\na.mp4,maybe\n", "row 2, column ego: 'maybe' is neither 1 nor 0"),
         ("path,frame,label\na.mp4,0,2\n", "row 2, column label: 2 is neither 0 nor 1"),
         ("path,frame,label\na.mp4,0,1\na.mp4,0,1\n", "row 3, column frame: frame 0 of clip a.mp4 has a label already"),
@@ -177,3 +185,97 @@ def test_mistakes_name_row_and_column(table, text, message):
     with pytest.raises(DataError) as caught:
         table(text)
     assert message in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbered pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """pictures(folder, name, ...) writes pictures, each of the grey value that is the first number in its name."""
+
+    def write(folder, *names):
+        for name in names:
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (int(re.findall(r"\d+", name)[0]) % 256,) * 3).save(path)
+        return tmp_path / folder
+
+    return write
+
+
+def test_every_third_picture_is_a_clip_where_its_row_says_so(table, pictures, tmp_path, caplog):
+    folder = pictures("third", *(f"f_{i:03d}.png" for i in range(1, 60, 3)))
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", folder)
+    text = f"path,fps,step,start_frame,end_frame\n{folder},10,3,4,6\n{tmp_path}/zipped.zip,10,3,,\na.mp4,,,,\n"
+    thin, zipped, video = table(text)
+    assert (thin.num_frames, thin.fps, thin.filename(0), thin.filename(19)) == (20, 10, "f_001.png", "f_058.png")
+    assert np.flatnonzero(thin.labels).tolist() == [4, 5, 6] and video.num_frames == 20
+    for clip in (thin, zipped):
+        with open_clip(clip) as reader:
+            assert reader.read([0, 5, 19])[:, 0, 0, 0].tolist() == [1, 16, 58] and not reader.mismatch()
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv").write_text(text.split("a.mp4")[0])
+    (tmp_path / "data" / "val.csv").write_text("path,fps,step,start_frame,end_frame\n")
+    pack("csv", str(tmp_path / "data"), tmp_path / "packed", splits=["train"], settings=Settings(0, 5, 95))
+    assert check("csv", str(tmp_path / "packed"), splits=["train"], num_frames=4, deep=True)[0] == []
+    packed = build_clips("csv", str(tmp_path / "packed"), "train")[0]
+    assert [packed.filename(i) for i in range(20)] == [thin.filename(i) for i in range(20)]
+    with open_clip(packed) as reader:
+        assert reader.read([1, 19])[:, 0, 0, 0].tolist() == [4, 58]
+
+    message = "the numbers of its pictures go up by 3, not {}: if none is missing, put 3 into the column step"
+    for stated in (1, 2):
+        clips = table(f"path,fps,step\na.mp4,,\n{folder},10,{stated}\n")
+        assert message.format(stated) in clips.unreadable[str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("names", "step", "reason"),
+    [
+        ("0.png 3.png 6.png 12.png 18.png", "", "picture 9.png is missing, and 1 more; restore or renumber them"),
+        ("0.png 3.png 6.png 12.png", "3", "picture 9.png is missing; restore"),
+        ("0.png 3.png 4.png 6.png", "3", "picture 4.png is not among the numbers that go up by 3"),
+        ("1.png 1620000000000.png 1620000000001.png", "", "picture 2.png is missing, and 1619999999997 more"),
+        ("1.png 01.png 2.png", "", "the number 1 is there twice"),
+        ("1.png 02.png", "", "numbers with and without zeros in front: expected 2.png; rename"),
+        ("1.png 2.jpg 3.jpg", "", "pictures of mixed suffixes: 2 .jpg, 1 .png; convert or rename them alike"),
+        ("1.png 2.PNG", "", "pictures of mixed suffixes: 1 .PNG, 1 .png"),
+        ("1.png 2.png 3.webp", "", "pictures of mixed suffixes: 2 .png, 1 .webp"),
+        ("1.webp 2.webp", "", ".webp pictures are not read, only .jpg .jpeg .png: convert them"),
+        ("1.bmp", "", ".bmp pictures are not read"),
+        ("1.tif", "", ".tif pictures are not read"),
+        ("a1.png b2.png", "", "not one numbered sequence of pictures: a1.png, b2.png"),
+        ("deeper/1.png", "", "no pictures; it holds deeper"),
+        (".1.png", "", "no pictures; it holds nothing"),
+    ],
+)
+def test_other_pictures_get_a_plain_reason(table, pictures, names, step, reason):
+    folder = pictures("folder", *names.split())
+    clips = table(f"path,fps,step\na.mp4,,\n{folder},10,{step}\n")
+    assert reason in clips.unreadable[str(folder)]
+
+
+def test_a_picture_is_no_clip(table, pictures):
+    picture = pictures("folder", "1.png") / "1.png"
+    clips = table(f"path,fps\na.mp4,\n{picture},10\n")
+    assert "a single picture; a clip is a folder or zip of them" in clips.unreadable[str(picture)]
+
+
+def test_hidden_files_anywhere_are_ignored(table, pictures, tmp_path):
+    folder = pictures("folder", *("1.png", "2.png", ".3.png", "._1.png"))
+    (folder / "preview.gif").touch()
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+        for name in (
+            "in/1.png",
+            "in/2.png",
+            "in/._1.png",
+            "in/.thumbs/9.jpg",
+            "in/__MACOSX/1.png",
+            "__MACOSX/in/._2.png",
+        ):
+            z.write(folder / "1.png", name)
+    clips = table(f"path,fps\n{folder},10\n{tmp_path}/z.zip,10\n")
+    assert [(c.num_frames, c.filename(1)) for c in clips] == [(2, "2.png"), (2, "in/2.png")]

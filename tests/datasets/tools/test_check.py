@@ -1,5 +1,6 @@
 """Every planted fault is found, and nothing else; the list of bad clips does what it is for."""
 
+import io
 import json
 import shutil
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import run, write_video
+from PIL import Image
 
 from datasets import Clip, DataError, build_clips
 from datasets.faults import read_bad_clips
@@ -169,10 +171,30 @@ def test_the_command_reports_and_its_list_goes_into_training_and_evaluation(fort
 
 def test_only_decoding_finds_a_picture_that_was_broken_before_it_was_zipped(forty):
     path = images(forty, "synthetictr_000002")
-    rewrite(path, lambda held: held | {"000004.jpg": held["000004.jpg"][:400], "000030.jpg": b"no picture"})
-    assert check("DoTA", str(forty / "DoTA"), workers=2)[0] == []
+    rewrite(path, lambda held: held | {"000004.jpg": held["000004.jpg"][:900], "000030.jpg": b"no picture"})
+    (finding,), _ = check("DoTA", str(forty / "DoTA"), workers=2)  # the headers show one of the two
+    assert finding.kind == "unreadable" and "frame 000030.jpg" in finding.message and "more" not in finding.message
     (finding,), _ = check("DoTA", str(forty / "DoTA"), deep=True, workers=2)
     assert finding.kind == "unreadable" and "frame 000004.jpg" in finding.message and "1 more of its" in finding.message
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_pictures_of_two_sizes_in_a_clip_are_found(forty, deep):
+    def picture(size, orientation):
+        exif, data = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        Image.new("RGB", size).save(data, "JPEG", exif=exif)
+        return data.getvalue()
+
+    small, sideways = picture((32, 18), 1), picture((36, 64), 6)  # the second is 64 x 36 as it is shown
+    names = {f"{i:06d}.jpg": small for i in (3, 5, 6, 7, 9)}
+    rewrite(images(forty, "synthetictr_000002"), lambda held: held | {"__MACOSX/._000000.jpg": b"x"} | names)
+    rewrite(images(forty, "synthetictr_000004"), lambda held: held | {"000004.jpg": sideways})
+    (finding,), _ = check("DoTA", str(forty / "DoTA"), deep=deep, workers=2)
+    assert (finding.kind, finding.clip, finding.is_error) == ("sizes", "synthetictr_000002", True)
+    count = build_clips("DoTA", str(forty / "DoTA"), "train")[2].num_frames - 5
+    others = "32 x 18: 5 (000003.jpg, 000005.jpg, 000006.jpg, ... 000009.jpg)"
+    assert f"images.zip: pictures of 64 x 36: {count}, {others}; a window needs one size" in finding.message
 
 
 def test_splits_that_cannot_be_read_do_not_hide_the_others(forty):

@@ -1,0 +1,218 @@
+"""Videos as people make them: every frame is the one that was asked for, wherever frames are read."""
+
+import random
+import time
+import zipfile
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import VideoScan, build_clips, video_index
+from datasets.clips import Clip, DataError
+from datasets.loader import Source, WindowDataset
+from datasets.readers import open_clip
+from datasets.stream import ClipStream
+from datasets.tools.check import check
+from datasets.tools.check_video import look_deep
+from datasets.tools.pack import Settings, pack
+from datasets.video import Video, probe
+from datasets.video_index import frame_times
+from datasets.windows import WindowIndex, index_clips
+from tests.datasets import video_files
+from tests.datasets.video_files import FFMPEG, FRAMES, RECIPES, SHORTENED, decoded, number_of, shown_at
+
+pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs ffmpeg, which writes the files")
+
+SEQUENCE = ("h264.avi", "mpeg4.avi", "packed.avi", "joined.ts", "raw.h264")
+VARIABLE = ("variable.mp4", "variable.mkv")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, {name of a file that ffmpeg here cannot write: why})."""
+    folder = tmp_path_factory.mktemp("videos")
+    return folder, video_files.make(folder)
+
+
+def path_of(made, name):
+    folder, failed = made
+    if name in failed:
+        pytest.skip(f"ffmpeg cannot write it: {failed[name]}")
+    return folder / name
+
+
+def expected_numbers(path):
+    """The number burned into the picture of each frame, by another FFmpeg: ffmpeg and ffprobe of the system."""
+    numbers, info = decoded(path), probe(str(path))
+    assert numbers and -1 not in numbers and (info.constant != (path.name in VARIABLE))
+    if info.constant:
+        return numbers
+    times = shown_at(path)
+    assert len(times) == len(numbers)
+    grid = [times[0] + i / info.fps for i in range(info.frames)]
+    nearest = [min(range(len(times)), key=lambda j: (round(abs(times[j] - at), 5), j)) for at in grid]
+    return [numbers[j] for j in nearest]
+
+
+def numbers_in(frames):
+    return [number_of(frame.numpy()) for frame in frames]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_windows_and_the_sequential_pass_are_the_frames_asked_for(made, name):
+    path, info = str(path_of(made, name)), probe(str(path_of(made, name)))
+    expected = expected_numbers(path_of(made, name))
+    assert (info.frames, info.problem) == (len(expected), "")
+    assert info.method == ("sequence" if name in SEQUENCE else "timestamps") and bool(info.note) == (name in SEQUENCE)
+    assert bool(info.short) == (name in ("short.mp4", "short.mkv") or info.frames == FRAMES - 2)
+    video = Video(path)
+    assert numbers_in(video.frames(range(info.frames))) == expected
+    rng, step = random.Random(0), max(1, round(info.fps / 10))
+    for _ in range(30):
+        first = rng.randrange(max(info.frames - 15 * step, 1))
+        ids = list(range(first, info.frames, step))[:16]
+        if rng.random() < 0.5:  # a process that never saw the file
+            video_index.forget()
+            video.close()
+            video = Video(path)
+        assert numbers_in(video.read(ids)) == [expected[i] for i in ids]
+    ids = [5, 5, 40, 3, info.frames - 1, 40]
+    assert numbers_in(video.read(ids)) == numbers_in(video.frames(ids)) == [expected[i] for i in ids]
+    with pytest.raises(DataError, match=f"frame {info.frames} asked for, the video has {info.frames}"):
+        video.read([0, info.frames])
+    video.close()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_seeking_gives_the_same_pixels_as_the_sequential_pass(made, name):
+    path = str(path_of(made, name))
+    found = list(look_deep(path, probe(path).frames))
+    assert [kind for kind, _ in found] == (["damaged"] if name == "short.mp4" else [])
+
+
+@pytest.fixture(scope="module")
+def table(made, tmp_path_factory):
+    """All files as clips of data set videos, named in a list."""
+    folder, failed = made
+    (folder / "list.txt").write_text("".join(f"{name}\n" for name in RECIPES if name not in failed))
+    scan = VideoScan(tmp_path_factory.mktemp("scan") / "scan.json", workers=2)
+    return build_clips("videos", str(folder / "list.txt"), "all", scan)
+
+
+def test_training_reads_the_frames_asked_for(made, table):
+    def transform(frames, rng):
+        return {"video": torch.tensor([numbers_in(frames)])}
+
+    index = index_clips(table, num_frames=16, view_fps=10, stride=5)
+    dataset = WindowDataset([Source(table, index, transform)], seed=0, targets=False)
+    rng = random.Random(0)
+    for window in rng.sample(range(len(index)), 150):
+        clip, ids = index[window]
+        expected = expected_numbers(made[0] / table[clip].name)
+        sample = dataset[0, 0, window, window]
+        assert sample["video"].tolist() == [[expected[i] for i in ids]] and not sample["notes"], table[clip].name
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 10])
+def test_evaluation_reads_the_frames_asked_for_and_returns(made, table, stride):
+    def transform(frames):
+        return torch.tensor(numbers_in(frames))
+
+    started = time.monotonic()
+    index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=16, view_fps=10, stride=stride)
+    seen = {clip.name: 0 for clip in table}
+    for chunk in ClipStream(table, index, transform, chunk_frames=24):
+        name = table[chunk.clip].name
+        expected = expected_numbers(made[0] / name)
+        assert chunk.frames.tolist() == [expected[i] for i in chunk.frame_ids], name
+        seen[name] += len(chunk.frame_ids)
+    assert [n for n, count in seen.items() if not count] == ["fast.mkv"]  # shorter than a window
+    assert time.monotonic() - started < 60
+
+
+def test_a_pack_holds_the_frames_of_their_names(made, table, tmp_path):
+    pack("videos", str(made[0] / "list.txt"), tmp_path / "out", settings=Settings(0, 0, 95), workers=2)
+    clips = build_clips("videos", str(tmp_path / "out"), "all", VideoScan(tmp_path / "s.json", workers=1))
+    assert [c.name for c in clips] == [c.name for c in table]
+    for clip in clips:
+        with zipfile.ZipFile(f"{clip.source}.zip") as z:
+            numbers = {n: number_of(np.asarray(Image.open(BytesIO(z.read(n))))) for n in z.namelist()}
+        assert numbers == {f"{i:06d}.jpg": n for i, n in enumerate(expected_numbers(made[0] / clip.name))}, clip.name
+
+
+def test_check_names_what_is_damaged_and_what_is_shorter_than_it_says(made, tmp_path):
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for name in ("plain.mp4", *SHORTENED):
+        (folder / name).symlink_to(made[0] / name)
+    data = bytearray((made[0] / "plain.mp4").read_bytes())
+    for i in range(len(data) // 3, len(data) // 3 + 400):
+        data[i] ^= 0x5A
+    (folder / "broken.mp4").write_bytes(data)
+    findings, _ = check("videos", str(folder), deep=True)
+    found = {(f.clip, f.kind): f.message for f in findings}
+    assert "the decoder reports damage" in found.pop(("broken.mp4", "damaged"))
+    assert "frames cannot be decoded: " in found.pop(("broken.mp4", "unreadable"))
+    found.pop(("broken.mp4", "seek"), None)
+    assert f"of the {FRAMES} pictures that its container states" in found.pop(("short.mp4", "truncated"))
+    assert "its container states 6.0 s" in found.pop(("short.mkv", "truncated"))
+    assert list(found) == [("short.mp4", "damaged")]
+
+
+def test_a_seek_that_lands_elsewhere_is_found(made, monkeypatch):
+    path = str(made[0] / "plain.mp4")
+    honest = Video._rgb
+    monkeypatch.setattr(Video, "_rgb", lambda self, frame: honest(self, frame) + (self._index.may_skip and self._lies))
+    monkeypatch.setattr(Video, "_lies", property(lambda self: len(self._wanted) == 16), raising=False)
+    (found,) = look_deep(path, FRAMES)
+    assert found[0] == "seek" and "frames are others by seeking than in sequence" in found[1]
+
+
+def test_notes_are_logged_once_for_a_data_set(made, table, tmp_path, caplog):
+    build_clips("videos", str(made[0] / "list.txt"), "all", VideoScan(tmp_path / "scan.json", workers=2))
+    texts = [r.message for r in caplog.records]
+    assert sum("have a variable frame rate" in t and f"2 of {len(table)} videos" in t for t in texts) == 1
+    assert sum("decoded from the beginning at each read" in t for t in texts) == 1
+    assert sum("shorter than they claim" in t for t in texts) == 1
+
+
+def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
+    path = tmp_path / "raw.h264"
+    path.write_bytes((made[0] / "raw.h264").read_bytes())
+    clip = Clip("c", str(path), FRAMES, 25.0)
+    path.write_bytes(path.read_bytes()[:2000])
+    with open_clip(clip) as reader, pytest.raises(DataError, match=r"frame 179 asked for, the video has \d+"):
+        reader.read([179])
+    with open_clip(replace(clip, num_frames=3)) as reader:
+        assert reader.read([2]).shape == (1, 64, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("shown", "rates", "expected"),
+    [
+        ([0, 100, 200, 300], [10.0], (10.0, True, [0, 100, 200, 300])),
+        ([5, 38, 72, 105, 138], [30.0], (30.0, True, [5, 38, 72, 105, 138])),  # in whole milliseconds
+        ([7], [24.0], (24.0, True, [7])),
+        ([0, 100, 200, 700, 800], [], (5.0, False, [0, 200, 200, 700, 800])),  # 400 is as near to 200 as it may be
+        ([0, 100, 300, 400], [], (7.5, True, [0, 100, 300, 400])),  # within half a frame
+        ([*range(0, 3900, 100), 4000], [10.0], (10.0, True, [*range(0, 3900, 100), 4000])),  # the cut end
+    ],
+)
+def test_frame_times(shown, rates, expected):
+    fps, constant, times = frame_times(np.array(shown), 0.001, rates)
+    assert (round(fps, 6), constant, times.tolist()) == expected
+
+
+def test_what_is_no_video_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a video")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "live.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nhttp://127.0.0.1:9/a.ts\n")
+    for path in tmp_path.iterdir():
+        assert probe(str(path)).problem, path
+        with pytest.raises(DataError, match=f"{path.name}: not a readable video"):
+            Video(str(path))
