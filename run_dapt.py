@@ -20,7 +20,15 @@ import sys
 
 from utils.cli import ConfigError, config_errors
 from utils.flags import dapt_parser
-from utils.resolve import fill_unset, keep_origin, refuse_contradictions, resolve_runtime, resolve_schedule, split_batch
+from utils.resolve import (
+    INPUT,
+    fill_unset,
+    keep_weights_source,
+    refuse_contradictions,
+    resolve_runtime,
+    resolve_schedule,
+    split_batch,
+)
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -30,6 +38,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import logging
 from argparse import Namespace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +48,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
+from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
@@ -66,8 +75,7 @@ from utils.distributed import Process, data_parallel, from_main, local_main_firs
 from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
-INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
-SPEC = ("model", *INPUT, "gelu", "decoder_depth")  # flags that a weights file answers
+SPEC = ("model", *INPUT, "gelu", "decoder_depth", "normalize_target", "mean", "std")  # what a weights file answers
 PICTURES = 4  # clips drawn after each epoch
 logger = logging.getLogger("tad")
 
@@ -85,22 +93,25 @@ def main(args: Namespace) -> None:
 
 
 def resolve_spec(args: Namespace, process: Process) -> None:
-    """Take the flags of SPEC that were left open from the run to continue, else from what --from_ckpt says of itself.
+    """Take what of SPEC was left open from the run to continue, else from what --from_ckpt says of itself.
 
     Raises ConfigError where a flag contradicts the weights file, unless --override_spec is given.
     """
     resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
     recorded = from_main(lambda: recorded_arguments(args.output_dir, **resuming))
-    fill_unset(args, recorded, SPEC)
+    fill_unset(args, recorded, SPEC)  # where there is none, what is no flag becomes None
     if recorded or not args.from_ckpt:
         return
     with local_main_first(process):  # one download per node
-        spec = read_spec(fetch(args.from_ckpt))
+        path = fetch(args.from_ckpt)
+    spec = read_spec(path)
     if spec is None:
         return
-    with config_errors():
+    try:
         spec["model"] = masked_autoencoder_of(spec["model"])
-    refuse_contradictions(args, spec, (*INPUT, "gelu"), args.from_ckpt)
+    except ValueError as e:
+        raise CheckpointError(f"{args.from_ckpt}: its spec is for another version of this code: {e}") from e
+    refuse_contradictions(args, spec, ("model", *INPUT, "gelu", "decoder_depth", "normalize_target"), args.from_ckpt)
     fill_unset(args, spec, SPEC)
 
 
@@ -110,8 +121,11 @@ def resolve(args: Namespace, world_size: int) -> None:
     with config_errors():
         defaults = model_defaults(args.model)
     if not args.model.startswith("pretrain_"):
-        raise ConfigError(f"--model {args.model} is a classifier; DAPT takes one of the pretrain_ models")
-    fill_unset(args, vars(defaults), INPUT)
+        raise ConfigError(f"{args.model} is a classifier; DAPT takes a pretrain_ model: give another --model, or, "
+                          f"if {args.output_dir} holds a run of fine-tuning, another --output_dir")  # fmt: skip
+    pixels = {"mean": list(defaults.mean), "std": list(defaults.std)}
+    fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
+    args.normalize_target = args.normalize_target is not False
     if args.stop_epoch is None:
         args.stop_epoch = min(12, args.epochs)
     resolve_schedule(args)
@@ -127,10 +141,10 @@ def resolve(args: Namespace, world_size: int) -> None:
     if len(sets) > 1 and not args.batch_size and not args.total_batch_size:
         raise ConfigError("a mix needs the share of each data set: --batch_size or --total_batch_size")
     parts = {"default": 800, "world_size": world_size, "update_freq": args.update_freq}
-    nothing = [None] * len(sets)
+    unset = [None] * len(sets)
     batches = [
         split_batch(total, per_process, **parts)
-        for total, per_process in zip(args.total_batch_size or nothing, args.batch_size or nothing, strict=True)
+        for total, per_process in zip(args.total_batch_size or unset, args.batch_size or unset, strict=True)
     ]
     args.batch_size, args.total_batch_size = ([batch[i] for batch in batches] for i in (0, 1))
     shares = " + ".join(f"{size} of {name}" for size, name in zip(args.total_batch_size, args.data_set, strict=True))
@@ -141,14 +155,9 @@ def pretrain(args: Namespace, process: Process) -> None:
     """Run the DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    resumed = find_resume(
-        output_dir,
-        auto_resume=args.auto_resume,
-        resume=args.resume,
-        record=vars(args),
-        free=dapt_parser("").free_on_resume,
-    )
-    keep_origin(args, resumed)
+    free = dapt_parser("").free_on_resume
+    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
+    keep_weights_source(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -191,7 +200,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         session,
         Reporting(sum(args.total_batch_size), args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
-        evaluate=after_epoch,
+        after_epoch=after_epoch,
     )
     session.tensorboard.close()
     batches.log_summary()
@@ -211,6 +220,8 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             decoder_depth=args.decoder_depth,
             drop_path_rate=args.drop_path,
             normalize_target=args.normalize_target,
+            mean=args.mean,
+            std=args.std,
         )
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
@@ -230,7 +241,8 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
     elif not resumed:
         logger.warning(f"no --from_ckpt: {args.model} starts from random weights")
     if args.pos_embed == "learned" or (resumed and "encoder.pos_embed" in resumed["model"]):
-        model.encoder.learn_pos_embed()
+        with config_errors():
+            model.encoder.learn_pos_embed()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:
@@ -245,8 +257,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True
     ):
-        options = (name, path, split, scan, args.assume_fps)
-        clips: ClipTable = from_main(lambda options=options: build_clips(*options, leave_out=bad_clips))
+        clips = from_main(partial(build_clips, name, path, split, scan, args.assume_fps, leave_out=bad_clips))
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
         with config_errors():
@@ -314,7 +325,7 @@ class Pictures:
         for k in range(PICTURES):
             number = k % len(sources)
             keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
-        # In a worker where training uses workers: decord must not live through their forks.
+        # In a worker where training uses workers: a video decoder must not live through their forks.
         loader = DataLoader(
             dataset,
             batch_sampler=[keys],

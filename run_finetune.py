@@ -22,7 +22,15 @@ import sys
 from utils.cli import ConfigError, config_errors
 from utils.flags import finetune_parser
 from utils.record import write_run_record
-from utils.resolve import fill_unset, keep_origin, refuse_contradictions, resolve_runtime, resolve_schedule, split_batch
+from utils.resolve import (
+    INPUT,
+    fill_unset,
+    keep_weights_source,
+    refuse_contradictions,
+    resolve_runtime,
+    resolve_schedule,
+    split_batch,
+)
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
@@ -82,8 +90,7 @@ from utils.logging import setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
-INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
-SPEC = ("model", *INPUT, "gelu", "final_reduction")  # flags that a weights file answers
+SPEC = ("model", *INPUT, "gelu", "final_reduction", "mean", "std")  # what a weights file answers
 logger = logging.getLogger("tad")
 
 
@@ -103,29 +110,31 @@ def main(args: Namespace) -> None:
 
 
 def resolve_spec(args: Namespace, process: Process) -> None:
-    """Take the flags of SPEC that were left open from the run to continue, else from what --finetune says of itself.
+    """Take what of SPEC was left open from the run to continue, else from what --finetune says of itself.
 
     Raises ConfigError where a flag contradicts the weights file, unless --override_spec is given.
     """
     resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
     recorded = {} if args.eval else from_main(lambda: recorded_arguments(args.output_dir, **resuming))
-    fill_unset(args, recorded, SPEC)
+    fill_unset(args, recorded, SPEC)  # where there is none, what is no flag becomes None
     if recorded or not args.finetune:
         return
     with local_main_first(process):  # one download per node
-        spec = read_spec(fetch(args.finetune))
+        path = fetch(args.finetune)
+    spec = read_spec(path)
     if spec is None:
         if args.eval:
-            logger.warning(f"{args.finetune} does not say how it was fed: the flags and --model do")
+            logger.warning(f"{args.finetune} has no spec: where --model, --num_frames, --view_fps, --gelu and the like "
+                           "are left out, their defaults are used")  # fmt: skip
         return
-    compared = [*INPUT, "gelu"]
-    with config_errors():
+    try:
         trained = spec | {"model": classifier_of(spec["model"])}
+    except ValueError as e:
+        raise CheckpointError(f"{args.finetune}: its spec is for another version of this code: {e}") from e
     if trained["model"] != spec["model"]:
         del trained["final_reduction"]  # a masked autoencoder pools nothing
-    elif args.eval:
-        trained["pos_embed"] = "learned" if spec["pos_embed"] == "learned" else "sincos"
-        compared += ["final_reduction", "pos_embed"]
+    trained["pos_embed"] = "learned" if spec["pos_embed"] == "learned" else "sincos"
+    compared = ("model", *INPUT, "gelu", *(("final_reduction", "pos_embed") if args.eval else ()))
     refuse_contradictions(args, trained, compared, args.finetune)
     fill_unset(args, trained, SPEC)
 
@@ -136,8 +145,10 @@ def resolve(args: Namespace, world_size: int) -> None:
     with config_errors():
         defaults = model_defaults(args.model)
     if args.model.startswith("pretrain_"):
-        raise ConfigError(f"--model {args.model} is for run_dapt.py; fine-tuning takes a classifier, see --help")
-    fill_unset(args, vars(defaults), INPUT)
+        raise ConfigError(f"{args.model} is for run_dapt.py; fine-tuning takes a classifier: give another --model, or, "
+                          f"if {args.output_dir} holds a run of DAPT, another --output_dir")  # fmt: skip
+    pixels = {"mean": list(defaults.mean), "std": list(defaults.std)}
+    fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
         remedy = "to score video without labels is the task of run_predict.py, which is still to come"
@@ -160,7 +171,7 @@ def train(args: Namespace, process: Process) -> None:
     remove_marker(output_dir)
     free = finetune_parser("").free_on_resume
     resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_origin(args, resumed)
+    keep_weights_source(args, resumed)
     loader, sampler = training_data(args, process)
     batches = CountedBatches(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
@@ -193,7 +204,7 @@ def train(args: Namespace, process: Process) -> None:
     del resumed  # three times the weights
     evaluated = optimization.ema.module if optimization.ema else model
 
-    def evaluate() -> dict[str, float]:
+    def after_epoch() -> dict[str, float]:
         metrics = validate(args, validation, evaluated, session) if validation else {}
         keep_weights(args, process, evaluated, progress, metrics)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
@@ -206,7 +217,7 @@ def train(args: Namespace, process: Process) -> None:
         session,
         Reporting(args.total_batch_size * args.num_sample, args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
-        evaluate=evaluate,
+        after_epoch=after_epoch,
     )
     session.tensorboard.close()
     batches.log_summary()
@@ -240,8 +251,8 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
     """Return the clips of a split, read once for all ranks."""
     scan, bad = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
-    options = (args.data_set, args.data_path, split, scan, args.assume_fps)
-    clips = from_main(lambda: build_clips(*options, leave_out=bad))
+    arguments = (args.data_set, args.data_path, split, scan, args.assume_fps)
+    clips = from_main(lambda: build_clips(*arguments, leave_out=bad))
     clips.require_labels()
     return clips
 
@@ -314,6 +325,8 @@ def build_model(
             drop_rate=args.drop,
             attn_drop_rate=args.attn_drop_rate,
             fc_drop_rate=args.fc_drop_rate,
+            mean=args.mean,
+            std=args.std,
         )
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
@@ -333,7 +346,8 @@ def build_model(
     elif not resumed:
         logger.info(f"no --finetune: {args.model} has random weights")
     if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
-        model.learn_pos_embed()
+        with config_errors():
+            model.learn_pos_embed()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:
@@ -386,8 +400,7 @@ def validate(args: Namespace, windows: SplitWindows, model: nn.Module, session: 
 def keep_weights(args: Namespace, process: Process, model: nn.Module, progress: Progress, metrics: dict) -> None:
     """Write checkpoint-best_<metric>.pth for each metric that improved, and checkpoint-<epoch>.pth where it is due."""
     improved = [name for name in BEST if metrics and metrics[name] > progress.best[name]]
-    for name in improved:
-        progress.best[name] = metrics[name]
+    progress.best |= {name: metrics[name] for name in improved}
     kept = [f"best_{name}" for name in improved]
     if is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq):
         kept.append(str(progress.epoch))

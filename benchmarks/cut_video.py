@@ -2,7 +2,7 @@
 
     python -m benchmarks.cut_video VIDEO build/cut
 
-VIDEO has 25 frames per second, and 221 of them or more. ROOT gets DoTA's layout: 4 clips of 22 frames at 10 fps, zips
+VIDEO has 25 frames per second and at least 219 frames. ROOT gets DoTA's layout: 4 clips of 22 frames at 10 fps, zips
 of JPEG at quality 92, the last 3 frames of every second one "anomalous". ROOT/videos/cut.mp4 gets all frames as H.264
 (crf 23), declared to be 30 fps, with a key frame every second.
 """

@@ -18,7 +18,13 @@ logger = logging.getLogger("tad")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a clip: its number in its table, its name, the reason, how many of its frames can be used."""
+    """What is wrong with a clip.
+
+    number: its number in its table.
+    name: its name.
+    reason: what is wrong.
+    frames: how many of its frames can be used.
+    """
 
     number: int
     name: str

@@ -74,7 +74,7 @@ class Child:
         """
         if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
             self.kill()
-            raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds (--read_timeout)")
+            raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds")
         try:
             kind, value = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as e:

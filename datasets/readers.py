@@ -30,6 +30,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from datasets.clips import Clip, DataError, data_errors
+from datasets.parallel import alive
 from datasets.video import Video
 from utils.text import first_few, short_reason
 
@@ -178,6 +179,7 @@ class PictureReader(Reader):
                 except _UNREADABLE as e:
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i
+                alive()
             yield picture
 
 

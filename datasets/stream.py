@@ -119,40 +119,6 @@ class ClipStream(IterableDataset):
             yield Fault(number, self.clips[number].name, mismatch, usable)
 
 
-class _Gatherer:
-    """Makes windows of the chunks of clips, which may alternate; keeps frames until the last window that needs them."""
-
-    def __init__(self, index: WindowIndex, batch_size: int, device: torch.device | str):
-        self._index, self._batch_size, self._device = index, batch_size, device
-        self._kept: dict[int, tuple[np.ndarray, Tensor]] = {}  # of each clip in progress: frame ids and frames
-        self._done: dict[int, int] = {}  # windows of the clip handed out so far
-
-    def add(self, chunk: FrameChunk) -> list[WindowBatch]:
-        """Return the windows whose last frame came with this chunk, in batches."""
-        clip, index = chunk.clip, self._index
-        ids, frames = chunk.frame_ids, chunk.frames.to(self._device, non_blocking=True)
-        if clip in self._kept:
-            kept_ids, kept_frames = self._kept.pop(clip)
-            ids, frames = np.concatenate([kept_ids, ids]), torch.cat([kept_frames, frames])
-        lasts, first = index.last_frames(clip), self._done.get(clip, 0)
-        end = int(np.searchsorted(lasts, ids[-1], side="right"))
-        batches = []
-        for start in range(first, end, self._batch_size):
-            last = lasts[start : min(start + self._batch_size, end)]
-            where = torch.from_numpy(np.searchsorted(ids, index.frames(clip, last)))
-            video = frames[where.to(self._device, non_blocking=True)].transpose(1, 2)
-            batches.append(WindowBatch(clip, last, video))
-        self._done[clip] = end
-        if end < len(lasts):
-            keep = int(np.searchsorted(ids, index.frames(clip, lasts[end])[0]))
-            self._kept[clip] = ids[keep:], frames[keep:]
-        return batches
-
-    def drop(self, clip: int) -> None:
-        """Forget the frames of a clip of which no more will come."""
-        self._kept.pop(clip, None)
-
-
 class SplitWindows:
     """The windows of a split, for `engine.evaluate.Scorer`, as often as asked.
 
@@ -163,7 +129,7 @@ class SplitWindows:
     Args:
         transform: preprocesses frames.
         device: where windows are gathered.
-        batch_size: windows of a batch at most, and frames read at a time.
+        batch_size: frames read at a time, and so windows of a batch at most.
         num_workers: reading processes; 0: this one.
         allow_missing: whether clips that cannot be read are left out, instead of refused.
         read_timeout: seconds without a picture read after which a reading process gives a clip up as unreadable.
@@ -187,24 +153,42 @@ class SplitWindows:
         read_timeout: float = READ_TIMEOUT,
     ):
         self.clips, self.index, self.device = clips, index, torch.device(device)
-        self.batch_size, self.allow_missing, self._show_progress = batch_size, allow_missing, rank == 0
+        self.allow_missing, self._show_progress = allow_missing, rank == 0
         share = {"rank": rank, "world_size": world_size}
         self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, read_timeout=read_timeout, **share)
         self._loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
-        self.agree([])
+        self.agree([])  # refuses now what is known to be unreadable
 
     def __iter__(self) -> Iterator[WindowBatch | Fault]:
         loader = eval_loader(self.stream, **self._loader_options)
         total = self.stream.num_chunks
-        gatherer, refused = _Gatherer(self.index, self.batch_size, self.device), False
+        kept: dict[int, tuple[np.ndarray, Tensor]] = {}  # of each clip in progress: frame ids and frames
+        refused = False
         with loader_errors():
             for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
                 if isinstance(item, Fault):
-                    gatherer.drop(item.number)
+                    kept.pop(item.number, None)
                     refused = refused or not (item.frames or self.allow_missing)
                     yield item
-                elif not refused:
-                    yield from gatherer.add(item)
+                elif not refused and (batch := self._gather(item, kept)):
+                    yield batch
+
+    def _gather(self, chunk: FrameChunk, kept: dict[int, tuple[np.ndarray, Tensor]]) -> WindowBatch | None:
+        """Return the windows that end in a chunk, if any do; keep what later windows of the clip need in `kept`."""
+        clip, index = chunk.clip, self.index
+        ids, frames = chunk.frame_ids, chunk.frames.to(self.device, non_blocking=True)
+        lasts = index.last_frames(clip)
+        first, end = np.searchsorted(lasts, (ids[0], ids[-1] + 1)).tolist()
+        if clip in kept:
+            kept_ids, kept_frames = kept.pop(clip)
+            ids, frames = np.concatenate([kept_ids, ids]), torch.cat([kept_frames, frames])
+        if end < len(lasts):
+            keep = int(np.searchsorted(ids, index.frames(clip, lasts[end])[0]))
+            kept[clip] = ids[keep:], frames[keep:]
+        if first == end:
+            return None
+        where = torch.from_numpy(np.searchsorted(ids, index.frames(clip, lasts[first:end])))
+        return WindowBatch(clip, lasts[first:end], frames[where.to(self.device, non_blocking=True)].transpose(1, 2))
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""

@@ -7,8 +7,8 @@
                                           and the counts of samples
         checkpoint-last.new/              being written; never read
         checkpoint-last.old/              the one before, for the instant between two renames
-        checkpoint-<epoch>.pth            weights and their spec
-        checkpoint-best_auroc.pth         weights of the best evaluation so far by that metric
+        checkpoint-<epoch>.pth            weights and their spec, as the next two
+        checkpoint-best_auroc.pth         those of the best evaluation so far by that metric
         checkpoint-best_auc_mcc.pth
 
 A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, and weights files are replaced in one
@@ -123,13 +123,12 @@ def find_last(output_dir: str | Path) -> Path | None:
 
 
 def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> dict[str, Any]:
-    """Return the arguments in the args.json of the run that would be continued; {} where there is none.
+    """Return the arguments of the run whose state would be continued; {} where there is none.
 
-    Raises ConfigError where the file is damaged.
+    Raises ConfigError where the state is damaged.
     """
-    folders = [Path(output_dir)] * auto_resume + ([Path(resume).parent] if resume else [])
-    path = next((folder / "args.json" for folder in folders if (folder / "args.json").exists()), None)
-    return read_run_record(path) if path else {}
+    folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
+    return load_last(folder, mapped=True)["args"] if folder and (folder / _STATE).is_file() else {}
 
 
 def find_resume(
@@ -137,12 +136,17 @@ def find_resume(
 ) -> dict[str, Any] | None:
     """Return the state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
 
-    record: the arguments of this run. Those of the run that is continued, or that output_dir belongs to, must equal
-    them but for the names in `free`; without auto_resume, output_dir must not hold a run. Raises ConfigError.
+    record: the arguments of this run. Those of the run that is continued, and of the one that output_dir belongs to,
+    must equal them but for the names in `free`; without auto_resume, output_dir must not hold a run.
+
+    Raises ConfigError.
     """
-    folder, origin = find_last(output_dir) if auto_resume else None, Path(output_dir, "args.json")
-    if origin.exists() and not auto_resume:
+    folder, record_file = find_last(output_dir) if auto_resume else None, Path(output_dir, "args.json")
+    if record_file.exists() and not auto_resume:
         raise ConfigError(f"{output_dir} holds a run: choose another --output_dir, remove it, or leave auto_resume on")
+    known = []  # (where a run is, its arguments)
+    if folder is None and record_file.exists():
+        known.append((output_dir, read_run_record(record_file)))
     if folder is None and resume:
         folder = Path(resume)
         if not (folder / _STATE).is_file():
@@ -151,14 +155,15 @@ def find_resume(
         state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
     else:
         state = load_last(folder) if folder else None
-    if state or origin.exists():
-        known = state["args"] if state else read_run_record(origin)
-        if changes := differing(known, record, free):
+    if state:
+        known.append((folder, state["args"]))
+    for where, arguments in known:
+        if changes := differing(arguments, record, free):
+            other = "; ".join(changes)
             raise ConfigError(
-                f"{folder or output_dir} belongs to a run with other arguments ({'; '.join(changes)}): "
-                "use those or another --output_dir"
+                f"{where} belongs to a run with other arguments ({other}): use those or another --output_dir"
             )
-    if origin.exists() and not state:
+    if record_file.exists() and not state:
         logger.info(f"{output_dir} holds a run that ended before a state was saved: starting from the beginning")
     return state
 
@@ -188,12 +193,23 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     ranks = gather({"rng": _rng_state()} | {name: part.state_dict() for name, part in state.parts.items()})
     if ranks is None:
         return
+    optimization = state.optimization
+    content = {
+        "model": state.model.state_dict(),
+        "spec": state.model.spec,
+        "optimizer": optimization.optimizer.state_dict(),
+        "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
+        "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
+        **asdict(state.progress),
+        "ranks": ranks,
+        "args": dict(state.record),
+    }
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
         with _explained(last):
             new.mkdir(parents=True)
-            torch.save(_content(state, ranks), new / _STATE)
+            torch.save(content, new / _STATE)
             sync(new / _STATE)
             sync(new)
     except CheckpointWriteError:
@@ -207,21 +223,6 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _content(state: RunState, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what state.pth holds; ranks: what each rank has of its own."""
-    optimization = state.optimization
-    return {
-        "model": state.model.state_dict(),
-        "spec": state.model.spec,
-        "optimizer": optimization.optimizer.state_dict(),
-        "scaler": optimization.scaler.state_dict() if optimization.scaler else None,
-        "model_ema": optimization.ema.module.state_dict() if optimization.ema else None,
-        **asdict(state.progress),
-        "ranks": ranks,
-        "args": dict(state.record),
-    }
-
-
 @contextmanager
 def _explained(path: str | Path) -> Iterator[None]:
     """Turn what a full disk raises into a CheckpointWriteError."""
@@ -233,11 +234,14 @@ def _explained(path: str | Path) -> Iterator[None]:
         ) from e
 
 
-def load_last(folder: str | Path) -> dict[str, Any]:
-    """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read."""
+def load_last(folder: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read.
+
+    mapped: its tensors stay in the file.
+    """
     path = Path(folder, _STATE)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e

@@ -73,8 +73,8 @@ class Predictions:
 
     def metrics(self) -> dict[str, float]:
         """Return `frame_metrics` of the scores, and the mean cross-entropy as "loss". The windows must be labelled."""
-        of_label = self.logits[np.arange(len(self.label)), self.label].astype(np.float64)
-        loss = np.logaddexp(self.logits[:, 0].astype(np.float64), self.logits[:, 1]) - of_label
+        true_logit = self.logits[np.arange(len(self.label)), self.label].astype(np.float64)
+        loss = np.logaddexp(self.logits[:, 0].astype(np.float64), self.logits[:, 1]) - true_logit
         metrics = {"loss": float(loss.mean()), **frame_metrics(self.score, self.label)}
         if metrics["n_pos"] in (0, metrics["n"]):
             logger.warning("all evaluated frames are of one class: AUC_ROC, AP and MCC say nothing")
@@ -169,11 +169,13 @@ def gather_predictions(
     order = np.lexsort((frame, clip))
     clip, frame, logits = clip[order], frame[order], logits[order]
     if not (np.array_equal(clip, expected[0]) and np.array_equal(frame, expected[1])):
-        have, want = (Counter(zip(*(a.tolist() for a in pair), strict=True)) for pair in ((clip, frame), expected))
-        odd = min((have - want) + (want - have))
+        scored_windows, expected_windows = (
+            Counter(zip(*(a.tolist() for a in pair), strict=True)) for pair in ((clip, frame), expected)
+        )
+        first = min((scored_windows - expected_windows) + (expected_windows - scored_windows))
         raise EvaluationError(
             f"scored {len(clip)} windows for {len(expected[0])} expected; the first that is missing, double or "
-            f"foreign is clip {odd[0]}, frame {odd[1]}"
+            f"foreign is clip {first[0]}, frame {first[1]}"
         )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
         raise EvaluationError(f"{len(broken)} of {len(clip)} windows have NaN or infinite logits; use --precision fp32")

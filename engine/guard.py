@@ -96,8 +96,8 @@ class NonFinite:
 
     def _record(self, ranks: Sequence[dict]) -> None:
         losses = [rank["loss"] if math.isfinite(rank["loss"]) else str(rank["loss"]) for rank in ranks]
-        with_such_a_loss = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
-        samples = [sample for rank in with_such_a_loss for sample in rank["samples"]]
+        not_finite = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
+        samples = [sample for rank in not_finite for sample in rank["samples"]]
         place = {name: ranks[0][name] for name in ("epoch", "step")}
         if self.file:
             append_json_line(self.file, place | {"losses": losses, "samples": samples})

@@ -30,7 +30,12 @@ Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tenso
 
 @dataclass(frozen=True)
 class Reporting:
-    """What is told and how often. clips_per_step counts all ranks; progress_bar: draw one if this is a terminal."""
+    """What is reported, and how often.
+
+    clips_per_step: clips of an optimizer step, over all ranks.
+    log_every: steps between log lines.
+    progress_bar: whether one is drawn where this is a terminal.
+    """
 
     clips_per_step: int
     log_every: int = 20
@@ -46,15 +51,17 @@ def train_epochs(
     reporting: Reporting,
     *,
     stop_epoch: int,
-    evaluate: Callable[[], dict[str, float]],
+    after_epoch: Callable[[], dict[str, float]],
 ) -> None:
     """Train from where session.progress stands until stop_epoch epochs are done.
+
+    The state is saved when an epoch is trained, and again after `after_epoch`.
 
     Args:
         model: the model as it is wrapped (DDP or not).
         batches: iterates over the batches of the epoch that set_epoch(epoch, first step) announced.
         objective: what is minimised.
-        evaluate: is called once an epoch is trained; what it returns goes to the log.
+        after_epoch: evaluates, draws or keeps weights once an epoch is trained; what it returns goes to the log.
 
     Raises Preempted where a signal stops the run, TrainingError where too many steps in a row are not finite.
     """
@@ -67,7 +74,7 @@ def train_epochs(
             progress.means = train_one_epoch(model, batches, objective, session, reporting)
             session.save()
             session.stop_if_asked()
-        record = {f"train_{name}": value for name, value in progress.means.items()} | evaluate()
+        record = {f"train_{name}": value for name, value in progress.means.items()} | after_epoch()
         session.end_epoch(record | {"seconds": round(time.perf_counter() - started, 1)})
         session.save()
 
@@ -75,7 +82,7 @@ def train_epochs(
 def train_one_epoch(
     model: nn.Module, batches: Iterable, objective: Objective, session: Session, reporting: Reporting
 ) -> dict[str, float]:
-    """Train from session.progress.step to the end of the epoch; it follows. Every step but the last may save or stop.
+    """Train from session.progress.step to the end of the epoch, and move it along. Every step but the last may save.
 
     batches: the remaining ones of the epoch, `accumulate` for each step.
 
@@ -83,7 +90,7 @@ def train_one_epoch(
     left out excepted. Raises TrainingError where too many steps in a row are not finite, Preempted.
     """
     model.train()
-    progress, averages, guard, clock = session.progress, session.statistics, session.guard, _Clock()
+    progress, averages, guard, clock = session.progress, session.state.statistics, session.guard, _Clock()
     optimization = session.state.optimization
     if progress.step == 0:
         averages.reset()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.averages import Averages
 from engine.checkpoint import Progress, RunState, restore, rewind_folder, save_last
 from engine.guard import NonFinite
 from utils.distributed import Agreement, Process
@@ -25,11 +24,11 @@ class Session:
     state: what a checkpoint keeps.
     process: this process among the others.
     tensorboard: where scalars and pictures go.
-    guard: leaves out the steps that are not finite.
+    guard: records the steps that were left out, and ends the run after too many in a row.
     save_ckpt: whether the run keeps checkpoint-last/.
     auto_resume: whether the same command would continue the run; without it, or without checkpoints, no marker asks
         for that.
-    save_every_minutes: how often the main process has the state saved, beside after each epoch; None: not.
+    save_every_minutes: minutes after which the main process has the state saved again within an epoch; None: never.
     """
 
     output_dir: Path
@@ -51,11 +50,6 @@ class Session:
     def progress(self) -> Progress:
         """Where the run stands."""
         return self.state.progress
-
-    @property
-    def statistics(self) -> Averages:
-        """The statistics of the epoch in progress."""
-        return self.state.statistics
 
     def save(self) -> None:
         """Write checkpoint-last/; every rank calls it."""
@@ -116,9 +110,7 @@ def start_session(
     resumed: Mapping[str, Any] | None,
     log_dir: str,
     max_nonfinite: int,
-    save_ckpt: bool,
-    auto_resume: bool,
-    save_every_minutes: float | None,
+    **options: Any,
 ) -> Session:
     """Continue from `resumed`, if there is such a state, and make output_dir this run's; every rank calls it.
 
@@ -127,7 +119,7 @@ def start_session(
         resumed: what `find_resume` returned.
         log_dir: the folder of TensorBoard's events.
         max_nonfinite: steps in a row, with a loss or gradient that is not finite, that end the run.
-        save_ckpt, auto_resume, save_every_minutes: as in Session.
+        options: save_ckpt, auto_resume and save_every_minutes of Session.
 
     Raises ConfigError where the data is not that of the state, or a folder cannot be written.
     """
@@ -138,13 +130,4 @@ def start_session(
     tensorboard = TensorBoard(log_dir if process.is_main else None, state.progress.steps_done)
     nonfinite_file = output_dir / "nonfinite.jsonl" if process.is_main else None
     guard = NonFinite(state.progress, nonfinite_file, limit=max_nonfinite)
-    return Session(
-        output_dir,
-        state,
-        process,
-        tensorboard,
-        guard,
-        save_ckpt=save_ckpt,
-        auto_resume=auto_resume,
-        save_every_minutes=save_every_minutes,
-    )
+    return Session(output_dir, state, process, tensorboard, guard, **options)

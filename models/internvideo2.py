@@ -30,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, num_heads: int, fused: bool, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Softmax attention: q (B, n, D) over k, v (B, m, D) -> (B, n, D). fused: by PyTorch's kernels."""
+    """Attend with q (B, n, D) to k, v (B, m, D), by softmax; returns (B, n, D). fused: by PyTorch's kernels."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=num_heads) for x in (q, k, v))
     if fused:
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -158,18 +158,18 @@ class InternVideo2(VideoEncoder):
                 block.mlp.fc2.weight.div_((2 * (i + 1)) ** 0.5)
 
     def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, n, D) -> (B, n, D): any subset of the tokens, with the class token, through the blocks and `norm`."""
+        """Map (B, n, D) to (B, n, D): any subset of the tokens, with the class token, through the blocks and `norm`."""
         return self.norm(self._with_class_token(x)[:, 1:])
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, T, H, W) -> (B, P) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, P) pooled and normed; (B, N, D) where final_reduction is "none"."""
         x = self.embed(video)
         if self.final_reduction == "none":
             return self.encode(x)
         return self.fc_norm(self.clip_projector(self._with_class_token(x)))
 
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D) -> (B, 1 + n, D) through the blocks."""
+        """Map (B, n, D) to (B, 1 + n, D) through the blocks."""
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
         return self.run_blocks(torch.cat([first.expand(len(x), -1, -1), x], dim=1))
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from models import internvideo2, vit
 from models.pos_embed import sinusoid_1d
 from models.registry import Dropout, VideoInput, build_model, register_model
 from models.vit import LayerNorm, Size, VideoEncoder, build_blocks, run_blocks
@@ -73,11 +74,11 @@ class MaskedAutoencoder(nn.Module):
         return {**self.encoder.spec, "model": self.name, "classes": [], **about}
 
     def normalize(self, video: torch.Tensor) -> torch.Tensor:
-        """uint8 RGB (B, 3, T, H, W), on the model's device -> float32, as the encoder takes it."""
+        """Map uint8 RGB (B, 3, T, H, W), on the model's device, to float32, as the encoder takes it."""
         return self.encoder.normalize(video)
 
     def forward(self, video: torch.Tensor, mask: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        """The loss, a float32 scalar.
+        """Return the loss, a float32 scalar.
 
         Args:
             video: (B, 3, T, H, W) normalised. mask: (B, N) bool, True = masked, as many in each clip; kept on the CPU
@@ -89,7 +90,7 @@ class MaskedAutoencoder(nn.Module):
         return F.mse_loss(self.predict(video, mask).float(), target)
 
     def predict(self, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, m, 3 p): the decoder's output for the masked tokens, in ascending order."""
+        """Return (B, m, 3 p): the decoder's output for the masked tokens, in ascending order."""
         visible, masked = _split(mask, video.device)
         latent = self.encoder.encode(_take(self.encoder.embed(video), visible), visible)
         latent = self.encoder_to_decoder(latent)
@@ -99,7 +100,7 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def target(self, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, m, 3 p) float32: what `predict` should return."""
+        """Return (B, m, 3 p) float32: what `predict` should return."""
         cubes = self._cubes(video)[self._where(mask, video.device)]  # copies no other cube
         pixels = rearrange(cubes.float(), "b m a p q c -> b m (a p q) c")
         pixels = pixels * self.encoder.std + self.encoder.mean
@@ -109,14 +110,15 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def trivial_loss(self, target: torch.Tensor) -> torch.Tensor:
-        """The loss of predicting every cube's own mean colour; below it, more than colours is predicted. A scalar."""
+        """Return the loss, a scalar, of predicting each cube's mean colour: below it, more than that is predicted."""
         pixels = rearrange(target, "b m (p c) -> b m p c", c=3)
         return (pixels - pixels.mean(dim=2, keepdim=True)).square().mean()
 
     @torch.no_grad()
     def reconstruct(self, video: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures, (B, 3, T, H, W) float32 in [0, 1] each: the input, the input with masked cubes grey, and the input
-        with masked cubes predicted. Normalised predictions get the mean and deviation of the cube they stand for.
+        """Return three videos, (B, 3, T, H, W) float32 in [0, 1]: the input, and with masked cubes grey and predicted.
+
+        Normalised predictions get the mean and deviation of the cube they stand for.
         """
         where = self._where(mask, video.device)
         cubes = self._cubes(video).float() * self.encoder.std + self.encoder.mean
@@ -131,16 +133,16 @@ class MaskedAutoencoder(nn.Module):
         return tuple(pictures)
 
     def _cubes(self, video: torch.Tensor) -> torch.Tensor:
-        """A view of a video (B, 3, T, H, W) as (B, t, h, w, *cube, 3)."""
+        """Return a view of a video (B, 3, T, H, W) as (B, t, h, w, *cube, 3)."""
         a, p, q = self.cube
         return rearrange(video, "b c (t a) (h p) (w q) -> b t h w a p q c", a=a, p=p, q=q)
 
     def _video(self, cubes: torch.Tensor) -> torch.Tensor:
-        """The inverse of `_cubes`, copied."""
+        """Return the inverse of `_cubes`, copied."""
         return rearrange(cubes, "b t h w a p q c -> b c (t a) (h p) (w q)")
 
     def _where(self, mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Indices of the masked cubes into `_cubes`: those of the clip (B, 1), of slot, row and column (B, m)."""
+        """Return the indices of masked cubes in `_cubes`: those of the clip (B, 1), of slot, row and column (B, m)."""
         _, masked = _split(mask, device)
         _, h, w = self.grid
         clip = torch.arange(len(mask), device=device)[:, None]
@@ -148,11 +150,11 @@ class MaskedAutoencoder(nn.Module):
 
     @staticmethod
     def _deviation(pixels: torch.Tensor) -> torch.Tensor:
-        """(B, m, p, 3) -> (B, m, 1, 3): the standard deviation of each cube, kept above zero as published."""
+        """Map (B, m, p, 3) to (B, m, 1, 3): the standard deviation of each cube, kept above zero as published."""
         return pixels.var(dim=2, unbiased=True, keepdim=True).sqrt() + 1e-6
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beyond the 1-D ones."""
+        """Return names of parameters without weight decay, beyond the 1-D ones."""
         return {"mask_token"} | {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -163,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
 
 @torch.compiler.disable  # counts on the host
 def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N) bool -> positions (B, n) of the visible and (B, m) of the masked tokens, ascending, on device.
+    """Map (B, N) bool to positions (B, n) of the visible and (B, m) of the masked tokens, ascending, on device.
 
     Raises ValueError where the clips differ in how many are masked, or none is.
     """
@@ -176,7 +178,7 @@ def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torc
 
 
 def _take(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """tokens[b, positions[b]] for each clip b."""
+    """Return tokens[b, positions[b]] for each clip b."""
     return tokens.take_along_dim(positions[:, :, None], dim=1)  # its backward is cheaper than that of indexing
 
 
@@ -190,7 +192,7 @@ def _build(
     normalize_target: bool = True,
     **options,
 ) -> MaskedAutoencoder:
-    """The MaskedAutoencoder over a registered encoder, which takes the options; decoder_depth None: the size's."""
+    """Return the MaskedAutoencoder over a registered encoder, which takes the options."""
     return MaskedAutoencoder(
         build_model(encoder, video, dropout, num_classes=0, final_reduction="none", **options),
         decoder if decoder_depth is None else replace(decoder, depth=decoder_depth),
@@ -199,27 +201,22 @@ def _build(
     )
 
 
-TINY, SMALL, BASE = Size(64, 1, 2), Size(192, 4, 3), Size(384, 4, 6)
-LARGE, HUGE = Size(512, 12, 8), Size(640, 12, 8)
-
-MODELS = {  # name: classifier, decoder; VideoMAE's decoder for all. The tiny ones are for tests and the demo.
-    "pretrain_videomae_tiny_patch16_64": ("vit_tiny_patch16_64", TINY),
-    "pretrain_videomae_small_patch16_224": ("vit_small_patch16_224", SMALL),  # 24 M parameters, 2 M in the decoder
-    "pretrain_videomae_base_patch16_224": ("vit_base_patch16_224", BASE),  # 94 M, 8 M
-    "pretrain_videomae_large_patch16_224": ("vit_large_patch16_224", LARGE),  # 343 M, 39 M
-    "pretrain_videomae_huge_patch16_224": ("vit_huge_patch16_224", HUGE),  # VideoMAE V2's decoder is 512 wide
-    "pretrain_mvd_vit_tiny_patch16_64": ("mvd_vit_tiny_patch16_64", TINY),
-    "pretrain_mvd_vit_small_patch16_224": ("mvd_vit_small_patch16_224", SMALL),
-    "pretrain_mvd_vit_base_patch16_224": ("mvd_vit_base_patch16_224", BASE),
-    "pretrain_mvd_vit_large_patch16_224": ("mvd_vit_large_patch16_224", LARGE),
-    "pretrain_umt_vit_tiny_patch16_64": ("umt_vit_tiny_patch16_64", TINY),
-    "pretrain_umt_vit_small_patch16_224": ("umt_vit_small_patch16_224", SMALL),
-    "pretrain_umt_vit_base_patch16_224": ("umt_vit_base_patch16_224", BASE),
-    "pretrain_umt_vit_large_patch16_224": ("umt_vit_large_patch16_224", LARGE),
-    "pretrain_internvideo2_tiny_patch14_56": ("internvideo2_tiny_patch14_56", TINY),
-    "pretrain_internvideo2_small_patch14_224": ("internvideo2_small_patch14_224", SMALL),
-    "pretrain_internvideo2_base_patch14_224": ("internvideo2_base_patch14_224", BASE),
-    "pretrain_internvideo2_large_patch14_224": ("internvideo2_large_patch14_224", LARGE),
+DECODERS = {  # VideoMAE's, by the size of the encoder; VideoMAE V2's for huge is 512 wide
+    "tiny": Size(64, 1, 2),  # for tests and the demo
+    "small": Size(192, 4, 3),
+    "base": Size(384, 4, 6),
+    "large": Size(512, 12, 8),
+    "huge": Size(640, 12, 8),
 }
-for _name, (_classifier, _decoder) in MODELS.items():
+MODELS = {  # name: classifier
+    "pretrain_videomae_tiny_patch16_64": "vit_tiny_patch16_64",
+    "pretrain_videomae_small_patch16_224": "vit_small_patch16_224",  # 24 M parameters, 2 M of them in the decoder
+    "pretrain_videomae_base_patch16_224": "vit_base_patch16_224",  # 94 M, 8 M
+    "pretrain_videomae_large_patch16_224": "vit_large_patch16_224",  # 343 M, 39 M
+    "pretrain_videomae_huge_patch16_224": "vit_huge_patch16_224",
+    # The others have "pretrain_" before their classifier's name.
+    **{f"pretrain_{name}": name for name in (*vit.MODELS, *internvideo2.MODELS) if not name.startswith("vit_")},
+}
+for _name, _classifier in MODELS.items():
+    _decoder = next(size for word, size in DECODERS.items() if word in _classifier)
     register_model(_name, partial(_build, _classifier, _decoder), encoder=_classifier)

@@ -10,7 +10,7 @@ Grid = tuple[int, int, int]  # tokens in time, height, width
 
 
 def sinusoid_1d(num_positions: int, dim: int) -> torch.Tensor:
-    """(num_positions, dim) float32: sine at even, cosine at odd channels, over the flattened (t h w) positions.
+    """Return (num_positions, dim) float32: sine at even, cosine at odd channels, over the flattened (t h w) positions.
 
     angle(p, j) = p / 10000^(2 floor(j/2) / dim), computed in float64: the table of "Attention is all you need"
     (arXiv:1706.03762, section 3.5), which VideoMAE (arXiv:2203.12602) uses over all tokens of a clip.
@@ -22,7 +22,7 @@ def sinusoid_1d(num_positions: int, dim: int) -> torch.Tensor:
 
 
 def sincos_3d(grid: Grid, dim: int) -> torch.Tensor:
-    """(t h w, dim) float32: dim / 4 channels code the slot, 3 dim / 8 the column, 3 dim / 8 the row.
+    """Return (t h w, dim) float32: dim / 4 channels code the slot, 3 dim / 8 the column, 3 dim / 8 the row.
 
     Each code is the sines, then the cosines, of position / 10000^(i / (d / 2)) over its d channels, in float64. Source:
     MVD (arXiv:2212.04500) and InternVideo2 (arXiv:2403.15377). Raises ValueError where dim does not divide by 16.
@@ -43,7 +43,7 @@ def sincos_3d(grid: Grid, dim: int) -> torch.Tensor:
 
 
 def resampled(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
-    """(old t h w, dim) -> (new t h w, dim): bicubic over each frame, then linear over time; itself for the same grid.
+    """Map (old t h w, dim) to (new t h w, dim): bicubic over each frame, then linear over time.
 
     Source: UMT (arXiv:2303.16058) and InternVideo2.
     """
@@ -60,8 +60,8 @@ def resampled(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:
 
 
 def likely_grid(positions: int, wanted: Grid) -> Grid | None:
-    """The grid that a table of so many positions is for: the wanted one if it may be, else square frames of 7 x 7 or
-    more in 8 slots, as published tables have, or in as many as wanted, else the wanted frames. None if none fits.
+    """Return the grid that a table of so many positions is for: the wanted one if it may be, else square frames of 7 x
+    7 or more in 8 slots, as published tables have, or in as many as wanted, else the wanted frames. None if none fits.
     """
     if positions == math.prod(wanted):
         return wanted
@@ -74,8 +74,8 @@ def likely_grid(positions: int, wanted: Grid) -> Grid | None:
 
 
 def position_table(kind: str, grid: Grid, dim: int) -> torch.Tensor:
-    """(t h w, dim) float32 by kind: "sinusoid" (`sinusoid_1d`), "sincos_3d", or "umt": the sinusoid of 8 x 14 x 14
-    tokens, `resampled` to the grid. Raises ValueError for another kind.
+    """Return (t h w, dim) float32 by kind: "sinusoid" (`sinusoid_1d`), "sincos_3d", or "umt": the sinusoid of 8 x 14 x
+    14 tokens, `resampled` to the grid. Raises ValueError for another kind.
     """
     if kind == "sinusoid":
         return sinusoid_1d(math.prod(grid), dim)

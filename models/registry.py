@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+SPEC_VERSION = 1  # of the spec of a model, which its weights files hold
+
 
 @dataclass(frozen=True)
 class VideoInput:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.pos_embed import position_table
-from models.registry import Dropout, ModelDefaults, VideoInput, register_model
+from models.registry import SPEC_VERSION, Dropout, ModelDefaults, VideoInput, register_model
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -50,19 +50,19 @@ class TubeletEmbed(nn.Module):
 
 
 def gelu_layer(kind: str) -> Callable[[], nn.Module]:
-    """The constructor of a GELU, "erf" or "tanh", its approximation. Raises ValueError for another."""
+    """Return the constructor of a GELU, "erf" or "tanh", its approximation. Raises ValueError for another."""
     if kind not in ("erf", "tanh"):
         raise ValueError(f"gelu must be erf or tanh, not {kind!r}")
     return partial(nn.GELU, approximate="none" if kind == "erf" else "tanh")
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Stochastic depth of each block: linear from 0 at the first to `last`."""
+    """Return stochastic depth of each block: linear from 0 at the first to `last`."""
     return torch.linspace(0, last, depth, device="cpu").tolist()
 
 
 def build_blocks(size: Size, dropout: Dropout, gelu: str = "erf") -> nn.ModuleList:
-    """VideoMAE's transformer blocks. Raises ValueError for an unknown gelu."""
+    """Return VideoMAE's transformer blocks. Raises ValueError for an unknown gelu."""
     blocks = nn.ModuleList(
         Block(
             size.embed_dim,
@@ -82,14 +82,14 @@ def build_blocks(size: Size, dropout: Dropout, gelu: str = "erf") -> nn.ModuleLi
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
-    """(B, n, D) through the blocks. recompute: their activations in the backward pass, to save memory."""
+    """Run (B, n, D) through the blocks. recompute: their activations in the backward pass, to save memory."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
 def init_weights(module: nn.Module) -> None:
-    """VideoMAE's initialisation; the 3-D convolution keeps PyTorch's."""
+    """Draw weights as VideoMAE does; the 3-D convolution keeps PyTorch's."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -158,6 +158,7 @@ class VideoEncoder(nn.Module):
         video = {f.name: getattr(self.video, f.name) for f in fields(VideoInput)}
         count = getattr(self.head, "out_features", 0)
         return {
+            "version": SPEC_VERSION,
             "model": self.name,
             **{key: [*map(float, value)] if key in ("mean", "std") else value for key, value in video.items()},
             "gelu": self.gelu,
@@ -167,12 +168,12 @@ class VideoEncoder(nn.Module):
         }
 
     def normalize(self, video: torch.Tensor) -> torch.Tensor:
-        """uint8 RGB (B, 3, T, H, W), on the model's device -> float32: less the mean, over the standard deviation."""
+        """Map uint8 RGB (B, 3, T, H, W), on the model's device, to float32: less the mean, over the deviation."""
         mean, std = (x[:, None, None, None] * 255 for x in (self.mean, self.std))
         return video.to(torch.float32, copy=True).sub_(mean).div_(std)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, T, H, W) -> (B, N, D): tokens, their position added if there is a table.
+        """Map (B, 3, T, H, W) to (B, N, D): tokens, their position added if there is a table.
 
         Raises ValueError on another number of channels, T, H or W.
         """
@@ -186,11 +187,11 @@ class VideoEncoder(nn.Module):
         return x + positions.to(x.dtype)  # in the activations' type, as published, so autocast stays in half
 
     def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D) through the blocks."""
+        """Run (B, n, D) through the blocks."""
         return run_blocks(self.blocks, x, recompute=self.grad_checkpointing and self.training)
 
     def encode(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, n, D) -> (B, n, D): any subset of the tokens of `embed` through the blocks and `norm`.
+        """Map (B, n, D) to (B, n, D): any subset of the tokens of `embed` through the blocks and `norm`.
 
         positions: (B, n) int64, the numbers of the tokens in (t h w) order; None stands for all of them in order. An
         encoder with a position table does without.
@@ -198,7 +199,7 @@ class VideoEncoder(nn.Module):
         return self.norm(self.run_blocks(x))
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, T, H, W) normalised -> (B, K) logits; (B, N, K) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) normalised to (B, K) logits; (B, N, K) where final_reduction is "none"."""
         x = self.fc_dropout(self.forward_features(video))
         with torch.autocast(x.device.type, enabled=False):  # logits in half precision would tie
             return self.head(x.float())
@@ -216,11 +217,11 @@ class VideoEncoder(nn.Module):
             self.pos_embed = nn.Parameter(table.clone())
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beyond the 1-D ones."""
+        """Return names of parameters without weight decay, beyond the 1-D ones."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's layer grouping for layer decay: embedding 0, block i at i + 1, all behind the blocks last."""
+        """Return timm's layer grouping for layer decay: embedding 0, block i at i + 1, all behind the blocks last."""
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -280,7 +281,7 @@ class VideoViT(VideoEncoder):
         self.initialize(init_scale)
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, T, H, W) -> (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
         x = self.encode(self.embed(video))
         if self.final_reduction == "fc_norm":
             return self.fc_norm(x.mean(dim=1))

@@ -73,7 +73,7 @@ def test_modules_and_public_names_are_documented(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_files_and_functions_stay_readable(path):
-    assert (ROOT / path).read_text().count("\n") <= 400
+    assert (ROOT / path).read_text().count("\n") <= (450 if path.startswith("run_") else 400)
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef):
             names = [arg.arg for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]

@@ -289,7 +289,17 @@ def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
 
 
 def test_dapt_goes_on_from_a_weights_file_without_naming_its_model(roots, tmp_path):
-    odd = ["--decoder_depth", "2", "--num_frames", "8", "--tubelet_size", "4", "--gelu", "tanh"]
+    odd = [
+        "--decoder_depth",
+        "2",
+        "--num_frames",
+        "8",
+        "--tubelet_size",
+        "4",
+        "--gelu",
+        "tanh",
+        "--no_normalize_target",
+    ]
     in_process(*mix(roots, tmp_path / "a", *SHARES, *odd, "--stop_epoch", "1"))
     unnamed = [word for word in mix(roots, tmp_path / "b", *SHARES, "--stop_epoch", "1") if word not in TINY[:2]]
     with pytest.raises(ConfigError, match="--gelu erf contradicts .*checkpoint-0.pth, which was made with tanh"):
@@ -300,6 +310,7 @@ def test_dapt_goes_on_from_a_weights_file_without_naming_its_model(roots, tmp_pa
     assert (specs[0]["data_set"], specs[0]["epoch"]) == (["videos", "CAP-DATA"], 0)
     model, spec = models.load(str(tmp_path / "b" / "checkpoint-0.pth"))
     assert spec == specs[1] and model.spec == {key: spec[key] for key in model.spec}
+    assert not model.normalize_target
 
 
 def test_kinetics_and_labelled_sets_mix(roots, dota_root, tmp_path):
@@ -323,7 +334,7 @@ def test_kinetics_and_labelled_sets_mix(roots, dota_root, tmp_path):
         (["--batch_size", "4", "2", *SHARES], "give --batch_size (per process) or --total_batch_size, not both"),
         ([*SHARES, "--sampling_rate", "1"], "--sampling_rate has 1 values for 2 data sets"),
         ([*SHARES, "--data_set", "videos", "CAPDATA"], "unknown data set 'CAPDATA'; known: BDD100K"),
-        ([*SHARES, "--model", "vit_tiny_patch16_64"], "is a classifier; DAPT takes one of the pretrain_ models"),
+        ([*SHARES, "--model", "vit_tiny_patch16_64"], "is a classifier; DAPT takes a pretrain_ model"),
         ([*SHARES, "--model", "pretrain_tiny"], "unknown model 'pretrain_tiny'"),
         ([*SHARES, "--model", "pretrain_internvideo2_tiny_patch14_56", "--pos_embed", "sincos"], "table alone"),
         ([*SHARES, "--mask_ratio", "1"], "mask ratio 1.0 of 16 places: some must be masked"),

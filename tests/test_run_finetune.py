@@ -401,6 +401,68 @@ def test_training_goes_on_from_a_weights_file_without_naming_its_model(odd, dota
     assert spec == before | {"epoch": 1} and spec["data_set"] == "DoTA" and len(log(tmp_path / "run")) == 2
 
 
+def respecified(odd, path, **about):
+    """The file of `odd` whose spec says something else."""
+    content = torch.load(odd, weights_only=True)
+    torch.save(content | {"spec": content["spec"] | about}, path)
+    return path
+
+
+def test_pixels_are_normalised_as_the_weights_file_says(odd, dota_root, tmp_path):
+    other = respecified(odd, tmp_path / "half.pth", mean=[0.5] * 3, std=[0.5] * 3)
+    rows = evaluate(dota_root, tmp_path / "half", other)
+    assert rows != evaluate(dota_root, tmp_path / "imagenet", odd)
+    model, _ = models.load(str(other))
+    assert (
+        model.mean.tolist() == [0.5] * 3
+        and json.loads((tmp_path / "half" / "eval_args.json").read_text())["args"]["std"] == [0.5] * 3
+    )
+
+
+def test_a_model_that_contradicts_the_weights_file_is_refused_even_if_meant(odd, dota_root, tmp_path):
+    for more in ([], ["--override_spec"]):
+        with pytest.raises(ConfigError, match="--model mvd_vit_tiny_patch16_64 contradicts .* with vit_tiny_patch"):
+            evaluate(dota_root, tmp_path, odd, "--model", "mvd_vit_tiny_patch16_64", *more)
+    with pytest.raises(ConfigError, match="--tubelet_size 4 contradicts .* made with 2: leave the flag out, or give a"):
+        evaluate(dota_root, tmp_path, odd, "--tubelet_size", "4", "--override_spec")
+    with pytest.raises(ConfigError, match="--finetune is empty: give a path or URL, or leave it out"):
+        evaluate(dota_root, tmp_path, "")
+    with pytest.raises(run_finetune.CheckpointError, match="its spec is for another version of this code: unknown mod"):
+        evaluate(dota_root, tmp_path, respecified(odd, tmp_path / "new.pth", model="vit_unheard_of"))
+
+
+def test_the_state_of_a_run_that_averages_does_not_say_which_weights(dota_root, tmp_path):
+    words = flags(dota_root, tmp_path / "run", *SHORT, "--epochs", "1", "--warmup_epochs", "0", "--init_scale", 30)
+    in_process(*words, "--model_ema", "--model_ema_decay", "0.5")
+    state = tmp_path / "run" / "checkpoint-last" / "state.pth"
+    with pytest.raises(run_finetune.CheckpointError, match="averages its weights: use its checkpoint-<epoch>.pth, or"):
+        evaluate(dota_root, tmp_path / "which", state)
+    average = evaluate(dota_root, tmp_path / "average", state, "--model_key", "model_ema")
+    assert average == evaluate(dota_root, tmp_path / "kept", tmp_path / "run" / "checkpoint-0.pth")
+    assert average != evaluate(dota_root, tmp_path / "raw", state, "--model_key", "model")
+    with pytest.raises(run_finetune.CheckpointError, match="this is a folder; give a weights file"):
+        evaluate(dota_root, tmp_path / "folder", state.parent)
+
+
+def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_path):
+    """A copy of checkpoint-last has no args.json beside it; a folder that holds another run is not taken over."""
+    shutil.copytree(odd.parent / "checkpoint-last", tmp_path / "copy" / "checkpoint-last")
+    words = ["--data_set", "DoTA", "--data_path", dota_root, "--device", "cpu", "--num_workers", "0", *SHORT]
+    words += ["--epochs", "1", "--warmup_epochs", "0", "--init_scale", 9]
+    words = [str(word) for word in (*words, "--resume", tmp_path / "copy" / "checkpoint-last", "--output_dir")]
+    in_process(*words, str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "args.json").read_text())["args"]["gelu"] == "tanh"
+    (tmp_path / "c").mkdir()
+    record = json.loads((tmp_path / "b" / "args.json").read_text())
+    record["args"]["lr"] = 7.0
+    (tmp_path / "c" / "args.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"c belongs to a run with other arguments \(lr: 7.0 -> 0.001\)"):
+        in_process(*words, str(tmp_path / "c"))
+    (tmp_path / "c" / "args.json").write_text('{"args": null}')
+    with pytest.raises(ConfigError, match="args.json is damaged"):
+        in_process(*words, str(tmp_path / "c"))
+
+
 def test_unlabelled_video_is_not_evaluated(dota_root, tmp_path, odd):
     with pytest.raises(ConfigError, match="videos has no labels to evaluate against; .* run_predict.py"):
         in_process("--eval", "--data_set", "videos", "--data_path", str(dota_root / "clip.mp4"), "--output_dir",

@@ -60,14 +60,14 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
     rank, local_rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    own = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
-    process = Process(rank, local_rank, world_size, own, timeout)
+    cuda_or_cpu = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    process = Process(rank, local_rank, world_size, cuda_or_cpu, timeout)
     if device == "cuda":
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(cuda_or_cpu)
     if "WORLD_SIZE" not in os.environ:
         yield process
         return
-    backend, bound = ("nccl", own) if device == "cuda" else ("gloo", None)
+    backend, bound = ("nccl", cuda_or_cpu) if device == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=timeout, device_id=bound)
     together = False  # whether the others leave now, too
     try:

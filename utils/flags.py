@@ -4,7 +4,6 @@ that the script finds the value by the weights file, the model or the data set.
 `FlagGroup.fixed` declares a flag that a resumed run must repeat, `FlagGroup.free` one that may change when it resumes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from utils import names
@@ -70,6 +69,11 @@ class FlagGroup:
         self.fixed(name, default, help, **options)
         self._parser.free_on_resume.add(name)
 
+    def pair(self, name: str, help: str, opposite: str) -> None:
+        """Declare --<name> and --no_<name>, of which neither is the default; a resumed run must repeat them."""
+        self.fixed(name, None, help, action="store_true")
+        self.fixed(f"no_{name}", None, opposite, dest=name, action="store_false")
+
     def _switch(self, name: str, default: bool, help: str) -> None:
         self._group.add_argument(
             f"--{name}", action="store_true", default=default, help=f"{help} (default)" if default else help
@@ -82,7 +86,7 @@ def finetune_parser(description: str) -> Parser:
     """Return the command line of run_finetune.py."""
     parser = Parser(description, FINETUNE_RETIRED)
     group = FlagGroup(parser, "data")
-    group.fixed("data_set", "DoTA", f"data set: {', '.join(names.LABELLED_SETS)}; csv: your own")
+    group.fixed("data_set", "DoTA", f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)")
     help = "root folder of the data set, or of a pack of it; of csv the folder of train.csv and val.csv"
     group.free("data_path", None, help, required=True)
     group.fixed("sampling_rate", 1, "step between training windows, in frames of the source", type=positive)
@@ -121,8 +125,8 @@ def dapt_parser(description: str) -> Parser:
     help = "stop after this many epochs (default: 12 as published, or --epochs)"
     group.free("stop_epoch", None, help, type=positive)
     help = "clips per step over all processes, for each set (default: 800 for one)"
-    group.fixed("total_batch_size", None, help, **_one_for_each_set(positive))
-    group.free("batch_size", None, "clips per process and forward pass, for each set", **_one_for_each_set(positive))
+    group.fixed("total_batch_size", None, help, **_ONE_FOR_EACH_SET)
+    group.free("batch_size", None, "clips per process and forward pass, for each set", **_ONE_FOR_EACH_SET)
     group = _add_optimizer_flags(parser, min_lr=3e-5, warmup_epochs=1, betas=[0.9, 0.95])
     group.fixed("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_float)
     _add_dapt_augmentation_flags(parser)
@@ -131,8 +135,7 @@ def dapt_parser(description: str) -> Parser:
     return parser
 
 
-def _one_for_each_set(kind: Callable[[str], Any]) -> dict[str, Any]:
-    return {"type": kind, "nargs": "+", "metavar": "N" if kind is positive else "X"}
+_ONE_FOR_EACH_SET = {"type": positive, "nargs": "+", "metavar": "N"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,9 +168,7 @@ def _add_encoder_flags(group: FlagGroup) -> None:
         "(default: learned if the weights come with one)"
     )
     group.fixed("pos_embed", None, help, choices=["learned", "sincos"])
-    help = (
-        "GELU of the encoder, exact or approximated (default: the weights file's, else tanh for InternVideo2, else erf)"
-    )
+    help = "GELU of the encoder (default: the weights file's, else tanh for InternVideo2, else erf)"
     group.fixed("gelu", None, help, choices=["erf", "tanh"])
 
 
@@ -238,7 +239,7 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
 
 def _add_finetune_model_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "model")
-    help = f"{', '.join(names.CLASSIFIERS)} (default: the weights file's, else vit_base_patch16_224)"
+    help = f"{', '.join(names.CLASSIFIERS)}; the tiny ones are for trials (default: the weights file's, else ViT-B)"
     group.fixed("model", None, help, metavar="NAME")
     help = "weights to start from or, with --eval, to evaluate: path or URL (default: random weights)"
     group.free("finetune", None, help)
@@ -293,14 +294,12 @@ def _add_evaluation_flags(parser: Parser) -> None:
 def _add_dapt_data_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "data, a value for each data set of the mix")
     known = ", ".join((*names.UNLABELLED_SETS, *names.LABELLED_SETS))
-    help = f"data sets to mix: {known}; videos: any folder of them"
+    help = f"data sets to mix, of {known} (videos is any folder of them)"
     group.fixed("data_set", ["BDD100K"], help, type=str, nargs="+", metavar="NAME")
     group.free("data_path", None, "root folder, list file or pack of each data set", nargs="+", required=True,
                metavar="PATH")  # fmt: skip
-    help = (
-        "step between windows, in frames of the source; for Kinetics between frames of a clip (default: as published)"
-    )
-    group.fixed("sampling_rate", None, help, **_one_for_each_set(positive))
+    help = "step between windows, in source frames; for Kinetics between frames of a clip (default: as published)"
+    group.fixed("sampling_rate", None, help, **_ONE_FOR_EACH_SET)
     help = "split of each data set (default: all of BDD100K and videos, else train)"
     group.fixed("data_split", None, help, nargs="+", metavar="SPLIT")
     _add_clip_flags(group)
@@ -320,15 +319,14 @@ def _add_dapt_model_flags(parser: Parser) -> None:
     group.fixed("mask_ratio", 0.75, "masked share of each frame, 0 to 1")
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
     group.fixed("drop_path", 0.0, help)
-    group.fixed("normalize_target", True, "predict pixels less their cube's mean, over its standard deviation")
+    help = "predict pixels less their cube's mean, over its standard deviation (default, or the weights file's)"
+    group.pair("normalize_target", help, "predict the pixels themselves")
 
 
 def _add_dapt_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
     help = "pad or squash, RandAugment and crop as fine-tuning sees clips (default, but for Kinetics)"
-    group.fixed("transforms_finetune_align", None, help, action="store_true")
-    help = "VideoMAE's multi-scale crop of the wide frame alone"
-    group.fixed("no_transforms_finetune_align", None, help, dest="transforms_finetune_align", action="store_false")
+    group.pair("transforms_finetune_align", help, "VideoMAE's multi-scale crop of the wide frame alone")
     group.fixed("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
     help = "short side of frames before the crop, in pixels (default: 320 at --input_size 224)"
     group.fixed("short_side", None, help, type=positive)

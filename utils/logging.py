@@ -1,4 +1,4 @@
-"""What a run tells: console lines, averages that do not stall the device, log.txt, TensorBoard, progress bars."""
+"""What a run writes: console lines, log.txt, TensorBoard, progress bars."""
 
 import atexit
 import json

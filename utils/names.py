@@ -1,6 +1,7 @@
 """The names that the command line knows, and nothing else: help texts need neither torch nor data.
 
-A new model, loss or data set is built in its own room and named here; tests compare these lists with what is there.
+A new model, loss or data set is built in its own room and named here, in the same order; tests compare these lists
+with what is there.
 """
 
 LOSSES = ("crossentropy", "focal", "focal6x100", "focal2_6", "focal2_2", "smoothap", "exponential1", "2bce")

@@ -41,7 +41,10 @@ def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) 
 def read_run_record(path: Path) -> dict[str, Any]:
     """Return the arguments in an args.json. Raises ConfigError where it is damaged."""
     try:
-        return json.loads(path.read_text())["args"]
+        arguments = json.loads(path.read_text())["args"]
+        if not isinstance(arguments, dict):
+            raise TypeError("its arguments are no dictionary")
+        return arguments
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path} is damaged ({type(e).__name__}: {e}); remove it or choose another folder") from e
 

@@ -1,4 +1,4 @@
-"""What flags stand for that were left open: by the weights file, by the run to continue, by the machine."""
+"""Fill in the flags that were left open, and refuse flags that do not go together."""
 
 import argparse
 import logging
@@ -7,14 +7,16 @@ from typing import Any
 
 from utils.cli import ConfigError
 
-ORIGIN = ("finetune", "from_ckpt", "model_key", "model_prefix")  # what the weights came from
+INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
+OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
+WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix")  # flags that say what the weights came from
 logger = logging.getLogger("tad")
 
 
 def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Give each of the named arguments that is None the value of that name, if there is one, in place."""
+    """Give each of the named arguments that is None, or absent, the value of that name, if there is one, in place."""
     for name in names:
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, values.get(name))
 
 
@@ -23,22 +25,25 @@ def refuse_contradictions(
 ) -> None:
     """Compare the named arguments that are given with what a weights file says of itself.
 
-    Raises ConfigError naming both values where they differ, unless --override_spec is given.
+    Raises ConfigError naming both values where they differ, unless it is one of OVERRIDABLE and --override_spec is
+    given: the others are in the shapes of the weights.
     """
     for name in names:
         value = getattr(args, name)
         if value is None or name not in spec or value == spec[name]:
             continue
         what = f"--{name} {value} contradicts {weights}, which was made with {spec[name]}"
+        if name not in OVERRIDABLE:
+            raise ConfigError(f"{what}: leave the flag out, or give another file")
         if not args.override_spec:
             raise ConfigError(f"{what}: leave the flag out, or add --override_spec if you mean it")
-        logger.warning(f"{what}; --override_spec is given")
+        logger.warning(f"{what}; going on with {value}")
 
 
-def keep_origin(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
+def keep_weights_source(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
     """Set the arguments that say what the weights came from to those of a state to continue from; log what changes."""
     saved = resumed["args"] if resumed else {}
-    for name in (name for name in ORIGIN if name in saved and getattr(args, name) != saved[name]):
+    for name in (name for name in WEIGHTS_SOURCE if name in saved and getattr(args, name) != saved[name]):
         logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
         setattr(args, name, saved[name])
 
@@ -46,8 +51,10 @@ def keep_origin(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> 
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
     """Fill device, precision, log_dir and pin_mem in place. cuda: whether there is a GPU.
 
-    Raises ConfigError where --save_every_minutes has nothing to save.
+    Raises ConfigError where --save_every_minutes has nothing to save, or weights are an empty name.
     """
+    if empty := [name for name in ("finetune", "from_ckpt") if getattr(args, name, None) == ""]:
+        raise ConfigError(f"--{empty[0]} is empty: give a path or URL, or leave it out")
     if args.save_every_minutes and not args.save_ckpt:
         raise ConfigError("--save_every_minutes needs checkpoints: leave out --no_save_ckpt")
     args.device = args.device or ("cuda" if cuda else "cpu")

@@ -2,7 +2,8 @@
 
 The contract with whatever started the run (a Slurm job file, say):
 - USR1, USR2 or TERM asks a run to stop. All processes stop after the same optimizer step, write checkpoint-last/, and
-  only then OUTPUT_DIR/REQUEUE. During an evaluation they leave it unfinished; it is repeated after the restart.
+  only then OUTPUT_DIR/REQUEUE. They leave the evaluation after an epoch unfinished; it is repeated after the restart.
+  A run with --eval keeps no state: it does not catch these signals, which end it.
 - OUTPUT_DIR/REQUEUE exists exactly when the run stopped that way and the same command continues it. A run that starts
   takes the file away; one that fails, that finishes although a signal came, or that the same command would not
   continue (--no_auto_resume, --no_save_ckpt), does not write it.
@@ -24,8 +25,8 @@ from pathlib import Path
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 MARKER = "REQUEUE"
 EXIT_CODE = 75
-_IMPATIENT = 5.0  # seconds within which the third signal counts as "now"
-_ECHO = 0.5  # seconds within which the same signal has come by several ways
+_THIRD_WITHIN = 5.0  # seconds within which the third signal counts as "now"
+_SAME_WITHIN = 0.5  # seconds within which the same signal has come by several ways
 _arrivals: list[tuple[float, int]] = []  # (time, signal) of each in this process
 
 
@@ -61,11 +62,11 @@ def _listen(pipe: int) -> None:
     while number := os.read(pipe, 1):
         if number[0] not in SIGNALS:
             continue
-        now, before = time.monotonic(), latest.get(number[0], -_ECHO)
-        if now - before > _ECHO:
+        now, before = time.monotonic(), latest.get(number[0], -_SAME_WITHIN)
+        if now - before > _SAME_WITHIN:
             latest[number[0]] = now
             _arrivals.append((now, number[0]))
-            if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _IMPATIENT:
+            if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _THIRD_WITHIN:
                 os.write(2, b"the third signal within 5 seconds: leaving at once\n")
                 os._exit(128 + number[0])
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class NormalizeAndErase:
-    """uint8 video on any device -> model input there: normalised by the model, then partly erased.
+    """Normalises uint8 video by the model, on the device where both are, then erases boxes of it.
 
     Args:
         normalize: the model's own, uint8 (B, 3, T, H, W) -> float32.
@@ -19,7 +19,7 @@ class NormalizeAndErase:
         self.normalize, self.erase_mode = normalize, erase_mode
 
     def __call__(self, video: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
-        """(B, 3, T, H, W) uint8 -> (B, 3, T, H, W) float32.
+        """Turn (B, 3, T, H, W) uint8 into normalised float32.
 
         boxes: int64 (B, count, 4) of `draw_erasing`. seeds: int64 (B,) of the noise. Both are on the CPU.
         """

@@ -18,7 +18,7 @@ class FinetuneTransform:
         size: output height and width in pixels.
         views: augmented views of each clip.
         aa: RandAugment policy "rand-m<magnitude 0..10>-n<ops>-mstd<std of the magnitude>", or "none".
-        interpolation: of RandAugment's rotations and shears, one of INTERPOLATIONS.
+        interpolation: of RandAugment's rotations and shears, one of randaugment.INTERPOLATIONS.
         short_side: resize frames to this short side first; 0 keeps them. Padding is the same share either way.
         erase_prob: prob of `draw_erasing`, whose boxes are drawn here and filled on the device.
         erase_count: count of `draw_erasing`.

@@ -114,7 +114,8 @@ def check(
     tasks = [
         Task(split, clip, deep, packed.get(clip.name), Path(root)) for split, table in tables.items() for clip in table
     ]
-    for task, found in in_processes(inspect_clip, tasks, workers=workers, description="check"):
+    options = {"workers": workers, "description": "check", "failed": lambda task, error: [("unreadable", str(error))]}
+    for task, found in in_processes(inspect_clip, tasks, **options):
         findings += [Finding(task.split, task.clip.name, *pair) for pair in found]
     numbers = {}
     for split, table in tables.items():

@@ -293,8 +293,8 @@ def _check_space(jobs: list[Job], out: Path, workers: int) -> None:
     """Say how much disk the jobs will take, from a few frames. Raises DataError where there is less."""
     if not jobs:
         return
-    few = jobs[:: -(-len(jobs) // SAMPLED_CLIPS)]
-    sizes = [size for _, size in in_processes(sample_bytes, few, workers=workers, description="estimate") if size]
+    few, options = jobs[:: -(-len(jobs) // SAMPLED_CLIPS)], {"workers": workers, "description": "estimate"}
+    sizes = [s for _, s in in_processes(sample_bytes, few, failed=lambda job, error: None, **options) if s]
     frames = sum(len(job.clip.stored_frames) for job in jobs)
     need, free = frames * float(np.mean(sizes or [0])), shutil.disk_usage(out).free
     logger.info(f"{frames} frames to pack: about {need / 1e9:.3g} GB; {free / 1e9:.3g} GB are free")
@@ -307,7 +307,8 @@ def _pack_all(jobs: list[Job], done: dict[str, PackedClip], out: Path, workers: 
     failed = {}
     try:
         with (out / MANIFEST).open("a", encoding="utf-8") as manifest:
-            for job, entry in in_processes(pack_clip, jobs, workers=workers, description="pack"):
+            options = {"workers": workers, "description": "pack", "failed": lambda job, error: error}
+            for job, entry in in_processes(pack_clip, jobs, **options):
                 if isinstance(entry, DataError):
                     failed[job.clip.name] = str(entry)
                     continue

@@ -4,13 +4,14 @@ import argparse
 import sys
 
 from models.registry import create_model
-from models.weights.file import MODEL_KEYS, CheckpointError
+from models.weights.file import MODEL_KEYS, CheckpointError, read_spec
 from models.weights.identify import likely_models
 from models.weights.pretrained import load_pretrained
+from models.weights.rebuild import build_from_spec
 
 
 def main() -> None:
-    """Command line: say what a checkpoint is and load it into a model, for a trial."""
+    """Say what a checkpoint is and load it into a model, for a trial."""
     parser = argparse.ArgumentParser(description="Say what a checkpoint is; exit with an error if it does not load.")
     parser.add_argument("checkpoint", help="path or URL")
     parser.add_argument("--model", help="registered model to load it into (default: the one it seems to be for)")
@@ -19,14 +20,21 @@ def main() -> None:
     args = parser.parse_args()
     where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
     try:
-        names, decoder_depth = likely_models(args.checkpoint, **where)
-        name = args.model or names[0]
-        options = {"decoder_depth": decoder_depth} if decoder_depth and name.startswith("pretrain_") else {}
-        report = load_pretrained(create_model(name, **options), args.checkpoint, **where)
+        spec = read_spec(args.checkpoint)
+        if spec and args.model in (None, spec["model"]):
+            names, model = [spec["model"]], build_from_spec(spec)
+        else:
+            names, decoder_depth = likely_models(args.checkpoint, **where)
+            name = args.model or names[0]
+            options = {"decoder_depth": decoder_depth} if decoder_depth and name.startswith("pretrain_") else {}
+            model = create_model(name, **options)
+        report = load_pretrained(model, args.checkpoint, **where)
     except (CheckpointError, ValueError) as e:
         sys.exit(f"error: {e}")
     print(report)
     print(f"  model    {args.model or ' or '.join(names)}")
+    for key, value in (spec or {}).items():
+        print(f"  spec     {key} {value}")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,22 @@ from dataclasses import dataclass, field
 class Dialect:
     """How one kind of published file is recognised and read. All patterns match whole keys.
 
-    marks: a pattern that at least one key matches, as it stands or without the prefixes of wrappers. shapes: key ->
-    pattern of its shape, written like 768x384, where these tell families with the same keys apart. family: what the
-    file must say of itself. prefix: pattern of what stands before the encoder's keys. final_norm: pattern of the names
-    of the encoder's final norm, all the same tensor. ignored: patterns of keys that are left out on purpose where the
-    model has no place for them. fresh: pattern of what a classifier may lack, in our names; each module wholly or not
-    at all. own_target: the decoder predicts something else than pixels, so it is left out of a masked autoencoder too.
-    models: pattern of the models it is for. pos_embed: the position table the weights were trained with, unless the
-    file names its model; None where it can be any. stored_table: the file has it. inflated: a patch embedding of one
-    frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
+    The defaults are VideoMAE's. Keys are brought together by their prefix and the name of the final norm alone: where
+    more must be renamed, the modules are named as in the file, or a converter in other_models/ writes another file.
+
+    marks: a pattern that at least one key matches, as it stands or without the prefixes of wrappers; our own files of
+        the family should match it too.
+    shapes: key -> pattern of its shape, written like 768x384, where these tell families with the same keys apart.
+    family: what the file must say of itself.
+    prefix: pattern of what stands before the encoder's keys.
+    final_norm: pattern of the names of the encoder's final norm, all the same tensor.
+    ignored: patterns of keys that are left out on purpose where the model has no place for them.
+    fresh: pattern of what a classifier may lack, in our names; each module wholly or not at all.
+    own_target: the decoder predicts something else than pixels, so a masked autoencoder does without it too.
+    models: pattern of the names of the models it is for.
+    pos_embed: the position table the weights were trained with, unless the file names its model; None: any.
+    stored_table: the file has that table.
+    inflated: a patch embedding of one frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
     """
 
     name: str
@@ -42,7 +49,7 @@ _PIXEL_DECODER = (
 )
 _TUBELET_OF_TWO = r"\d+x3x2x16x16"  # 768 are not the pixels of such a token
 _PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
-# The first that fits wins.
+# The first that fits wins: a new one stands before "Video ViT", which takes whatever has blocks.
 DIALECTS = (
     Dialect(
         "InternVideo2",

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.registry import SPEC_VERSION
 from utils.text import first_few, short_reason
 
 MODEL_KEYS = "model|module|state_dict|model_state"
@@ -47,7 +48,7 @@ class Checkpoint:
 
 
 def fetch(path_or_url: str) -> str:
-    """A local path for a path or an http(s) URL; a URL is downloaded once into torch.hub's cache.
+    """Return a local path for a path or an http(s) URL; a URL is downloaded once into torch.hub's cache.
 
     Raises CheckpointError where the download fails.
     """
@@ -74,7 +75,7 @@ def fetch(path_or_url: str) -> str:
 
 
 def _safe_types() -> list:
-    """What published training scripts pickle beside tensors: their arguments, and NumPy's scalars in the optimizer."""
+    """List what published scripts pickle beside tensors: their arguments, and NumPy's scalars in the optimizer."""
     dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.bool_)]
     scalar = np.float64(0).__reduce__()[0]
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2 files
@@ -82,12 +83,12 @@ def _safe_types() -> list:
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file with these 9 bytes at its beginning is one: the length of a JSON header, and the header."""
+    """Tell whether a file that begins with these 9 bytes is one: the length of a JSON header, and the header."""
     return head[8:9] == b"{"
 
 
 def is_flax(head: bytes) -> bool:
-    """Whether a file with these 9 bytes at its beginning is a flax checkpoint: a msgpack map. No pickle begins so."""
+    """Tell whether a file that begins with these 9 bytes is a flax checkpoint: a msgpack map. No pickle does."""
     return bool(head) and not is_safetensors(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
 
 
@@ -113,7 +114,7 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
 
 
 def _load(file: Path, *, mapped: bool) -> object:
-    """The content of a PyTorch or safetensors file. mapped: its tensors stay in the file where its format allows it."""
+    """Return the content of a PyTorch or safetensors file. mapped: tensors stay in the file where they can."""
     with file.open("rb") as f:
         head = f.read(9)
     if is_safetensors(head):
@@ -123,8 +124,10 @@ def _load(file: Path, *, mapped: bool) -> object:
 
 
 def _read(path: str, *, mapped: bool = False) -> dict:
-    """The dictionary in a file. Raises CheckpointError: missing, empty, truncated or foreign file."""
+    """Return the dictionary in a file. Raises CheckpointError: missing, empty, truncated or foreign file."""
     file = Path(fetch(str(path)))
+    if file.is_dir():
+        raise CheckpointError(f"{path}: this is a folder; give a weights file, checkpoint-<epoch>.pth of a run of ours")
     if not file.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if file.stat().st_size == 0:
@@ -148,6 +151,11 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
     """
     content = _read(path)
+    if model_key == MODEL_KEYS and "ranks" in content and content.get("model_ema"):
+        raise CheckpointError(
+            f"{path}: the state of a run that averages its weights: use its checkpoint-<epoch>.pth, or name the "
+            "average with --model_key model_ema, the weights themselves with --model_key model"
+        )
     wrapper = next((k for k in model_key.split("|") if _is_state_dict(content.get(k))), "")
     state = content[wrapper] if wrapper else content
     if not _is_state_dict(state):
@@ -170,7 +178,8 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
 
 
 def read_spec(path_or_url: str) -> dict | None:
-    """Return the spec of a weights file of ours, without reading its tensors; None where the file has none.
+    """Return the spec of a weights file of ours; None where the file has none. Of a file as torch.save writes
+    it, the tensors are not read.
 
     Raises CheckpointError: an unreadable file, a damaged spec.
     """
@@ -178,7 +187,7 @@ def read_spec(path_or_url: str) -> dict | None:
 
 
 def _is_state_dict(value: object) -> bool:
-    """Whether this is a dictionary of names to dense tensors, not an empty one."""
+    """Return whether this is a dictionary of names to dense tensors, not an empty one."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -203,13 +212,14 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-_SPEC = {  # key -> what its value, or each part of it, must be
+# key -> what its value, or each part of it, must be. All are required: what is added later, older files do not have.
+_SPEC = {
     "model": _is_name,
     "num_frames": _is_count,
     "view_fps": _is_positive,
     "input_size": _is_count,
     "tubelet_size": _is_count,
-    "gelu": _is_name,
+    "gelu": ("erf", "tanh").__contains__,
     "final_reduction": _is_name,
     "pos_embed": _is_name,
     "mean": _is_number,
@@ -221,10 +231,21 @@ _AUTOENCODER = {"decoder_depth": _is_count, "normalize_target": lambda value: is
 
 
 def _checked_spec(content: dict, path: str) -> dict | None:
-    """The spec in the content of a file, or None. Raises CheckpointError where it is not one."""
+    """Return the spec in the content of a file, or None. Raises CheckpointError where it is not one."""
     if "spec" not in content or _is_state_dict(content):
         return None
-    spec, remedy = content["spec"], "take its weights alone: torch.save({'model': torch.load(FILE)['model']}, NEW_FILE)"
+    spec = content["spec"]
+    remedy = (
+        "take another copy, or its weights alone (torch.save({'model': torch.load(FILE)['model']}, NEW_FILE)), with "
+        "--model, --num_frames, --view_fps, --input_size, --tubelet_size, --gelu and --final_reduction of the run's "
+        "args.json"
+    )
+    if isinstance(spec, dict) and not _SPEC.keys() & spec.keys():
+        return None  # another code's
+    if isinstance(spec, dict) and spec.get("version", SPEC_VERSION) != SPEC_VERSION:
+        raise CheckpointError(
+            f"{path}: its spec is of version {spec['version']}, this code knows {SPEC_VERSION}: update it"
+        )
     if not isinstance(spec, dict):
         raise CheckpointError(f"{path}: its spec is a {type(spec).__name__}, not a dictionary; {remedy}")
     rules = _SPEC | (_AUTOENCODER if _AUTOENCODER.keys() & spec.keys() else {})

@@ -38,7 +38,7 @@ class Entry:
 
 
 def find_entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[Entry]:
-    """The file's tensors under model_prefix; the others go to reasons. Raises CheckpointError where there are none."""
+    """Return the tensors under model_prefix; the others go to reasons. Raises CheckpointError where there are none."""
     prefix = _WRAPPERS.sub("", model_prefix and model_prefix.rstrip(".") + ".")
     entries = []
     for key, tensor in checkpoint.state.items():
@@ -55,7 +55,7 @@ def find_entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, s
 
 
 def recognise(entries: list[Entry], checkpoint: Checkpoint) -> Dialect:
-    """The dialect of a file. Raises CheckpointError where it is of none."""
+    """Return the dialect of a file. Raises CheckpointError where it is of none."""
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
         has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
@@ -68,22 +68,22 @@ def recognise(entries: list[Entry], checkpoint: Checkpoint) -> Dialect:
 
 
 def _marked(entries: list[Entry], pattern: str) -> bool:
-    """Whether a key, with its wrappers' prefixes or without, matches."""
+    """Return whether a key, with its wrappers' prefixes or without, matches."""
     return any(re.fullmatch(pattern, key) for e in entries for key in (e.bare, e.key))
 
 
 def architecture(shapes: Shapes) -> tuple:
-    """(shape of the patch embedding or None, number of blocks): what tells the sizes apart."""
+    """Return (shape of the patch embedding or None, number of blocks): what tells the sizes apart."""
     return shapes.get("patch_embed.proj.weight"), depth("blocks", shapes)
 
 
 def depth(prefix: str, keys: Iterable[str]) -> int:
-    """How many blocks there are under a prefix."""
+    """Return how many blocks there are under a prefix."""
     return 1 + max((int(m.group(1)) for k in keys if (m := re.match(rf"{prefix}\.(\d+)\.", k))), default=-1)
 
 
 def trained_table(checkpoint: Checkpoint, dialect: Dialect) -> str | None:
-    """The kind of position table the weights were trained with, where that is known."""
+    """Return the kind of position table the weights were trained with, where that is known."""
     if checkpoint.model not in list_models():
         return dialect.pos_embed
     return _registered(checkpoint.model).table
@@ -98,14 +98,14 @@ def _registered(name: str) -> Registered:
 
 
 def _names(wanted: tuple, fits: Fits) -> list[str]:
-    """The registered models of this architecture that fit: classifiers first, the plainest name first."""
+    """Return the registered models of this architecture that fit: classifiers first, the plainest name first."""
     models = map(_registered, list_models())
     names = [model.name for model in models if model.architecture == wanted and fits(model)]
     return sorted(names, key=lambda name: (name.startswith("pretrain_"), len(name)))
 
 
 def describe(wanted: tuple, *choices: Fits) -> str:
-    """The names by the first choice that gives any, else the numbers of the architecture."""
+    """Return the names by the first choice that gives any, else the numbers of the architecture."""
     embed, blocks = wanted
     names = next(filter(None, (_names(wanted, fits) for fits in choices)), ())
     return " or ".join(names) or f"a model of {blocks} blocks with patch_embed.proj.weight {embed}"
@@ -139,17 +139,17 @@ def check_architecture(
 
 
 def _fits(model: Registered, dialect: Dialect, table: str | None) -> bool:
-    """Whether a model may be what weights of this dialect and kind of position table are for."""
+    """Return whether a model may be what weights of this dialect and kind of position table are for."""
     return bool(re.fullmatch(dialect.models, model.name)) and table in (None, model.table)
 
 
 def inflated_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a patch embedding of one frame, repeated for as many as wanted; any other shape as it is."""
+    """Return the shape of a patch embedding of one frame, repeated for as many as wanted; any other shape as it is."""
     return (*shape[:2], wanted[2], *shape[3:]) if len(shape) == 5 and shape[2] == 1 else shape
 
 
 def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str = "") -> tuple[list[str], int]:
-    """(names of the registered models that the weights in a file are for, blocks of its decoder of pixels).
+    """Return (names of the registered models that the weights in a file are for, blocks of its decoder of pixels).
 
     Classifiers come first. Raises CheckpointError where the file is not readable or for no registered model.
     """

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from models.pos_embed import likely_grid, resampled
+from models.pos_embed import Grid, likely_grid, resampled
 from models.registry import list_models
 from models.weights.dialects import Dialect
 from models.weights.file import MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
-from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise
+from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise, trained_table
 from utils.text import first_few
 
 _ENCODER_PREFIX = r"encoder\."  # of a masked autoencoder of ours; a classifier has none
@@ -87,12 +87,15 @@ def load_pretrained(
     Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
     of another shape or with NaN, a key that nothing accounts for. The model is untouched then.
     """
-    return fill(model, read_checkpoint(path, model_key), model_prefix=model_prefix, stored_table=stored_table)
+    return fill_model(model, read_checkpoint(path, model_key), model_prefix=model_prefix, stored_table=stored_table)
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, *, model_prefix: str = "", stored_table: bool = True) -> LoadReport:
+def fill_model(
+    model: nn.Module, checkpoint: Checkpoint, *, model_prefix: str = "", stored_table: bool = True
+) -> LoadReport:
     """Fill `model` in place from a checkpoint that is read; the same as `load_pretrained` in all else."""
     matching = Matching(model, checkpoint, model_prefix)
+    matching.check_spec()
     matching.check_architecture()
     matching.ignore_head_of_other_classes()
     matching.check_pooling()
@@ -101,8 +104,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint, *, model_prefix: str = "", st
         matching.ignore_position_table()
     matching.fit_position_table()
     matching.fit_patch_embed()
-    matching.note_unnamed_table()
-    matching.want_learned_table(stored_table)
+    matching.note_unknown_table()
+    matching.expect_learned_table(stored_table)
     matching.check_shapes()
     matching.check_complete()
     matching.check_values()
@@ -151,8 +154,22 @@ class Matching:
         self.reasons[self.source.pop(c).key] = reason
 
     def _missing(self) -> dict[str, str]:
-        """The part of target that the file does not have."""
+        """Return the part of target that the file does not have."""
         return {c: key for c, key in self.target.items() if c not in self.source}
+
+    def check_spec(self) -> None:
+        """Refuse a file whose spec is not that of its weights: another position table or number of classes."""
+        spec = self.checkpoint.spec
+        if spec is None:
+            return
+        head = self.source.get("head.weight")
+        kinds = ("learned",) if "pos_embed" in self.source else (trained_table(self.checkpoint, self.dialect),)
+        if self.is_ours and self.encoder.pos_embed is not None and spec["pos_embed"] not in kinds:
+            raise self._error(f"its spec says pos_embed = {spec['pos_embed']!r}, but its weights have {kinds[0]!r}")
+        if len(spec["classes"]) != (len(head.tensor) if head else 0):
+            raise self._error(f"its spec says classes = {spec['classes']!r}, but that is not the size of its head")
+        if spec["classes"] != self.model.spec["classes"] and len(spec["classes"]) == len(self.model.spec["classes"]):
+            raise self._error(f"its classes are {spec['classes']!r}, the model's {self.model.spec['classes']!r}")
 
     def check_architecture(self) -> None:
         """Refuse a file of another model size or family."""
@@ -198,26 +215,35 @@ class Matching:
 
         A table equal to the encoder's fixed one is ignored, unless it is known to be learned.
         """
-        entry, present = self.source.get("pos_embed"), self.encoder.pos_embed
+        entry, model_table = self.source.get("pos_embed"), self.encoder.pos_embed
         if entry is None or entry.tensor.ndim != 3 or not entry.tensor.is_floating_point():
             return
-        if present is None:
+        if model_table is None:
             kind = self.encoder.pos_embed_kind
             raise self._error(f"{entry.key} is a position table, and the model has none (its positions are {kind})")
-        table, said = entry.tensor.float(), []
-        first = present.shape[1] - math.prod(self.encoder.grid)  # the class token's, if there is one
-        grid = likely_grid(table.shape[1] - first, self.encoder.grid)
+        table, notes = entry.tensor.float(), []
+        first = model_table.shape[1] - math.prod(self.encoder.grid)  # the class token's, if there is one
+        grid = self._grid_of_spec(table.shape[1] - first) or likely_grid(table.shape[1] - first, self.encoder.grid)
         if grid:
             table = torch.cat([table[:, :first], resampled(table[0, first:], grid, self.encoder.grid)[None]], dim=1)
             read, fitted = (" x ".join(map(str, g)) for g in (grid, self.encoder.grid))
-            said.append(f"{entry.key} of {read} tokens" + f", resampled to {fitted}" * (read != fitted))
-        if not isinstance(present, nn.Parameter):
-            if not self.is_ours and table.shape == present.shape and torch.allclose(table, present, atol=1e-3):
+            notes.append(f"{entry.key} of {read} tokens" + f", resampled to {fitted}" * (read != fitted))
+        if not isinstance(model_table, nn.Parameter):
+            if not self.is_ours and table.shape == model_table.shape and torch.allclose(table, model_table, atol=1e-3):
                 self._ignore("pos_embed", "position table, the model's own")
                 return
-            said.append(f"{entry.key} replaces the model's fixed table, and is trained unless --freeze_layers is given")
+            what = "replaces the model's fixed table, and is trained unless --freeze_layers is given"
+            notes.append(f"{entry.key} {what}")
         self.source["pos_embed"] = replace(entry, tensor=table)
-        self.fitted += said
+        self.fitted += notes
+
+    def _grid_of_spec(self, positions: int) -> Grid | None:
+        """Return the grid of so many tokens that a file of ours was trained with, if it says so."""
+        if (spec := self.checkpoint.spec) is None:
+            return None
+        side = spec["input_size"] // self.shapes["patch_embed.proj.weight"][-1]
+        grid = spec["num_frames"] // spec["tubelet_size"], side, side
+        return grid if math.prod(grid) == positions else None
 
     def fit_patch_embed(self) -> None:
         """Inflate a patch embedding of one frame to the model's frames, keeping its sum."""
@@ -228,14 +254,14 @@ class Matching:
         self.source[c] = replace(entry, tensor=entry.tensor.float().expand(self.shapes[c]) / frames)
         self.fitted.append(f"{entry.key} from 1 frame to {frames}")
 
-    def note_unnamed_table(self) -> None:
+    def note_unknown_table(self) -> None:
         """Say so where the file does not say which position table it was trained with."""
         known = self.is_ours or self.dialect.pos_embed or self.dialect.stored_table or "pos_embed" in self.source
         if not known and self.encoder.pos_embed is not None:
             kind = self.encoder.pos_embed_kind
             self.fitted.append(f"position table: {kind}, the model's; the file does not say which it was trained with")
 
-    def want_learned_table(self, stored_table: bool) -> None:
+    def expect_learned_table(self, stored_table: bool) -> None:
         """Expect a learned position table where the file has one, or files of its dialect do."""
         expected = "pos_embed" in self.source or (stored_table and self.dialect.stored_table)
         if expected and self.encoder.pos_embed is not None:
@@ -270,7 +296,7 @@ class Matching:
             raise self._error("; ".join(problems))
 
     def _may_be_fresh(self, c: str) -> bool:
-        """Whether the file may lack a tensor: of a module that such files may lack, if it lacks the whole module."""
+        """Tell whether the file may lack a tensor: of a module that such files may lack, if it lacks all of it."""
         if _DECODER.fullmatch(c):
             return not any(map(_DECODER.fullmatch, self.source))
         module = c.split(".")[0]
@@ -313,5 +339,5 @@ class Matching:
 
 
 def _canonical(key: str, prefix: str, dialect: Dialect) -> str:
-    """One name for the same tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
+    """Return the one name of a tensor in every dialect: without the encoder's prefix, the final norm called `norm`."""
     return re.sub(rf"^{dialect.final_norm}\.", "norm.", re.sub(f"^{prefix}", "", key))

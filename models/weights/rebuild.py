@@ -1,14 +1,16 @@
 """A model from its weights file alone: `load(path)`."""
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 
-from models.registry import classifier_of, create_model
+from models.registry import VideoInput, classifier_of, create_model
 from models.weights.file import CheckpointError, read_checkpoint
-from models.weights.pretrained import fill
+from models.weights.pretrained import fill_model
 from utils.text import first_few, short_reason
 
-_COMMON = ("num_frames", "view_fps", "input_size", "tubelet_size", "mean", "std", "gelu")
+_COMMON = (*(f.name for f in fields(VideoInput)), "gelu")
 
 
 def load(path: str) -> tuple[nn.Module, dict]:
@@ -29,21 +31,17 @@ def load(path: str) -> tuple[nn.Module, dict]:
         )
     try:
         with torch.device("cpu"):
-            model = _build(spec)
+            model = build_from_spec(spec)
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: its spec does not make a model here: {short_reason(e)}") from e
-    report = fill(model, checkpoint)
+    report = fill_model(model, checkpoint)
     if other := [*report.missing, *report.ignored]:
         raise CheckpointError(f"{path}: its weights are not those of its spec: {first_few(other)}")
-    if (table := model.spec["pos_embed"]) != spec["pos_embed"]:
-        raise CheckpointError(
-            f"{path}: its spec says pos_embed = {spec['pos_embed']!r}, but its weights have {table!r}"
-        )
     return model.eval(), spec
 
 
-def _build(spec: dict) -> nn.Module:
-    """The model of a spec, with new weights. Raises ValueError or TypeError where there is none."""
+def build_from_spec(spec: dict) -> nn.Module:
+    """Return the model of a spec, with new weights. Raises ValueError or TypeError where there is none."""
     options = {key: spec[key] for key in _COMMON}
     if classifier_of(spec["model"]) == spec["model"]:
         options |= {"final_reduction": spec["final_reduction"], "num_classes": len(spec["classes"])}

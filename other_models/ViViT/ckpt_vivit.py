@@ -63,7 +63,7 @@ SCENIC = {
 
 
 def read_source(path: str) -> dict[str, Tensor]:
-    """A state dict in Hugging Face's names, without "vivit.", from any of the sources. Raises CheckpointError."""
+    """Read a state dict in Hugging Face's names, without "vivit.", from any of the sources. Raises CheckpointError."""
     try:
         with open(path, "rb") as f:
             head = f.read(9)
@@ -79,7 +79,7 @@ def read_source(path: str) -> dict[str, Tensor]:
 
 
 def read_flax(path: str) -> dict:
-    """The tree of dictionaries and arrays in flax.serialization's msgpack. Raises CheckpointError."""
+    """Return the tree of dictionaries and arrays in flax.serialization's msgpack. Raises CheckpointError."""
     try:
         return _joined(msgpack.unpackb(Path(path).read_bytes(), ext_hook=_array, strict_map_key=False))
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
@@ -87,7 +87,7 @@ def read_flax(path: str) -> dict:
 
 
 def _array(kind: int, data: bytes) -> np.ndarray | complex:
-    """flax's extension types: 1 an array, 2 a complex number, 3 a NumPy scalar."""
+    """Return flax's extension types: 1 an array, 2 a complex number, 3 a NumPy scalar."""
     if kind == 2:
         return complex(*msgpack.unpackb(data))
     shape, dtype, content = msgpack.unpackb(data)
@@ -95,7 +95,7 @@ def _array(kind: int, data: bytes) -> np.ndarray | complex:
 
 
 def _joined(tree: object) -> object:
-    """The tree with its large arrays, which flax writes in pieces, made whole."""
+    """Return the tree with its large arrays, which flax writes in pieces, made whole."""
     if not isinstance(tree, dict):
         return tree
     if "__msgpack_chunked_array__" not in tree:
@@ -105,7 +105,7 @@ def _joined(tree: object) -> object:
 
 
 def from_scenic(tree: dict, path: str) -> dict[str, Tensor]:
-    """Parameters of a Scenic checkpoint -> a state dict in Hugging Face's names. Raises CheckpointError."""
+    """Return parameters of a Scenic checkpoint -> a state dict in Hugging Face's names. Raises CheckpointError."""
     optimizer = tree.get("optimizer")
     target = optimizer.get("target") if isinstance(optimizer, dict) else None
     parameters = tree.get("params") or (target and target.get("params", target))
@@ -134,7 +134,7 @@ def _leaves(tree: dict, prefix: str):
 
 
 def _as_torch(module: str, leaf: str, array: np.ndarray) -> Tensor:
-    """An array of flax's layout in PyTorch's: kernels are (inputs, outputs) there, with heads apart."""
+    """Return an array of flax's layout in PyTorch's: kernels are (inputs, outputs) there, with heads apart."""
     if leaf != "kernel":
         return torch.from_numpy(array.reshape(-1).copy())
     if module == "embedding":  # t h w in out
@@ -148,7 +148,7 @@ def _as_torch(module: str, leaf: str, array: np.ndarray) -> Tensor:
 
 
 def convert(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """A state dict in Hugging Face's names -> VideoMAE's, float32, under "encoder."; prints what becomes of each group.
+    """Turn Hugging Face's names into VideoMAE's, float32, under "encoder."; print what becomes of each group.
 
     Raises CheckpointError: a key that is unknown or absent, a table for another number of positions.
     """
@@ -188,7 +188,7 @@ def convert(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def _pooled_table(table: Tensor, path: str) -> Tensor:
-    """(1, 1 + 16 x 14 x 14, D) -> (1, 8 x 14 x 14, D)."""
+    """Map (1, 1 + 16 x 14 x 14, D) to (1, 8 x 14 x 14, D)."""
     expected = 1 + SLOTS * SIDE * SIDE
     if table.ndim != 3 or table.shape[1] != expected:
         raise CheckpointError(f"{path}: a position table of shape {tuple(table.shape)}, not (1, {expected}, D)")
@@ -196,7 +196,7 @@ def _pooled_table(table: Tensor, path: str) -> Tensor:
 
 
 def _renamed(key: str, names: dict[str, str]) -> str | None:
-    """The new name of a key, of its block if it has one, or None."""
+    """Return the new name of a key, of its block if it has one, or None."""
     number = re.search(r"(?<=encoderblock_)\d+", key)
     general = key if number is None else key.replace(f"encoderblock_{number[0]}", "encoderblock_{i}")
     name = names.get(general)
@@ -204,7 +204,7 @@ def _renamed(key: str, names: dict[str, str]) -> str | None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="Hugging Face's pytorch_model.bin or model.safetensors, or Scenic's checkpoint")
     parser.add_argument("output", help="file to write, e.g. vivit_b_k400.pth")

@@ -12,8 +12,13 @@ import pytest
 import torch
 from helpers import ROOT
 
+from datasets import build_clips, parallel, readers
+from datasets.augment.frames import EvalTransform
 from datasets.clips import DataError
 from datasets.parallel import Child, ReadFailure, alive, in_processes
+from datasets.stream import SplitWindows
+from datasets.tools import check, pack
+from datasets.windows import WindowIndex
 
 
 def misbehave(item):
@@ -110,3 +115,43 @@ def test_children_end_with_their_parent():
         time.sleep(0.05)
     else:
         pytest.fail("the child outlived its parent")
+
+
+@pytest.fixture
+def hanging(dota_root, tmp_path, monkeypatch):
+    """The data set, one of whose clips hangs its reader, and a limit of two seconds for it."""
+    original = readers.ZipReader._bytes
+
+    def hang(self, name):
+        if self.clip.name == "synthetictr_000003":
+            time.sleep(3600)
+        return original(self, name)
+
+    monkeypatch.setattr(readers.ZipReader, "_bytes", hang)
+    monkeypatch.setattr(parallel.in_processes, "__kwdefaults__", parallel.in_processes.__kwdefaults__ | {"limit": 2.0})
+    return str(dota_root)
+
+
+def test_check_names_a_clip_that_hangs(hanging):
+    findings, _ = check.check("DoTA", hanging, splits=["train"], deep=True, workers=2)
+    (bad,) = [finding for finding in findings if finding.kind == "unreadable"]
+    assert bad.clip == "synthetictr_000003" and "nothing could be read of it for 2 seconds" in bad.message
+
+
+def test_pack_names_a_clip_that_hangs_and_packs_the_others(hanging, tmp_path):
+    with pytest.raises(DataError, match="1 clips cannot be packed: nothing could be read of it for 2 seconds; 7 are"):
+        pack.pack("DoTA", hanging, tmp_path / "out", splits=["train"], settings=pack.Settings(54, 10, 90), workers=2)
+    assert (tmp_path / "out" / "bad_clips.txt").read_text().startswith("synthetictr_000003\t")
+
+
+def test_a_worker_that_is_killed_is_said(dota_root):
+    """The process of the DataLoader itself, which only waits for its child; the run ends with a reason."""
+    clips = build_clips("DoTA", str(dota_root), "val")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+
+    def kill(_number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="a loading process died, killed from"):
+        patch.setattr("datasets.stream.shield_worker", kill)
+        list(SplitWindows(clips, index, EvalTransform(32), num_workers=1))

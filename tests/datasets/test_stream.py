@@ -39,7 +39,7 @@ def gathered(root, *, world_size=1, **options):
             if isinstance(item, Fault):
                 faults.append(item)
                 continue
-            assert len(item.last) <= part.batch_size
+            assert len(item.last) <= part.stream.chunk_frames
             for last, video in zip(item.last.tolist(), item.video, strict=True):
                 windows[item.clip, last] = video
                 times[item.clip, last] += 1

@@ -161,7 +161,7 @@ def test_epochs_continue_where_a_kill_left_them(tmp_path, monkeypatch):
             session(optimization, progress, output_dir=folder, save_ckpt=True),
             Reporting(clips_per_step=1),
             stop_epoch=3,
-            evaluate=lambda progress=progress: {"epoch_seen": progress.epoch},
+            after_epoch=lambda progress=progress: {"epoch_seen": progress.epoch},
         )
         assert announced == trained and (progress.epoch, progress.step) == (3, 0)
         assert saved == ([(1, 4)] if step == 2 else []) + [(2, 0), (2, 4), (3, 0)]

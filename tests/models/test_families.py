@@ -382,7 +382,8 @@ def test_inspecting_files_of_ours(name, tmp_path, capsys, monkeypatch):
     pretrain = "pretrain_" + re.sub(r"^vit", "videomae", name)
     for model in (tiny(name), tiny(pretrain, decoder_depth=2)):
         save_weights(tmp_path / "ours.pth", model)
-        assert f"  model    {name} or {pretrain}\n" in inspect(capsys, monkeypatch, str(tmp_path / "ours.pth"))
+        out = inspect(capsys, monkeypatch, str(tmp_path / "ours.pth"))
+        assert f"  model    {model.name}\n" in out and "  spec     gelu erf\n" in out
     trial = inspect(capsys, monkeypatch, str(tmp_path / "ours.pth"), "--model", pretrain)
     assert "missing     0" in trial and f"  model    {pretrain}\n" in trial
 

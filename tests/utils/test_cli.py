@@ -41,7 +41,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
     assert time.perf_counter() - started < 3
     assert done.returncode == 0 and "--weight_decay" in done.stdout and "torchrun --standalone" in done.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "argparse" in imported and not imported & {"torch", "decord", "timm", "numpy"}
+    assert "argparse" in imported and not imported & {"torch", "av", "timm", "numpy"}
 
 
 @pytest.mark.parametrize(

@@ -60,4 +60,7 @@ def test_a_contradiction_that_is_meant_is_logged(caplog):
     logging.getLogger("tad").addHandler(caplog.handler)
     refuse_contradictions(args, {"num_frames": 8}, ("num_frames",), "w.pth")
     logging.getLogger("tad").removeHandler(caplog.handler)
-    assert args.num_frames == 4 and "--num_frames 4 contradicts w.pth, which was made with 8; --over" in caplog.text
+    assert (
+        args.num_frames == 4
+        and "--num_frames 4 contradicts w.pth, which was made with 8; going on with 4" in caplog.text
+    )
