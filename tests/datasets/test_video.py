@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from datasets import VideoScan, build_clips, video_index
+from datasets.augment.dapt import PretrainTransform
+from datasets.augment.finetune import FinetuneTransform
 from datasets.clips import Clip, DataError
 from datasets.loader import Source, WindowDataset
 from datasets.readers import open_clip
@@ -103,14 +105,23 @@ def table(made, tmp_path_factory):
     return build_clips("videos", str(folder / "list.txt"), "all", scan)
 
 
-def test_training_reads_the_frames_asked_for(made, table):
+AUGMENTATIONS = {
+    "fine-tuning": FinetuneTransform(64),
+    "DAPT": PretrainTransform(64, grid=(8, 4, 4), mask_ratio=0.75, short_side=64),
+}
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_training_reads_the_frames_asked_for(made, table, augment):
     def transform(frames, rng):
+        frames = list(frames)
+        assert augment(frames, rng)["video"].shape == (1, 3, 16, 64, 64)
         return {"video": torch.tensor([numbers_in(frames)])}
 
     index = index_clips(table, num_frames=16, view_fps=10, stride=5)
     dataset = WindowDataset([Source(table, index, transform)], seed=0, targets=False)
     rng = random.Random(0)
-    for window in rng.sample(range(len(index)), 150):
+    for window in rng.sample(range(len(index)), 100):
         clip, ids = index[window]
         expected = expected_numbers(made[0] / table[clip].name)
         sample = dataset[0, 0, window, window]
