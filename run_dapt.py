@@ -252,7 +252,8 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
 
 def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
     """Return the windows of every data set of the mix, each with its augmentation."""
-    scan, bad_clips = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
+    scan = VideoScan(args.scan_cache, workers=args.num_workers, read_timeout=args.read_timeout)
+    bad_clips = read_bad_clips(args.bad_clips or ())
     sources = []
     for name, path, split, stride in zip(
         args.data_set, args.data_path, args.data_split, args.sampling_rate, strict=True

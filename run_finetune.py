@@ -250,7 +250,8 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
     """Return the clips of a split, read once for all ranks."""
-    scan, bad = VideoScan(args.scan_cache, workers=args.num_workers), read_bad_clips(args.bad_clips or ())
+    scan = VideoScan(args.scan_cache, workers=args.num_workers, read_timeout=args.read_timeout)
+    bad = read_bad_clips(args.bad_clips or ())
     arguments = (args.data_set, args.data_path, split, scan, args.assume_fps)
     clips = from_main(lambda: build_clips(*arguments, leave_out=bad))
     clips.require_labels()

@@ -15,7 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from datasets.clips import DataError
-from datasets.parallel import ReadFailure, in_processes
+from datasets.parallel import READ_TIMEOUT, ReadFailure, in_processes
 from datasets.video import VideoInfo, probe
 from utils.files import replaced
 from utils.text import first_few
@@ -32,10 +32,11 @@ class VideoScan:
     Args:
         cache: JSON file, made where absent.
         workers: processes that open videos.
+        read_timeout: seconds without a sign of life after which a video counts as unreadable, this time.
     """
 
-    def __init__(self, cache: str | Path, *, workers: int):
-        self.cache, self.workers = Path(cache), workers
+    def __init__(self, cache: str | Path, *, workers: int, read_timeout: float = READ_TIMEOUT):
+        self.cache, self.workers, self.read_timeout = Path(cache), workers, read_timeout
 
     def __call__(self, paths: Sequence[str]) -> list[VideoInfo]:
         """Return the VideoInfo of each path, in order. A missing file is a problem too, but is not remembered.
@@ -86,7 +87,7 @@ class VideoScan:
             failed[path] = VideoInfo(0, 0.0, str(error))
             return failed[path]
 
-        options = {"workers": self.workers, "description": "videos", "failed": give_up}
+        options = {"workers": self.workers, "description": "videos", "failed": give_up, "limit": self.read_timeout}
         try:
             for path, info in in_processes(probe, stamps, **options):
                 if path not in failed:
