@@ -1,4 +1,7 @@
-"""The one home of PyAV, which decodes video files: which pictures a file shows, and each of them by its number.
+"""The decoder of video files, PyAV: which pictures a file shows, and each of them by its number.
+
+Others use Video (len, counted, fps, codec, frames, read, close; for checking marks and pictures), probe, VideoInfo and
+VIDEO_SUFFIXES. Where another decoder counts frames in another way, VERSION in scan.py is raised.
 
 A player shows the pictures of a video by their timestamps. Frame i of a constant rate is the i-th picture shown; of a
 variable rate, the picture nearest to i / fps on a regular grid. Pictures that an edit list hides are none (a clip cut

@@ -1,8 +1,8 @@
 """Fine-tuning losses by name: (logits (B, 2), targets) -> scalar. Class 0 is safe, class 1 anomalous.
 
-These are simple-tad's (arXiv:2507.09338 publishes results with cross-entropy only). To add one, write it here and name
-it in LOSSES and in utils/names.py; what else it needs of a frame is a field of Targets. CE is the cross-entropy of
-a frame, p = exp(-CE) the probability of its true class.
+These are simple-tad's (arXiv:2507.09338 publishes results with cross-entropy only). CE is the cross-entropy of a frame,
+p = exp(-CE) the probability of its true class. To add one, write it here and name it in LOSSES and in utils/names.py;
+what else it needs of a frame is a field of Targets, which WindowDataset fills and engine/finetune.py names.
 """
 
 from collections.abc import Callable

@@ -100,8 +100,10 @@ class VideoEncoder(nn.Module):
     """What the Video ViTs share: (B, 3, T, H, W) to tokens, layers for learning-rate decay, freezing, a head in fp32.
 
     A subclass adds `blocks`, calls `add_head` and `initialize`, and defines `forward_features(video)`: (B, features)
-    pooled and normed, or (B, N, D) where final_reduction is "none". If it has a position table, that is `pos_embed`,
-    (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it; else it defines `encode`.
+    pooled and normed, or (B, N, D) where final_reduction is "none", as under a masked autoencoder. If it has a position
+    table, that is `pos_embed`, (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it;
+    else it defines `encode`, which recomputes blocks where self.grad_checkpointing and self.training, as `run_blocks`
+    does. Its constructor takes a VideoInput, a Dropout, and num_classes, gelu, init_scale and final_reduction.
 
     Args:
         size, video: the transformer's size, the clips it takes.

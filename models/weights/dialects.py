@@ -20,7 +20,7 @@ class Dialect:
     fresh: pattern of what a classifier may lack, in our names; each module wholly or not at all.
     own_target: the decoder predicts something else than pixels, so a masked autoencoder does without it too.
     models: pattern of the names of the models it is for.
-    pos_embed: the position table the weights were trained with, unless the file names its model; None: any.
+    pos_embed: the pos_embed_kind of the models it is for, unless the file names its model; None: any.
     stored_table: the file has that table.
     inflated: a patch embedding of one frame is repeated for a model with more, as in I3D (arXiv:1705.07750).
     """
@@ -49,7 +49,8 @@ _PIXEL_DECODER = (
 )
 _TUBELET_OF_TWO = r"\d+x3x2x16x16"  # 768 are not the pixels of such a token
 _PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
-# The first that fits wins: a new one stands before "Video ViT", which takes whatever has blocks.
+# The first that fits wins: a new one stands before every one whose marks its files match too, as those of "VideoMAE
+# pre-training" (encoder.blocks), "VideoMAE V2 distilled" and "Video ViT" (blocks).
 DIALECTS = (
     Dialect(
         "InternVideo2",

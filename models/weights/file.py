@@ -212,7 +212,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-# key -> what its value, or each part of it, must be. All are required: what is added later, older files do not have.
+# key -> what its value, or each part of it, must be. All are required. A field that comes later does not belong here:
+# check it where it is present, and let build_from_spec take the value that files without it mean.
 _SPEC = {
     "model": _is_name,
     "num_frames": _is_count,
