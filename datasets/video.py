@@ -325,14 +325,18 @@ class Video:
         for back in (*_BACK, 64):
             if back > key:
                 break
-            if (packets := self._seek(self._index.seek_times[key - back], time)) is not None:
+            packets = self._seek(self._index.seek_times[key - back], time, self._index.key_sizes[key])
+            if packets is not None:
                 yield from packets
                 return
         self._rewind()
         yield from _from_key(packets_of(self._container, self._stream), time)
 
-    def _seek(self, to: int, time: int) -> Iterator[av.Packet | None] | None:
-        """Return the packets from the key frame of a time on, seeking to a time before; None where that lands later."""
+    def _seek(self, to: int, time: int, size: int) -> Iterator[av.Packet | None] | None:
+        """Return the packets from the key frame of a time and size on, after a seek; None where it is not met.
+
+        The size tells it from another one: of a program stream, times count from a wrong place after a seek.
+        """
         self._untouched = False
         try:
             self._container.seek(int(to), stream=self._stream)
@@ -340,7 +344,7 @@ class Video:
             return None
         packets = _from_key(packets_of(self._container, self._stream), time)
         first = next(packets, None)
-        return None if first is None else _chained(first, packets)
+        return None if first is None or first.size != size else _chained(first, packets)
 
     def _rewind(self) -> None:
         """Go to the beginning, by opening the file anew: not every container can seek there."""

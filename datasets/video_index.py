@@ -32,7 +32,7 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
     """Open a video file, and choose its video stream as ffmpeg does. Raises Unreadable with the reason."""
     options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
     try:
-        container = av.open(path, options=options, metadata_errors="ignore")
+        container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as e:
         unknown = getattr(e, "errno", 0) == errno.EINVAL
         reason = getattr(e, "strerror", None) or short_reason(e, 160)
@@ -69,7 +69,7 @@ def packets_of(container: av.container.InputContainer, stream: av.VideoStream) -
         try:
             for packet in container.demux(stream):
                 alive()
-                if packet.size:
+                if packet.size and not (packet.is_corrupt and stream.codec_context.codec.intra_only):  # cut short
                     yield packet
         except IndexError:  # PyAV stumbles over streams that begin within the file; asked again, it knows them
             more = True
@@ -85,7 +85,7 @@ class Index:
     seconds: the time base.
     rates: those the container states, per second.
     shown: times of the pictures.
-    key_times, seek_times: of the key frames that decoding may start at; what to seek to for each.
+    key_times, seek_times, key_sizes: of the key frames that decoding may start at; what to seek to for each; bytes.
     codec: its name.
     packets: how many there are, hidden pictures included.
     stated: (pictures, seconds) by the container, 0 where it does not say.
@@ -104,6 +104,7 @@ class Index:
     shown: np.ndarray
     key_times: np.ndarray
     seek_times: np.ndarray
+    key_sizes: list[int]
     codec: str
     packets: int
     stated: tuple[int, float]
@@ -167,16 +168,23 @@ def index_of(path: str, container: av.container.InputContainer, stream: av.Video
 
 def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
     codec, seconds = stream.codec_context.codec.canonical_name, float(stream.time_base)
-    rows, corrupt = [], False  # time shown, time decoded, key frame, shown
+    rows, corrupt = [], False  # time shown, time decoded, key frame, shown, bytes
     for packet in packets_of(container, stream):
         if packet is not None:
             corrupt = packet.is_corrupt
-            rows.append((packet.pts, packet.dts, packet.is_keyframe, _is_shown(packet, codec)))
+            rows.append((packet.pts, packet.dts, packet.is_keyframe, _is_shown(packet, codec), packet.size))
+    if corrupt:  # the file ends within it
+        rows.pop()
     shown = [row for row in rows if row[3]]
     if not shown:
         raise Unreadable("it holds no pictures" if rows else "its video stream is empty")
     rates = [float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r]
+    chunks = _chunks(container, rows)
     note = _unsound(container, stream, rows, shown)
+    if container.format.name == "avi" and chunks < stream.frames and not note:
+        note = "AVI that lost pictures which its index counts"
+    if note:
+        rates = _counted_rate(container, stream, rows, rates)
     keys = [row for row in shown if row[2]] if not note else []
     times = np.sort(np.array([row[0] for row in shown], np.int64)) if not note else np.zeros(0, np.int64)
     stated = _stated(container, stream)
@@ -187,8 +195,9 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Ind
         shown=times,
         key_times=np.array([row[0] for row in keys], np.int64),
         seek_times=np.array([row[0] if row[1] is None else row[1] for row in keys], np.int64),
+        key_sizes=[row[4] for row in keys],
         codec=codec,
-        packets=len(rows),
+        packets=chunks,
         stated=stated or (0, 0.0),
         note=note,
         leading=not note and (not rows[0][2] or times[0] < min(row[0] for row in rows if row[2])),
@@ -197,6 +206,28 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Ind
     )
     index.suspect |= bool(ends_early(index))
     return index
+
+
+def _chunks(container, rows: list[tuple]) -> int:
+    """Count the packets; in AVI also the empty ones, which hold a place and are not delivered."""
+    places = [row[1] for row in rows if row[1] is not None]
+    if container.format.name != "avi" or len(places) < 2:
+        return len(rows)
+    return places[-1] + max(int(np.median(np.diff(places))), 1)
+
+
+def _counted_rate(container, stream, rows: list[tuple], rates: list[float]) -> list[float]:
+    """Return the rate of pictures that are counted: in AVI that of their places, else what FFmpeg guesses it is.
+
+    Raises Unreadable where they are not evenly spaced.
+    """
+    places = [row[1] for row in rows if row[1] is not None]
+    if container.format.name != "avi" or len(places) < 2:
+        return [float(stream.guessed_rate)] if stream.guessed_rate else rates
+    step = float(np.median(np.diff(places)))
+    if (places[-1] - places[0]) / step > len(places) + 2:
+        raise Unreadable("AVI with pictures left out in places, whose order it does not say; encode it anew")
+    return [1 / (step * float(stream.time_base))]
 
 
 def _is_shown(packet: av.Packet, codec: str) -> bool:
