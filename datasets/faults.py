@@ -41,7 +41,7 @@ def loader_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if "DataLoader worker (pid" not in str(e):  # an error inside a worker reads "in DataLoader worker process"
             raise
         remedy = "give the job more memory or fewer --num_workers; the same command continues a training run"
         raise DataError(f"a loading process died, killed from outside or for lack of memory ({e}): {remedy}") from e

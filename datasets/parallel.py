@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from multiprocessing import Pipe
@@ -62,9 +63,15 @@ class Child:
 
     def send(self, item: Any) -> None:
         """Start the work on an item; `receive` must have returned "done" for the one before, or raised."""
+        message = _dumps(item)
         if self._pid is None:
             self._start()
-        self.connection.send_bytes(_dumps(item))
+        try:
+            self.connection.send_bytes(message)
+        except OSError:  # it was killed since the last item
+            self._end()
+            self._start()
+            self.connection.send_bytes(message)
         self.deadline = time.monotonic() + self.limit
 
     def receive(self) -> tuple[str, Any]:
@@ -81,7 +88,8 @@ class Child:
             raise ReadFailure(f"the process that read it {self._end()}") from e
         self.deadline = time.monotonic() + self.limit
         if kind == "error":
-            raise value
+            error, trace = value
+            raise error from RuntimeError(f"in the reading process:\n{trace}")
         return kind, value
 
     def results(self, item: Any) -> Iterator[Any]:
@@ -138,7 +146,7 @@ def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], par
                 connection.send_bytes(_dumps(("result", result)))
             connection.send_bytes(_dumps(("done", None)))
         except Exception as e:
-            connection.send_bytes(_dumps(("error", e)))
+            connection.send_bytes(_dumps(("error", (e, traceback.format_exc()))))
 
 
 def limited_results(child: Child, item: Any) -> Iterable[Any]:

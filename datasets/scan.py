@@ -1,9 +1,9 @@
 """What video files hold, frame counts above all: found out once, in parallel, and kept in a file.
 
-Finding out takes milliseconds a video, a hundred thousand of them minutes. A scan remembers each file
-by path, size and modification time; a later one opens what is new or changed and nothing else. Files that cannot be
-read are remembered too, with the reason, and not tried again until they change; those that hung or crashed a reader
-are tried again by the next scan. What an earlier version of this file kept is found out anew.
+Finding out takes milliseconds a video, a hundred thousand of them minutes. A scan remembers each file by path, size and
+modification time; a later one opens what is new or changed and nothing else. Files that cannot be read are remembered
+too, with the reason, and not tried again until they change; those that hung or crashed a reader are tried again by the
+next scan. What an earlier version of this file kept is found out anew.
 """
 
 import json

@@ -32,7 +32,8 @@ class EvaluationError(RuntimeError):
 class Windows(Protocol):
     """What a Scorer reads; `datasets.stream.SplitWindows` is one.
 
-    clips: the ClipTable. device: where the videos of the batches are.
+    clips: the ClipTable.
+    device: where the videos of the batches are.
     """
 
     clips: Sequence

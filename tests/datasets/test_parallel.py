@@ -60,6 +60,24 @@ def test_a_child_that_fails_is_replaced(item, message):
     child.kill()
 
 
+def test_a_child_killed_between_two_items_is_replaced():
+    child = Child(lambda item: [os.getpid()], limit=5)
+    (first,) = child.results(0)
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    (second,) = child.results(1)
+    assert second != first
+    child.kill()
+
+
+def test_an_error_in_a_child_says_where_it_arose():
+    child = Child(misbehave, limit=5)
+    with pytest.raises(DataError) as raised:
+        list(child.results("wrong"))
+    assert 'raise DataError("not a picture")' in str(raised.value.__cause__)
+    child.kill()
+
+
 def test_a_child_that_is_slow_but_alive_is_waited_for(monkeypatch):
     monkeypatch.setattr("datasets.parallel._ALIVE_EVERY", 0.05)
 
@@ -146,12 +164,23 @@ def test_pack_names_a_clip_that_hangs_and_packs_the_others(hanging, tmp_path):
 
 def test_a_worker_that_is_killed_is_said(dota_root):
     """The process of the DataLoader itself, which only waits for its child; the run ends with a reason."""
+    with pytest.raises(DataError, match="a loading process died, killed from"):
+        load_with(dota_root, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_fault_of_the_code_in_a_worker_is_not_taken_for_its_death(dota_root):
+    def fail():
+        raise RuntimeError("a fault of the code")
+
+    with pytest.raises(RuntimeError, match="a fault of the code") as raised:
+        load_with(dota_root, fail)
+    assert not isinstance(raised.value, DataError)
+
+
+def load_with(dota_root, start):
+    """Read a split through a loading process that calls start() as it starts."""
     clips = build_clips("DoTA", str(dota_root), "val")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
-
-    def kill(_number):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="a loading process died, killed from"):
-        patch.setattr("datasets.stream.shield_worker", kill)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.stream.shield_worker", lambda _number: start())
         list(SplitWindows(clips, index, EvalTransform(32), num_workers=1))
