@@ -3,9 +3,9 @@
     python -m benchmarks.decoding --video FILE [--windows 30]
 
 A window is 16 frames at 10 fps, at a random place; opening the file is part of it, as in training. Both take turns on
-the same windows. Prints JSON: CPU milliseconds per window, median and quartiles, of decord, of datasets.video that
-sees the file for the first time in its process, and of one that has its index. The last
-line has the largest mean difference of their pictures, over a window.
+the same windows, in one thread, as in a loading process. Prints JSON: CPU milliseconds per window, median and
+quartiles, of decord, of datasets.video that sees the file for the first time in its process, and of one that has its
+index. The last line has the largest mean difference of their pictures, over a window.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from statistics import quantiles
 
 import numpy as np
+import torch
 
 from datasets import video_index
 from datasets.video import Video
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=30, help="how many (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the places (default: 0)")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     ways = {"pyav, new": read_new, "pyav, index known": read_known}
     try:
         import decord  # noqa: F401
