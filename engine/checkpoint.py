@@ -245,8 +245,14 @@ def load_last(folder: str | Path, *, mapped: bool = False) -> dict[str, Any]:
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
-    if not isinstance(state, dict) or not {"model", "optimizer", "args", "best"} <= state.keys():
+    expected = {"model", "optimizer", "scaler", "model_ema", "ranks", "args", *(item.name for item in fields(Progress))}
+    if not isinstance(state, dict) or not {"model", "optimizer", "args"} <= state.keys():
         raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")
+    if missing := sorted(expected - state.keys()):
+        raise ConfigError(
+            f"{path} is of another version of this code (no {', '.join(missing)}): continue it with that version, or "
+            "give --finetune or --from_ckpt a checkpoint-<epoch>.pth of it and start in another --output_dir"
+        )
     return state
 
 

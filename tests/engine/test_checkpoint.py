@@ -213,6 +213,11 @@ def test_damaged_or_foreign_states_are_named(tmp_path):
         torch.save(content, folder / "state.pth")
         with pytest.raises(ConfigError, match="is not the state of a run; weights alone are for --finetune"):
             find(tmp_path)
+    save_last(tmp_path, *trained(), Progress())
+    state = torch.load(folder / "state.pth", weights_only=True)
+    torch.save({k: v for k, v in state.items() if k != "left_out"}, folder / "state.pth")
+    with pytest.raises(ConfigError, match=r"another version of this code \(no left_out\): continue it with that"):
+        find(tmp_path)
     shutil.rmtree(folder)
     (tmp_path / "args.json").write_text("")
     with pytest.raises(ConfigError, match="args.json is damaged .*; remove it"):
