@@ -45,7 +45,8 @@ class EpochSampler(Sampler[list[Key]]):
     is gone through again, in another order.
 
     Args:
-        num_windows: windows to draw from, for each source. batch_sizes: of each source, per rank and forward pass.
+        num_windows: windows to draw from, for each source.
+        batch_sizes: of each source, per rank and forward pass.
         accumulate: forward passes per step.
         samples_per_epoch: windows of all sources together; 0, or more than the longest source can give: once through
             that one. What does not fill a last step is left out.

@@ -19,8 +19,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 class Optimization:
     """How gradients become steps.
 
-    lr, weight_decay: functions of the optimizer step since the start of training. accumulate: forward passes per step.
-    clip_grad: largest gradient norm, or None. dtype: of autocast (float32 turns it off). scaler: for float16.
+    lr, weight_decay: functions of the optimizer step since the start of training.
+    accumulate: forward passes per step.
+    clip_grad: largest gradient norm, or None.
+    dtype: of autocast; float32 turns it off.
+    scaler: for float16.
+    ema: the average of the weights, or None.
     """
 
     optimizer: torch.optim.Optimizer
@@ -87,7 +91,10 @@ def build_optimization(
 ) -> Optimization:
     """Return optimizer, schedules, precision and weight average of a model; logs the learning rate and its formula.
 
-    opt: timm's name. ema_decay: of the average of the weights; None keeps none. Raises ValueError for an unknown opt.
+    opt: timm's name.
+    ema_decay: of the average of the weights; None keeps none.
+
+    Raises ValueError for an unknown opt.
     """
     scale = clips_per_step / 256
     lr, min_lr = schedule.lr * scale, schedule.min_lr * scale

@@ -81,8 +81,8 @@ class MaskedAutoencoder(nn.Module):
         """Return the loss, a float32 scalar.
 
         Args:
-            video: (B, 3, T, H, W) normalised. mask: (B, N) bool, True = masked, as many in each clip; kept on the CPU
-                it costs no wait for the device.
+            video: (B, 3, T, H, W) normalised.
+            mask: (B, N) bool, True = masked, as many in each clip; kept on the CPU it costs no wait for the device.
             target: `self.target(video, mask)` where the caller has it already.
         """
         if target is None:

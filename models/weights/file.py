@@ -32,10 +32,14 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as read: wrapper is the key it was under ("" if none), state maps the file's keys to tensors.
+    """A state dict as read.
 
-    epoch, family: what the file says of itself, if it does. model: its registered name, in a file of ours. spec: see
-    `read_spec`.
+    path: the file or URL.
+    wrapper: the key it was under; "" if none.
+    state: the file's keys to tensors.
+    epoch, family: what the file says of itself, if it does.
+    model: its registered name, in a file of ours.
+    spec: see `read_spec`.
     """
 
     path: str
