@@ -14,6 +14,7 @@ streams, a recording that starts over) pictures are counted by decoding from the
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import av
 import numpy as np
@@ -35,6 +36,7 @@ VIDEO_SUFFIXES = (
 )
 
 _HEAD = 5  # pictures that a probe decodes
+_REORDERED = 16  # pictures at most that are shown before one decoded earlier
 _BACK = (0, 1, 8)  # key frames to go back where decoding does not deliver, before the beginning of the file
 
 
@@ -200,22 +202,25 @@ class Video:
         return count
 
     def _decodable(self) -> int:
-        """Count the frames up to the last picture that decodes without damage."""
+        """Count the frames up to the last picture that decodes without damage, or to one missing shortly before it."""
         times = self._index.times
         key = first_key(self._index.key_times, times[-1])
         for back in (*_BACK, key + 1):
-            if good := self._good_from(max(key - back, -1)):
-                return int(np.searchsorted(times, max(good), side="right"))
+            came = self._damaged_from(max(key - back, -1))
+            if good := [mark for mark, damaged in came.items() if not damaged]:
+                count = int(np.searchsorted(times, max(good), side="right"))
+                first = max(0, count - _REORDERED, int(np.searchsorted(times, next(iter(came)))))
+                return next((i for i in range(first, count) if times[i] not in came), count)
         return 0
 
-    def _good_from(self, key: int) -> list[int]:
-        """Return the marks of the undamaged pictures from a key frame on."""
-        good, there = [], self._begin(key) and (self._last is not None or self._advance())
+    def _damaged_from(self, key: int) -> dict[int, bool]:
+        """Return {mark: whether it is damaged} of the pictures from a key frame on, in order."""
+        came, there = {}, self._begin(key) and (self._last is not None or self._advance())
         while there:
             mark, frame = self._last
-            good += [mark] * (not frame.is_corrupt)
+            came[mark] = frame.is_corrupt
             there = self._advance()
-        return good
+        return came
 
     def _drop_leading(self) -> None:
         """Leave out pictures that precede the first key frame and are not delivered."""
@@ -344,7 +349,7 @@ class Video:
             return None
         packets = _from_key(packets_of(self._container, self._stream), time)
         first = next(packets, None)
-        return None if first is None or first.size != size else _chained(first, packets)
+        return None if first is None or first.size != size else chain([first], packets)
 
     def _rewind(self) -> None:
         """Go to the beginning, by opening the file anew: not every container can seek there."""
@@ -366,11 +371,6 @@ def _from_key(packets: Iterator[av.Packet | None], time: int) -> Iterator[av.Pac
             yield packet
             break
     yield from packets
-
-
-def _chained(first: av.Packet, rest: Iterator[av.Packet | None]) -> Iterator[av.Packet | None]:
-    yield first
-    yield from rest
 
 
 def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

@@ -29,7 +29,7 @@ from tests.datasets.video_files import FFMPEG, FRAMES, RECIPES, SHORTENED, decod
 
 pytestmark = pytest.mark.skipif(FFMPEG is None, reason="needs ffmpeg, which writes the files")
 
-SEQUENCE = ("h264.avi", "copied.avi", "mpeg4.avi", "packed.avi", "joined.ts", "raw.h264")
+SEQUENCE = ("h264.avi", "copied.avi", "lost.avi", "mpeg4.avi", "packed.avi", "joined.ts", "raw.h264")
 VARIABLE = ("variable.mp4", "variable.mkv")
 
 
@@ -70,7 +70,7 @@ def test_windows_and_the_sequential_pass_are_the_frames_asked_for(made, name):
     expected = expected_numbers(path_of(made, name))
     assert (info.frames, info.problem) == (len(expected), "")
     assert info.method == ("sequence" if name in SEQUENCE else "timestamps") and bool(info.note) == (name in SEQUENCE)
-    assert bool(info.short) == (name in ("short.mp4", "short.mkv"))
+    assert bool(info.short) == (name in ("short.mp4", "short.mkv", "lost.avi"))
     assert name in ("ntsc.mp4", "fast.mkv", *VARIABLE) or info.fps == pytest.approx(30, abs=0.01)
     video = Video(path)
     assert numbers_in(video.frames(range(info.frames))) == expected
@@ -217,6 +217,40 @@ def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
 def test_frame_times(shown, rates, expected):
     fps, constant, times = frame_times(np.array(shown), 0.001, rates)
     assert (round(fps, 6), constant, times.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fast_start.mp4", "fragmented.mp4", "plain.ts", "fields.ts", "h264.flv", "mjpeg.avi", "wmv2.wmv", "mpeg1.mpg"],
+)
+def test_a_file_cut_anywhere_ends_with_its_last_whole_picture(made, tmp_path, name):
+    data, rng = path_of(made, name).read_bytes(), random.Random(1)
+    for number in range(8):
+        path = tmp_path / f"{number}_{name}"
+        path.write_bytes(data[: rng.randrange(len(data) // 3, len(data))])
+        shown, info = decoded(path), probe(str(path))
+        if not shown:  # cut within a header
+            assert info.problem
+            continue
+        assert len(shown) - 2 <= info.frames <= len(shown)
+        video = Video(str(path))
+        assert numbers_in(video.frames(range(info.frames))) == shown[: info.frames]
+        ids = range(max(info.frames - 46, 0), info.frames, 3)
+        assert numbers_in(video.read(ids)) == [shown[i] for i in ids]
+        damaged = [damaged for _, _, damaged in video.pictures()]
+        assert not damaged[info.frames - 1]
+        video.close()
+
+
+def test_a_name_with_a_colon_is_no_address(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "12:30.mp4").symlink_to(made[0] / "plain.mp4")
+    assert probe("12:30.mp4").frames == FRAMES
+
+
+def test_avi_whose_gaps_have_no_known_place_is_refused(made):
+    video_files.ffmpeg(made[0], "-i variable.mp4 -c copy uneven.avi")
+    assert "AVI with pictures left out in places" in probe(str(made[0] / "uneven.avi")).problem
 
 
 def test_what_is_no_video_is_refused(tmp_path):

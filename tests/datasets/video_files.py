@@ -43,11 +43,13 @@ RECIPES = {
     "mpeg4.mp4": ["source -c:v mpeg4 -bf 2 -g 30 -q:v 2 mpeg4.mp4"],
     "mpeg4.mkv": ["-fflags +genpts -i mpeg4.avi -c copy mpeg4.mkv"],
     "mjpeg.avi": ["source -c:v mjpeg -q:v 2 -pix_fmt yuvj420p mjpeg.avi"],
+    "lost.avi": [],
     "mjpeg.mov": ["source -c:v mjpeg -q:v 2 -pix_fmt yuvj444p mjpeg.mov"],
     "prores.mov": ["source -c:v prores_ks prores.mov"],
     "plain.ts": [f"source {X264} -g 45 plain.ts"],
     "plain.m2ts": [f"source {X264} -g 45 -f mpegts -mpegts_m2ts_mode 1 plain.m2ts"],
     "joined.ts": [],
+    "small.mpg": ["source -c:v mpeg1video -bf 2 -g 5 -q:v 10 small.mpg"],
     "mpeg1.mpg": ["source -c:v mpeg1video -bf 2 -g 15 -q:v 2 mpeg1.mpg"],
     "mpeg2.mpg": ["source -c:v mpeg2video -bf 2 -g 15 -q:v 2 mpeg2.mpg"],
     "mpeg2.ts": ["source -c:v mpeg2video -bf 2 -g 15 -q:v 2 mpeg2.ts"],
@@ -118,7 +120,8 @@ def number_of(picture: np.ndarray) -> int:
     return number
 
 
-def _ffmpeg(folder: Path, arguments: str) -> None:
+def ffmpeg(folder: Path, arguments: str) -> None:
+    """Run ffmpeg in a folder; "source" among the arguments stands for the raw input."""
     words = []
     for word in arguments.split():
         raw = f"-f rawvideo -pix_fmt rgb24 -s {SIZE[0]}x{SIZE[1]}".split()
@@ -132,13 +135,13 @@ def make(folder: Path) -> dict[str, str]:
     pictures = [burned(i).tobytes() for i in range(FRAMES)]
     (folder / "source.rgb").write_bytes(b"".join(pictures))
     failed = {}
-    _ffmpeg(folder, f"source {X264} -g 30 -movflags faststart fast_start.mp4")
-    _ffmpeg(folder, "-i fast_start.mp4 -c copy plain.mkv")
+    ffmpeg(folder, f"source {X264} -g 30 -movflags faststart fast_start.mp4")
+    ffmpeg(folder, "-i fast_start.mp4 -c copy plain.mkv")
     order = sorted(RECIPES, key=lambda name: name.startswith("cut") + 2 * (name in ("mpeg4.mkv", "av1.mkv", "hevc.ts")))
     for name in order:
         try:
             for arguments in RECIPES[name]:
-                _ffmpeg(folder, arguments)
+                ffmpeg(folder, arguments)
         except subprocess.CalledProcessError as e:
             failed[name] = e.stderr.decode(errors="replace").strip().splitlines()[-1][:150]
     for name, whole in SHORTENED.items():
@@ -146,6 +149,9 @@ def make(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(data[: len(data) * 6 // 10])
     one = (folder / "plain.ts").read_bytes()
     (folder / "joined.ts").write_bytes(one + one)
+    motion = (folder / "mjpeg.avi").read_bytes()
+    *before, after = motion.split(b"00dc", 51)  # the last of them begins picture 50
+    (folder / "lost.avi").write_bytes(b"00dc".join(before) + b"JUNK" + after)
     return failed
 
 
