@@ -46,12 +46,13 @@ import torch
 from PIL import Image
 from timm.layers import set_fused_attn
 from torch import nn
-from torch.utils.data import DataLoader
 
 from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
+from datasets.augment.device import DeviceAugment, DeviceLoader
+from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
-from datasets.loader import EpochSampler, Source, WindowDataset, collate, train_loader
+from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.windows import index_clips
 from engine.checkpoint import (
     CheckpointWriteError,
@@ -162,8 +163,15 @@ def pretrain(args: Namespace, process: Process) -> None:
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
-    loader = train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem)
-    batches = CountedBatches(loader, limit=args.max_bad_samples)
+    loader = BatchLoader(
+        dataset,
+        sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        read_timeout=args.read_timeout,
+    )
+    augment = DeviceAugment(args.input_size)
+    batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
@@ -196,7 +204,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         ddp_model,
         batches,
         sampler.set_epoch,
-        DaptObjective(model, process.device),
+        DaptObjective(model),
         session,
         Reporting(sum(args.total_batch_size), args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
@@ -271,10 +279,12 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
                 enlarge=defaults.dapt_enlarge,
                 aligned=defaults.dapt_aligned if aligned is None else aligned,
                 aa=args.aa,
+                reduce=not args.decode_full_size,
+                here=args.augment_on == "worker",
             )
         sources.append(Source(clips, index, transform))
     warn_unmatched(bad_clips, [source.clips for source in sources])
-    return WindowDataset(sources, seed=args.seed, targets=False, read_timeout=args.read_timeout)
+    return WindowDataset(sources, seed=args.seed, targets=False)
 
 
 def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size: int) -> EpochSampler:
@@ -326,21 +336,16 @@ class Pictures:
         for k in range(PICTURES):
             number = k % len(sources)
             keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
-        # In a worker where training uses workers: a video decoder must not live through their forks.
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[keys],
-            collate_fn=collate,
-            num_workers=min(args.num_workers, 1),
-            generator=torch.Generator(),
-        )
-        (self.batch,) = loader
+        loader = BatchLoader(dataset, [keys], num_workers=min(args.num_workers, 1), read_timeout=args.read_timeout)
+        (batch,) = loader
+        self.video, self.mask = DeviceAugment(args.input_size)(batch["video"], batch), batch["mask"]
+        loader.close()
 
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
         """Write pictures/epoch-<epoch>.png."""
         model.eval()
-        video = model.normalize(self.batch["video"].to(device))
-        picture = reconstruction_picture(model.reconstruct(video, self.batch["mask"]))
+        video = model.normalize(self.video.to(device))
+        picture = reconstruction_picture(model.reconstruct(video, self.mask))
         model.train()
         self.folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(self.folder / f"epoch-{epoch:03d}.png")

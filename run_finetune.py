@@ -48,14 +48,14 @@ from typing import Any
 import torch
 from timm.layers import set_fused_attn
 from torch import nn
-from torch.utils.data import DataLoader
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
-from datasets.augment.device import NormalizeAndErase
+from datasets.augment.device import DeviceAugment, DeviceLoader, NormalizeAndErase
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
+from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
-from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
+from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine.checkpoint import (
@@ -173,7 +173,8 @@ def train(args: Namespace, process: Process) -> None:
     resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
     keep_weights_source(args, resumed)
     loader, sampler = training_data(args, process)
-    batches = CountedBatches(loader, limit=args.max_bad_samples)
+    augment = DeviceAugment(args.input_size, args.train_interpolation)
+    batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
     model = build_model(args, process, resumed=resumed)
@@ -213,7 +214,7 @@ def train(args: Namespace, process: Process) -> None:
         ddp_model,
         batches,
         sampler.set_epoch,
-        FinetuneObjective(LOSSES[args.loss], NormalizeAndErase(model.normalize, args.remode), process.device),
+        FinetuneObjective(LOSSES[args.loss], NormalizeAndErase(model.normalize, args.remode)),
         session,
         Reporting(args.total_batch_size * args.num_sample, args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
@@ -258,7 +259,7 @@ def labelled_clips(args: Namespace, split: str) -> ClipTable:
     return clips
 
 
-def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochSampler]:
+def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, EpochSampler]:
     """Return batches of augmented windows of the train split, and the sampler that orders them."""
     clips = labelled_clips(args, "train")
     with config_errors():
@@ -272,6 +273,8 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
             erase_prob=args.reprob,
             erase_count=args.recount,
             erase_max_area=args.erase_max_area,
+            reduce=not args.decode_full_size,
+            here=args.augment_on == "worker",
         )
     sampler = EpochSampler(
         [len(index)],
@@ -282,10 +285,14 @@ def training_data(args: Namespace, process: Process) -> tuple[DataLoader, EpochS
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
     )
-    dataset = WindowDataset(
-        [Source(clips, index, transform)], seed=args.seed, targets=True, read_timeout=args.read_timeout
+    loader = BatchLoader(
+        WindowDataset([Source(clips, index, transform)], seed=args.seed, targets=True),
+        sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        read_timeout=args.read_timeout,
     )
-    return train_loader(dataset, sampler, num_workers=args.num_workers, pin_memory=args.pin_mem), sampler
+    return loader, sampler
 
 
 def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:

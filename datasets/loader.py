@@ -5,40 +5,49 @@ the t-th slice of it, each rank its share of the slice; a sample's augmentation 
 position in the order). So the content of a batch depends neither on workers nor on ranks, and resuming at step t means
 starting at slice t.
 
-What cannot be read comes out of the workers as a Fault, not as an exception: training skips the sample and counts it.
+What cannot be read comes out as a Fault, not as an exception: training skips the sample and counts it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datasets.augment.frames import Read
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
 from datasets.labels import smooth_labels
-from datasets.parallel import READ_TIMEOUT, Child, limited_results
 from datasets.readers import open_clip
 from datasets.windows import RandomClipIndex, WindowIndex
-from utils.signals import shield_worker
 
 _ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
 Key = tuple[int, int, int, int]  # (epoch, source, position in the source's order of the epoch, window)
 
 
+class Transform(Protocol):
+    """What is done to the frames of a window in a worker; `FinetuneTransform` is one."""
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """Return the shape of the video of a window of so many frames: (V, frames, H, W, 3)."""
+
+    def __call__(self, read: Read, rng: np.random.Generator, out: Tensor, *, aspect: float | None) -> dict[str, Tensor]:
+        """Write V views of the frames into out; return what else a batch has of them, each (V, ...)."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """One of the data sets of a mix: its clips, their windows, and transform(frames, rng) -> dictionary of tensors."""
+    """One of the data sets of a mix: its clips, their windows, and what is done to them."""
 
     clips: ClipTable
     index: WindowIndex | RandomClipIndex
-    transform: Callable[[Iterable[Tensor], np.random.Generator], dict[str, Tensor]]
+    transform: Transform
 
 
-class EpochSampler(Sampler[list[Key]]):
+class EpochSampler:
     """The batches of one rank: lists of (epoch, source, position, window), one list for each forward pass.
 
     Every batch holds batch_sizes[k] windows of source k, source after source. A source that is too small for an epoch
@@ -105,54 +114,53 @@ class EpochSampler(Sampler[list[Key]]):
                 yield batch
 
 
-class WindowDataset(Dataset):
-    """Training windows: (epoch, source, position, window) -> a dictionary of tensors with a leading axis of V views.
+class WindowDataset:
+    """Training windows by (epoch, source, position, window).
 
-    What the source's transform returns, with source and window int64 (V,) and, with targets, of the last frame label
-    int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a Fault where the
-    source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
-
-    read_timeout: seconds without a picture read after which a loading process gives a window up as unreadable.
+    shape: (V, T, H, W, 3) of the uint8 video of a window, the same for all sources; a smaller one lies in its corner.
 
     Raises DataError where targets are asked of unlabelled clips.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool, read_timeout: float = READ_TIMEOUT):
+    def __init__(self, sources: Sequence[Source], *, seed: int, targets: bool):
         self.sources, self.seed, self.targets = list(sources), seed, targets
-        self._child = Child(self._read, read_timeout)
         for source in self.sources if targets else ():
             source.clips.require_labels()
+        shapes = [source.transform.shape(source.index.num_frames) for source in self.sources]
+        self.shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
 
-    def __getitem__(self, key: Key) -> dict[str, Any] | Fault:
-        try:
-            (sample,) = limited_results(self._child, key)
-        except DataError as e:
-            source, _, number, _ = self._draw(key)
-            return Fault(number, source.clips[number].name, str(e))
-        return sample
+    def fill(self, key: Key, out: Tensor) -> dict[str, Any] | Fault:
+        """Write the video of a window into out, uint8 of `shape`; return what else there is of it.
 
-    def _read(self, key: Key) -> Iterator[dict[str, Any]]:
-        """Yield the sample of a key. Raises DataError where it cannot be read."""
+        That is what the source's transform returns, with source and window int64 (V,) and, with targets, of the last
+        frame label int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a
+        Fault where the source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
+        """
         source, rng, number, frames = self._draw(key)
         clip = source.clips[number]
-        with open_clip(clip) as reader:
-            mismatch, usable = reader.mismatch(), reader.usable_frames()
-            if frames[-1] >= usable:
-                raise DataError(mismatch)
-            views = source.transform(reader.frames(frames), rng)
+        try:
+            with open_clip(clip) as reader:
+                mismatch, usable = reader.mismatch(), reader.usable_frames()
+                if frames[-1] >= usable:
+                    return Fault(number, clip.name, mismatch)
+                drawn = source.transform(partial(reader.frames, frames), rng, out, aspect=clip.aspect)
+        except DataError as e:
+            return Fault(number, clip.name, str(e))
         name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
         notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
-        yield self._complete(views, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
+        return self._complete(drawn, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any] | Fault]:
-        """Return the samples of a batch; a black one without a name follows where none can be read."""
-        items = [self[key] for key in keys]
-        if all(isinstance(item, Fault) for item in items):
-            source, rng, number, frames = self._draw(keys[0])
-            views = source.transform([torch.zeros(90, 160, 3, dtype=torch.uint8)] * len(frames), rng)
-            blank = self._complete(views, keys[0], source.clips[number], int(frames[-1]))
-            items.append(blank | {"sample": "", "notes": []})
-        return items
+    def fill_black(self, key: Key, out: Tensor) -> dict[str, Any]:
+        """Write black frames in place of a window; returns what `fill` does, without a name."""
+        source, rng, number, frames = self._draw(key)
+        black = [torch.zeros(90, 160, 3, dtype=torch.uint8)] * len(frames)
+        drawn = source.transform(lambda _: black, rng, out, aspect=None)
+        return self._complete(drawn, key, source.clips[number], int(frames[-1])) | {"sample": "", "notes": []}
+
+    def fault(self, key: Key, reason: str) -> Fault:
+        """Return the Fault of a window whose reading process hung or died."""
+        source, _, number, _ = self._draw(key)
+        return Fault(number, source.clips[number].name, reason)
 
     def _draw(self, key: Key) -> tuple[Source, np.random.Generator, int, np.ndarray]:
         """Return the source, the random state of the augmentation, the number of the clip and its frames."""
@@ -162,7 +170,7 @@ class WindowDataset(Dataset):
 
     def _complete(self, sample: dict[str, Any], key: Key, clip: Clip, last: int) -> dict[str, Any]:
         """Add to the views of a window what else a batch has."""
-        views = len(sample["video"])
+        views = self.shape[0]
         sample["source"], sample["window"] = torch.full((views,), key[1]), torch.full((views,), key[3])
         if self.targets:
             ttc = clip.ttc
@@ -170,35 +178,3 @@ class WindowDataset(Dataset):
             sample["ttc"] = torch.full((views,), float(ttc[last]))
             sample["soft_label"] = torch.full((views,), float(smooth_labels(clip.labels, ttc)[last]))
         return sample
-
-
-def collate(items: Sequence[dict[str, Any] | Fault]) -> dict[str, Any]:
-    """Join samples to one batch, their views side by side.
-
-    "samples" lists which they are, "skipped" the Faults of those that could not be read, "notes" further Faults.
-    "weight" of the loss is 1.0, or 0.0 where none could be read: each process needs a gradient, if of nothing.
-    """
-    faults = [item for item in items if isinstance(item, Fault)]
-    samples = [item for item in items if not isinstance(item, Fault)]
-    names = [name for sample in samples if (name := sample.pop("sample"))]
-    notes = [note for sample in samples for note in sample.pop("notes")]
-    batch = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-    return batch | {"samples": names, "skipped": faults, "notes": notes, "weight": float(bool(names))}
-
-
-def train_loader(dataset: WindowDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Return batches of the sampler's epoch; workers live on from epoch to epoch.
-
-    A loader draws a seed for its workers, which ours do not use; drawn from a generator of its own, it leaves alone the
-    random state that a resumed run must find again. So in all loaders.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),
-        worker_init_fn=shield_worker,
-    )

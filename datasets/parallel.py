@@ -11,12 +11,14 @@ import pickle
 import signal
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+import cv2
 import torch
 from torch.utils.data import get_worker_info
 
@@ -59,34 +61,41 @@ class Child:
     def __init__(self, function: Callable[[Any], Iterable[Any]], limit: float):
         self.function, self.limit, self.deadline = function, limit, 0.0
         self._pid: int | None = None
+        self._waiting: deque[bytes] = deque()  # items that are not done
         self.connection: Connection | None = None
 
     def send(self, item: Any) -> None:
-        """Start the work on an item; `receive` must have returned "done" for the one before, or raised."""
-        message = _dumps(item)
+        """Start the work on an item, after that on those sent before."""
+        if not self._waiting:
+            self.deadline = time.monotonic() + self.limit
+        self._waiting.append(_dumps(item))
         if self._pid is None:
             self._start()
+            return
         try:
-            self.connection.send_bytes(message)
-        except OSError:  # it was killed since the last item
-            self._end()
-            self._start()
-            self.connection.send_bytes(message)
-        self.deadline = time.monotonic() + self.limit
+            self.connection.send_bytes(self._waiting[-1])
+        except OSError:  # it was killed
+            if len(self._waiting) == 1:
+                self._end()
+                self._start()
 
     def receive(self) -> tuple[str, Any]:
-        """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after the last result.
+        """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after an item's last result.
 
-        Raises ReadFailure where none comes in time or the process has died; and what function raised.
+        Raises ReadFailure where none comes in time or the process has died, which ends the work on the item; and what
+        function raised. The work goes on with the items after it.
         """
         if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
-            self.kill()
+            os.kill(self._pid, signal.SIGKILL)
+            self._replace()
             raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds")
         try:
             kind, value = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError) as e:
-            raise ReadFailure(f"the process that read it {self._end()}") from e
+            raise ReadFailure(f"the process that read it {self._replace()}") from e
         self.deadline = time.monotonic() + self.limit
+        if kind in ("error", "done"):
+            self._waiting.popleft()
         if kind == "error":
             error, trace = value
             raise error from RuntimeError(f"in the reading process:\n{trace}")
@@ -100,10 +109,20 @@ class Child:
                 yield message[1]
 
     def kill(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if there is one, and the work on all items."""
+        self._waiting.clear()
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)
             self._end()
+
+    def _replace(self) -> str:
+        """Leave the present item to its fate and go on with the others in another process; say how this one ended."""
+        how = self._end()
+        self._waiting.popleft()
+        if self._waiting:
+            self.deadline = time.monotonic() + self.limit
+            self._start()
+        return how
 
     def _start(self) -> None:
         self.connection, other = Pipe()
@@ -115,6 +134,8 @@ class Child:
             finally:
                 os._exit(0)
         other.close()
+        for message in self._waiting:
+            self.connection.send_bytes(message)
 
     def _end(self) -> str:
         """Say how the process, which has ended or is about to, has ended."""
@@ -133,6 +154,8 @@ def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], par
     signal.set_wakeup_fd(-1)  # that of the parent
     signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(1)  # the parent's threads do not live through the fork
+    cv2.setNumThreads(0)
     if os.getppid() != parent:  # it died before that
         return
     _to_parent = connection

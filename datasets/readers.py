@@ -5,7 +5,8 @@
         for frame in reader.frames([0, 3, 6]):   # one uint8 (H, W, 3) at a time: half the memory traffic
             ...
 
-Pictures are decoded at full size by Pillow: the same pixels as OpenCV's. Of 16 bit, grey or colour, the upper 8 count
+JPEGs are decoded by libjpeg-turbo itself and all else by Pillow: the same pixels as OpenCV's, at full size unless less
+is asked for. Of 16 bit, grey or colour, the upper 8 count
 (65535 becomes 255); 32-bit integer and float pictures are refused, since nothing says which of their values is white.
 Palettes, grey and alpha become RGB, and a picture is turned as its EXIF orientation asks, as players turn videos.
 Hidden files (see `is_hidden`) are no part of a folder or zip.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -47,6 +49,8 @@ _UNREADABLE = (
     *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
 )
 
+Fit = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
+
 _FLIP = Image.Transpose
 _SIDEWAYS = (_FLIP.TRANSPOSE, _FLIP.ROTATE_270, _FLIP.TRANSVERSE, _FLIP.ROTATE_90)
 _TURNS = dict(  # {EXIF orientation: what sets the picture upright}
@@ -60,8 +64,12 @@ class Reader:
     def __init__(self, clip: Clip, path: str):
         self.clip, self.path = clip, path
 
-    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
-        """Yield uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame."""
+    def frames(self, frame_ids: Sequence[int], fit: Fit | None = None) -> Iterator[Tensor]:
+        """Yield uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame.
+
+        fit: is called with (height, width) of each picture that is decoded, upright, and returns a size down to which
+        the picture may be scaled where that saves time; None: all come at full size.
+        """
         raise NotImplementedError
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
@@ -128,17 +136,27 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def picture_size(data: bytes, _: Fit | None = None) -> tuple[int, int]:
     """Return (height, width) in pixels of a picture, upright, from its header. Raises what Pillow raises."""
     image = _open_picture(data)
     width, height = image.size
     return (width, height) if _turn(image) in _SIDEWAYS else (height, width)
 
 
-def _decode(data: bytes) -> Tensor:
-    image = _open_picture(data)
-    image.load()  # and what stands behind the pixels, of a PNG
-    if (turn := _turn(image)) is not None:  # 0 is a mirror
+def _decode(data: bytes, fit: Fit | None) -> Tensor:
+    image, turn = _open_picture(data), None
+    if image.format == "PNG":
+        image.load()  # the turn stands behind the pixels
+    turn = _turn(image)
+    width, height = reversed(image.size) if turn in _SIDEWAYS else image.size
+    least = fit(height, width) if fit else (height, width)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None:
+        factor = next((f for f in (8, 4, 2) if -(-height // f) >= least[0] and -(-width // f) >= least[1]), 1)
+        with suppress(ValueError):  # damaged, perhaps: Pillow takes more, or says what it is
+            size = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, **size))
+    image.load()
+    if turn is not None:  # 0 is a mirror
         image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bit: convert() would clip at 255
         upper = (np.asarray(image) >> 8).astype(np.uint8)
@@ -165,7 +183,9 @@ class PictureReader(Reader):
         note = f"; {suffix} pictures are not read, convert them" if suffix.lower() in OTHER_PICTURE_SUFFIXES else ""
         return f"holds {first_few(names, 3) or 'nothing'}{note}"
 
-    def frames(self, frame_ids: Sequence[int], decode: Callable[[bytes], Any] = _decode) -> Iterator[Tensor]:
+    def frames(
+        self, frame_ids: Sequence[int], fit: Fit | None = None, decode: Callable[[bytes, Fit | None], Any] = _decode
+    ) -> Iterator[Tensor]:
         """Yield the frames, or whatever `decode` makes of the files; a zip has checked their CRC."""
         previous, picture = None, None
         for i in frame_ids:
@@ -175,7 +195,7 @@ class PictureReader(Reader):
                     data = self._bytes(name)
                     if not data:
                         raise ValueError("the picture is empty, 0 bytes")
-                    picture = decode(data)
+                    picture = decode(data, fit)
                 except _UNREADABLE as e:
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i
@@ -247,7 +267,7 @@ class VideoReader(Reader):
         # where only decoding tells, the scan has: a file that was changed since ends with an error of the read
         return frame < (len(self._video) if self._video.counted else self.clip.num_frames)
 
-    def frames(self, frame_ids: Sequence[int]) -> Iterator[Tensor]:
+    def frames(self, frame_ids: Sequence[int], fit: Fit | None = None) -> Iterator[Tensor]:
         return self._video.frames(frame_ids)
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:

@@ -1,6 +1,5 @@
 """The DAPT objective: a batch of augmented clips and their masks -> loss and statistics."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -8,18 +7,18 @@ class DaptObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
     Beside "loss" stands "trivial_loss", that of predicting each masked cube's mean colour: below it, more than
-    colours is predicted. A batch of weight 0, of which nothing could be read, adds nothing to gradients and statistics.
+    colours is predicted. The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could
+    be read, adds nothing to gradients and statistics.
 
     Args:
         autoencoder: the MaskedAutoencoder as it is, not wrapped; it normalises uint8 video and makes the target.
-        device: where the model is.
     """
 
-    def __init__(self, autoencoder: nn.Module, device: torch.device):
-        self.autoencoder, self.device = autoencoder, device
+    def __init__(self, autoencoder: nn.Module):
+        self.autoencoder = autoencoder
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        video = self.autoencoder.normalize(batch["video"].to(self.device, non_blocking=True))
+        video = self.autoencoder.normalize(batch["video"])
         target = self.autoencoder.target(video, batch["mask"])
         loss = batch["weight"] * model(video, batch["mask"], target)
         return loss, {"loss": loss, "trivial_loss": batch["weight"] * self.autoencoder.trivial_loss(target)}

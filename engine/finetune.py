@@ -11,22 +11,20 @@ from engine.losses import Targets
 class FinetuneObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
-    A batch of weight 0, of which nothing could be read, adds nothing to gradients and statistics.
+    The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could be read, adds nothing
+    to gradients and statistics.
 
     Args:
         loss: one of engine.losses.LOSSES.
-        to_input: (uint8 video on the device, boxes, seeds) -> normalised float video with erased boxes.
-        device: where the model is.
+        to_input: (uint8 video, boxes, seeds) -> normalised float video with erased boxes.
     """
 
-    def __init__(
-        self, loss: Callable[[Tensor, Targets], Tensor], to_input: Callable[..., Tensor], device: torch.device
-    ):
-        self.loss, self.to_input, self.device = loss, to_input, device
+    def __init__(self, loss: Callable[[Tensor, Targets], Tensor], to_input: Callable[..., Tensor]):
+        self.loss, self.to_input = loss, to_input
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        video = self.to_input(batch["video"].to(self.device, non_blocking=True), batch["boxes"], batch["seed"])
-        targets = Targets(*(batch[k].to(self.device, non_blocking=True) for k in ("label", "soft_label", "ttc")))
+        video = self.to_input(batch["video"], batch["boxes"], batch["seed"])
+        targets = Targets(*(batch[k].to(video.device, non_blocking=True) for k in ("label", "soft_label", "ttc")))
         logits = model(video).float()  # a half-precision exponential would saturate
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == targets.label).float().mean()

@@ -225,6 +225,10 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     help = "seconds without a picture read after which a clip counts as unreadable; none with --num_workers 0"
     group.free("read_timeout", 60.0, help, type=positive_float)
     group.free("pin_mem", True, "pin host memory for faster copies to the GPU")
+    help = "where RandAugment is done: on the device, which leaves workers free to decode, or in them (auto: on a GPU)"
+    group.free("augment_on", "auto", help, choices=["auto", "device", "worker"])
+    help = "decode training pictures at full size even where a half, a quarter or an eighth of it is enough"
+    group.fixed("decode_full_size", False, help)
     help = "minutes a process waits for the others before the run ends"
     group.free("dist_timeout", 30.0, help, type=positive_float)
     help = "steps in a row with a loss or gradient not finite, at which the run stops"

@@ -49,7 +49,7 @@ def keep_weights_source(args: argparse.Namespace, resumed: Mapping[str, Any] | N
 
 
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
-    """Fill device, precision, log_dir and pin_mem in place. cuda: whether there is a GPU.
+    """Fill device, precision, log_dir, pin_mem and augment_on in place. cuda: whether there is a GPU.
 
     Raises ConfigError where --save_every_minutes has nothing to save, or weights are an empty name.
     """
@@ -61,6 +61,8 @@ def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     args.log_dir = args.log_dir or args.output_dir
     args.pin_mem = args.pin_mem and args.device == "cuda"
+    if args.augment_on == "auto":
+        args.augment_on = "device" if args.device == "cuda" else "worker"
 
 
 def resolve_schedule(args: argparse.Namespace) -> None:

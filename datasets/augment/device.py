@@ -1,9 +1,58 @@
 """The half of the preprocessing that runs on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from datasets.augment.draws import Draws, augmented
+
+
+class DeviceAugment:
+    """Does what workers have drawn for the clips of a batch, on the device where its video is.
+
+    Args:
+        size: output height and width in pixels.
+        interpolation: of RandAugment's rotations and shears, one of operations.INTERPOLATIONS.
+    """
+
+    def __init__(self, size: int, interpolation: str = "bicubic"):
+        self.size, self.interpolation = size, interpolation
+
+    def __call__(self, video: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Turn uint8 (B, T, H, W, 3) into (B, 3, T, size, size), by the `Draws` in a batch, which are on the CPU."""
+        clips = torch.empty(len(video), 3, video.shape[1], self.size, self.size, dtype=torch.uint8, device=video.device)
+        for clip, frames, draws in zip(clips, video, Draws.unstacked(batch), strict=True):
+            clip.copy_(augmented(frames, draws, self.size, self.interpolation).permute(3, 0, 1, 2))
+        return clips
+
+
+class DeviceLoader:
+    """The batches of a loader with the video augmented on the device, as often as asked.
+
+    To a CUDA device a batch is copied and augmented in a stream of its own, beside the step before, which the host has
+    put in line by then. Only the copy is waited for, since the loader may use its memory again.
+    """
+
+    def __init__(self, loader: Iterable[dict[str, Any]], device: torch.device, augment: DeviceAugment):
+        self.loader, self.device, self.augment = loader, device, augment
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            if self._stream is None:
+                yield batch | {"video": self.augment(batch["video"].to(self.device), batch)}
+                continue
+            with torch.cuda.stream(self._stream):
+                video = batch["video"].to(self.device, non_blocking=True)
+                copied = self._stream.record_event()
+                video = self.augment(video, batch)
+            present = torch.cuda.current_stream(self.device)
+            present.wait_stream(self._stream)
+            video.record_stream(present)
+            yield batch | {"video": video}
+            copied.synchronize()
 
 
 class NormalizeAndErase:

@@ -1,28 +1,29 @@
 """The augmentation of fine-tuning, as published by simple-tad (arXiv:2507.09338)."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.augment.draws import Draws, finished
 from datasets.augment.erasing import draw_erasing
-from datasets.augment.frames import pad_wide, resize, stack
+from datasets.augment.frames import Read, draw_padding, halved, padded, resize, sized_frames
 from datasets.augment.randaugment import RandAugment
 
 
 class FinetuneTransform:
-    """Pads wide frames or not, squashes them and applies RandAugment, the same for all frames.
+    """Pads wide frames or not and squashes them to a square; draws RandAugment and erasing, the same for all frames.
 
     Args:
         size: output height and width in pixels.
         views: augmented views of each clip.
         aa: RandAugment policy "rand-m<magnitude 0..10>-n<ops>-mstd<std of the magnitude>", or "none".
-        interpolation: of RandAugment's rotations and shears, one of randaugment.INTERPOLATIONS.
+        interpolation: of RandAugment's rotations and shears, one of operations.INTERPOLATIONS.
         short_side: resize frames to this short side first; 0 keeps them. Padding is the same share either way.
-        erase_prob: prob of `draw_erasing`, whose boxes are drawn here and filled on the device.
+        erase_prob: prob of `draw_erasing`, whose boxes are filled on the device.
         erase_count: count of `draw_erasing`.
         erase_max_area: max_area of `draw_erasing`.
+        reduce: whether frames may be decoded at half the size or less where that leaves `size` pixels.
+        here: whether RandAugment is done right here, instead of by `DeviceAugment`.
 
     Raises ValueError for a policy that does not parse.
     """
@@ -38,42 +39,49 @@ class FinetuneTransform:
         erase_prob: float = 0.25,
         erase_count: int = 1,
         erase_max_area: float = 0.1,
+        reduce: bool = True,
+        here: bool = True,
     ):
-        self.size, self.views, self.short_side = size, views, short_side
+        self.size, self.views, self.short_side, self.interpolation = size, views, short_side, interpolation
         self.erase_prob, self.erase_count, self.erase_max_area = erase_prob, erase_count, erase_max_area
-        self.rand_augment = None if aa == "none" else RandAugment(aa, interpolation)
+        self.reduce, self.here = reduce, here
+        self.rand_augment = None if aa == "none" else RandAugment(aa)
 
-    def __call__(self, frames: Iterable[Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Turn frames uint8 (H, W, 3), one at a time, into tensors with a leading axis of V views.
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """Return the shape of "video" of a clip of so many frames: (V, frames, size, size, 3)."""
+        return self.views, frames, self.size, self.size, 3
 
-        These are video uint8 (V, 3, T, size, size), and boxes int64 (V, erase_count, 4) and seed int64 (V,) for
-        `NormalizeAndErase`. Raises DataError where the heights of frames differ.
+    def __call__(
+        self, read: Read, rng: np.random.Generator, out: Tensor, *, aspect: float | None = None
+    ) -> dict[str, Tensor]:
+        """Fill out, uint8 (V, T, size, size, 3), with the frames of a clip; return what was drawn, an item a view.
+
+        aspect: width / height as filmed of frames that are stored squashed; None where they are as filmed.
+
+        Returns boxes int64 (V, erase_count, 4) and seed int64 (V,) for `NormalizeAndErase`, and `Draws` as tensors.
+        Raises DataError where frames differ in size.
         """
-        shrunk, width = self.shrink(frames)
-        videos, boxes = zip(*(self.augment(shrunk, width, rng) for _ in range(self.views)), strict=True)
-        seeds = torch.from_numpy(rng.integers(2**63, size=self.views))
-        return {"video": torch.stack(videos), "boxes": torch.stack(boxes), "seed": seeds}
-
-    def shrink(self, frames: Iterable[Tensor]) -> tuple[Tensor, int]:
-        """Turn frames uint8 (H, W, 3) into uint8 (T, H', size, 3), and W': H' x W' is the size after `short_side`.
-
-        The width is squashed at once: padding goes above and below, so the order does not matter, and what is
-        padded and stacked afterwards is six times smaller than the frames of a 1280 x 720 video.
-        Raises DataError where the heights differ.
-        """
-        shrunk = []
-        for frame in frames:
-            height, width = frame.shape[:2]
+        paddings, drawn, boxes = [], [], []
+        for t, (frame, height, width) in enumerate(sized_frames(read, self._least)):
+            filmed = round(height * aspect) if aspect else width
+            if t == 0:
+                for _ in range(self.views):
+                    paddings.append(draw_padding(height, filmed, rng))
+                    drawn.append(Draws.of(self.rand_augment, self.size, rng))
+                    boxes.append(draw_erasing(self.size, rng, prob=self.erase_prob, count=self.erase_count,
+                                              max_area=self.erase_max_area))  # fmt: skip
             if self.short_side:
-                scale = self.short_side / min(height, width)
-                height, width = round(height * scale), round(width * scale)
-            shrunk.append(resize(resize(frame[None], height, width), height, self.size)[0])
-        return stack(shrunk), width
+                scale = self.short_side / min(height, filmed)
+                frame = resize(frame, round(height * scale), round(width * scale))
+            for padding, view in zip(paddings, out.numpy(), strict=True):
+                view[t] = resize(padded(frame, padding), self.size, self.size)
+        if self.here:
+            drawn = [finished(*pair, self.size, self.interpolation) for pair in zip(out, drawn, strict=True)]
+        seeds = torch.from_numpy(rng.integers(2**63, size=self.views))
+        return Draws.stacked(drawn) | {"boxes": torch.stack(boxes), "seed": seeds}
 
-    def augment(self, frames: Tensor, width: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Turn the output of `shrink` into uint8 (3, T, size, size), and int64 (erase_count, 4) of `draw_erasing`."""
-        frames = resize(pad_wide(frames, width, rng), self.size, self.size)
-        if self.rand_augment is not None:
-            frames = self.rand_augment(frames, rng)
-        boxes = draw_erasing(self.size, rng, prob=self.erase_prob, count=self.erase_count, max_area=self.erase_max_area)
-        return frames.permute(3, 0, 1, 2).contiguous(), boxes
+    def _least(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size that frames may be decoded at."""
+        if not self.reduce:
+            return height, width
+        return halved(height, width, max(self.size, self.short_side))

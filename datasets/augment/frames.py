@@ -1,7 +1,9 @@
 """Resizing, padding and cropping of frames, and the preprocessing of evaluation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,23 +25,99 @@ def resize_exact(frame: Tensor, size: int) -> Tensor:
     return planes[0].round_().clamp_(0, 255).byte().permute(1, 2, 0)
 
 
-def resize(frames: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """Resize uint8 (T, H, W, 3) to (T, height, width, 3) as `resize_exact` does, but for hard edges, 5 times as fast.
+class Fit:
+    """Tells a reader how small pictures may come, and keeps how large the last of them was.
 
-    PyTorch's uint8 kernel rounds and clamps between its two passes: it is within one level on most pixels, ten on some.
+    A reader calls it with the height and width of each picture it decodes, upright, and may hand over the picture in
+    any size from that down to what is returned. rule: (height, width) -> (height, width).
     """
-    if frames.shape[1:3] == (height, width):
-        return frames
-    planes = frames.permute(0, 3, 1, 2)
-    planes = F.interpolate(planes, size=(height, width), mode=mode, antialias=False, align_corners=False)
-    return planes.permute(0, 2, 3, 1)
+
+    def __init__(self, rule: Callable[[int, int], tuple[int, int]]):
+        self.rule = rule
+        self.size: tuple[int, int] | None = None
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        self.size = height, width
+        return self.rule(height, width)
 
 
-def stack(frames: Sequence[Tensor]) -> Tensor:
-    """Stack T frames (H, W, 3) to (T, H, W, 3). Raises DataError where they differ in size."""
-    if len(sizes := {tuple(frame.shape[:2]) for frame in frames}) > 1:
-        raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")
-    return torch.stack(frames)
+Read = Callable[[Fit], Iterable[Tensor]]  # the frames of a clip, uint8 (H, W, 3), as small as Fit allows
+
+
+def sized_frames(read: Read, rule: Callable[[int, int], tuple[int, int]]) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield uint8 (H', W', 3) of each frame, read as small as rule allows, with its original height and width.
+
+    Raises DataError where they differ.
+    """
+    fit, sizes = Fit(rule), set()
+    for frame in read(fit):
+        size = fit.size or tuple(frame.shape[:2])
+        sizes.add(size)
+        if len(sizes) > 1:
+            raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")
+        yield frame.numpy(), *size
+
+
+def halved(height: int, width: int, least: int) -> tuple[int, int]:
+    """Return a half, a quarter or an eighth of a size, the smallest whose sides are `least` pixels or more; else it.
+
+    These are the sizes that a JPEG can be decoded at in less time.
+    """
+    factor = next((f for f in (8, 4, 2) if min(height, width) >= f * least), 1)
+    return -(-height // factor), -(-width // factor)
+
+
+def resize(frame: np.ndarray, height: int, width: int, interpolation: int = cv2.INTER_CUBIC) -> np.ndarray:
+    """Resize uint8 (H, W, 3) to (height, width, 3) without antialias, as the published recipes do."""
+    if frame.shape[:2] == (height, width):
+        return frame
+    return cv2.resize(frame, (width, height), interpolation=interpolation)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What is put above and below the frames of a clip.
+
+    kind: one of PADDINGS.
+    top, bottom: rows, as shares of the height of the frame.
+    colour: (r, g, b) of "black" and "colour".
+    brightness: of a reflected border, up to 0.7.
+    """
+
+    kind: str = "none"
+    top: float = 0.0
+    bottom: float = 0.0
+    colour: tuple[int, int, int] = (0, 0, 0)
+    brightness: float = 1.0
+
+
+def draw_padding(height: int, width: int, rng: np.random.Generator) -> Padding:
+    """Draw the padding of a clip of frames height x width; frames that are not wider than high get none.
+
+    One of PADDINGS is drawn; top and bottom are drawn apart, each up to half of width - height. The rule is
+    simple-tad's (arXiv:2507.09338).
+    """
+    kind = PADDINGS[rng.integers(len(PADDINGS))]
+    if kind == "none" or width <= height:
+        return Padding()
+    top, bottom = (round(rng.random() * 0.5 * (width - height)) / height for _ in range(2))
+    if kind == "colour":
+        return Padding(kind, top, bottom, colour=tuple(rng.integers(256, size=3).tolist()))
+    return Padding(kind, top, bottom, brightness=0.7 * rng.random() if kind == "reflect" else 1.0)
+
+
+def padded(frame: np.ndarray, padding: Padding) -> np.ndarray:
+    """Pad uint8 (H, W, 3) to (top + H + bottom, W, 3). A reflected border begins with the edge row again."""
+    height = len(frame)
+    top, bottom = round(padding.top * height), round(padding.bottom * height)
+    if not top + bottom:
+        return frame
+    border = {"reflect": cv2.BORDER_REFLECT, "replicate": cv2.BORDER_REPLICATE}.get(padding.kind, cv2.BORDER_CONSTANT)
+    frame = cv2.copyMakeBorder(frame, top, bottom, 0, 0, border, value=padding.colour)
+    if padding.kind == "reflect":
+        for rows in (frame[:top], frame[top + height :]):
+            rows[:] = (rows * np.float32(padding.brightness)).round()
+    return frame
 
 
 class EvalTransform:
@@ -50,33 +128,6 @@ class EvalTransform:
 
     def __call__(self, frames: Iterable[Tensor]) -> Tensor:
         return torch.stack([resize_exact(frame, self.size).permute(2, 0, 1) for frame in frames])
-
-
-def pad_wide(frames: Tensor, width: int, rng: np.random.Generator) -> Tensor:
-    """Pad frames that are wider than high above and below, by one draw for the clip.
-
-    Frames are uint8 (T, H, W, 3) and were `width` wide before squashing; they become (T, H + top + bottom, W, 3). One
-    of PADDINGS is drawn; top and bottom are drawn apart, each up to half of width - H. Reflected borders are darkened
-    by 30 % or more. The rule is simple-tad's (arXiv:2507.09338).
-    """
-    height = frames.shape[1]
-    padding = PADDINGS[rng.integers(len(PADDINGS))]
-    if padding == "none" or width <= height:
-        return frames
-    top, bottom = (round(rng.random() * 0.5 * (width - height)) for _ in range(2))
-    if padding in ("black", "colour"):
-        colour = rng.integers(256, size=3) if padding == "colour" else np.zeros(3)
-        shape = len(frames), height + top + bottom, frames.shape[2], 3
-        padded = torch.from_numpy(colour.astype(np.uint8)).expand(shape).contiguous()
-        padded[:, top : top + height] = frames
-        return padded
-    rows = np.pad(np.arange(height), (top, bottom), mode="reflect" if padding == "reflect" else "edge")
-    padded = frames[:, torch.from_numpy(rows)]
-    if padding == "reflect":
-        brightness = 0.7 * rng.random()
-        for border in (padded[:, :top], padded[:, top + height :]):
-            border.copy_((border * brightness).round())
-    return padded
 
 
 def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
@@ -95,16 +146,31 @@ def crop_offsets(spare_width: int, spare_height: int) -> list[tuple[int, int]]:
     return [(x * dx, y * dy) for x, y in CROP_PLACES]
 
 
-def multi_scale_crop(clip: Tensor, size: int, scales: Sequence[float], rng: np.random.Generator) -> Tensor:
-    """Turn uint8 (T, H, W, 3) into (T, size, size, 3): draw one of `crop_sizes` at one of `crop_offsets`, uniformly."""
-    height, width = clip.shape[1:3]
+def draw_crop(
+    height: int, width: int, size: int, scales: Sequence[float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw (top, left, height, width): one of `crop_sizes` at one of `crop_offsets`, each uniformly."""
     sizes = crop_sizes(min(height, width), size, scales)
     w, h = sizes[rng.integers(len(sizes))]
     w, h = min(w, width), min(h, height)  # a side that was taken for the output size may be 2 pixels short of it
     offsets = crop_offsets(width - w, height - h)
     left, top = offsets[rng.integers(len(offsets))]
-    crop = clip[:, top : top + h, left : left + w]
-    if (h, w) == (size, size):
-        return crop
-    planes = F.interpolate(crop.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)  # as Pillow
+    return top, left, h, w
+
+
+def crop(clip: Tensor, box: Sequence[int], size: int) -> Tensor:
+    """Turn uint8 (T, H, W, 3) into (T, size, size, 3): what is in box (top, left, height, width), resized as by Pillow.
+
+    On a device other than the CPU the result is within a level of that.
+    """
+    top, left, height, width = box
+    clip = clip[:, top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return clip
+    planes = clip.permute(0, 3, 1, 2)
+    if clip.is_cuda:  # has no kernel for integers
+        planes = planes.float()
+    planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    if clip.is_cuda:
+        planes = planes.round_().clamp_(0, 255).byte()
     return planes.permute(0, 2, 3, 1)

@@ -1,0 +1,199 @@
+"""Batches of training windows, read by processes into memory that they share with this one.
+
+A few batches are in the making at a time, each in a slot of memory of its final shape, which is kept and used again.
+Every process takes windows of any of them, so the memory needed does not grow with the processes, and a window that
+takes long holds up no other. A process that hangs or dies is replaced, and its window skipped (see parallel.py).
+The memory is no file, so a small /dev/shm does not matter.
+"""
+
+import logging
+import math
+import mmap
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasets.faults import Fault
+from datasets.loader import EpochSampler, Key, WindowDataset
+from datasets.parallel import READ_TIMEOUT, Child, ReadFailure
+
+logger = logging.getLogger("tad")
+
+_AHEAD = 2  # windows at least that each process has to do
+
+
+@dataclass
+class _Batch:
+    """A batch in the making.
+
+    slot: where its video is.
+    keys: its windows.
+    samples: what there is of each.
+    """
+
+    slot: int
+    keys: list[Key]
+    samples: list[dict[str, Any] | Fault | None] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.samples = [None] * len(self.keys)
+
+
+class BatchLoader:
+    """The batches of the sampler's epoch, as often as asked; reading processes live on from epoch to epoch.
+
+    A batch is a dictionary: "video" uint8 (B, T, H, W, 3); what `WindowDataset.fill` returns, joined; "samples" says
+    which windows they are, "skipped" lists the Faults of those that could not be read, "notes" further Faults.
+    "weight" of the loss is 1.0, or 0.0 where none could be read: the video is black then, since each process needs a
+    gradient, if of nothing.
+
+    A batch is valid until the next one is asked for, which may overwrite its video.
+
+    Args:
+        sampler: yields the windows of each batch, the same number for all.
+        num_workers: reading processes; 0: this one.
+        pin_memory: whether the memory is page-locked for copies to a CUDA device.
+        read_timeout: seconds without a picture read after which a reading process gives a window up as unreadable.
+    """
+
+    def __init__(
+        self,
+        dataset: WindowDataset,
+        sampler: EpochSampler | Sequence[list[Key]],
+        *,
+        num_workers: int,
+        pin_memory: bool = False,
+        read_timeout: float = READ_TIMEOUT,
+    ):
+        self.dataset, self.sampler, self.pin_memory = dataset, sampler, pin_memory
+        self._children = [Child(self._work, read_timeout) for _ in range(num_workers)]
+        self._tasks: dict[Child, deque[tuple[_Batch, int]]] = {child: deque() for child in self._children}
+        self._slots: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._from_processes() if self._children else self._from_here()
+
+    def _from_here(self) -> Iterator[dict[str, Any]]:
+        for keys in self.sampler:
+            video = torch.empty(len(keys), *self.dataset.shape, dtype=torch.uint8)
+            samples = [self.dataset.fill(key, out) for key, out in zip(keys, video, strict=True)]
+            yield self._joined(keys, samples, video)
+
+    def _from_processes(self) -> Iterator[dict[str, Any]]:
+        making: deque[_Batch] = deque()
+        to_come = iter(self.sampler)
+        try:
+            free = None
+            while True:
+                while free is None or free:
+                    if (keys := next(to_come, None)) is None:
+                        break
+                    if free is None:
+                        free = self._reserve(len(keys))
+                    making.append(_Batch(free.popleft(), keys))
+                    self._assign(making[-1])
+                if not making:
+                    return
+                batch = making[0]
+                while None in batch.samples:
+                    self._receive()
+                yield self._joined(batch.keys, batch.samples, self._slots[batch.slot])
+                making.popleft()
+                free.append(batch.slot)
+        finally:
+            if making:  # left in the middle: nobody may write into the slots any more
+                self.close()
+
+    def close(self) -> None:
+        """End the reading processes; another iteration starts new ones."""
+        for child in self._children:
+            child.kill()
+            self._tasks[child].clear()
+
+    def _reserve(self, batch_size: int) -> deque[int]:
+        """Return the numbers of the slots, which are made if there are none yet."""
+        if not self._slots:
+            count = 2 + math.ceil(_AHEAD * len(self._children) / batch_size)
+            shape = (batch_size, *self.dataset.shape)
+            self._slots = [shared_memory(shape, pin=self.pin_memory) for _ in range(count)]
+        return deque(range(len(self._slots)))
+
+    def _assign(self, batch: _Batch) -> None:
+        """Distribute the windows of a batch over the processes, each to that with the fewest to do."""
+        share: dict[Child, list[int]] = {}
+        for place in range(len(batch.keys)):
+            child = min(self._children, key=lambda c: len(self._tasks[c]))
+            self._tasks[child].append((batch, place))
+            share.setdefault(child, []).append(place)
+        for child, places in share.items():
+            self._send(child, batch, places)
+
+    def _send(self, child: Child, batch: _Batch, places: list[int]) -> None:
+        child.send((batch.slot, [(place, batch.keys[place]) for place in places]))
+
+    def _work(self, task: tuple[int, list[tuple[int, Key]]]) -> Iterator[dict[str, Any] | Fault]:
+        """Read windows into their places. Runs in the reading process."""
+        slot, windows = task
+        for place, key in windows:
+            yield self.dataset.fill(key, self._slots[slot][place])
+
+    def _receive(self) -> None:
+        """Wait for a message of any process and note what it says."""
+        busy = [child for child in self._children if self._tasks[child]]
+        patience = min(child.deadline for child in busy) - time.monotonic()
+        ready = wait([child.connection for child in busy], max(patience, 0))
+        for child in [c for c in busy if c.connection in ready or c.deadline <= time.monotonic()]:
+            try:
+                kind, value = child.receive()
+            except ReadFailure as e:
+                self._skip(child, str(e))
+                continue
+            if kind == "result":
+                batch, place = self._tasks[child].popleft()
+                batch.samples[place] = value
+
+    def _skip(self, child: Child, reason: str) -> None:
+        """Note the end of a process in the middle of a window; the rest of what it was sent with that comes last."""
+        tasks = self._tasks[child]
+        batch, place = tasks.popleft()
+        batch.samples[place] = self.dataset.fault(batch.keys[place], reason)
+        rest = []
+        while tasks and tasks[0][0] is batch and tasks[0][1] > place:
+            rest.append(tasks.popleft())
+        if rest:
+            tasks.extend(rest)
+            self._send(child, batch, [place for _, place in rest])
+
+    def _joined(self, keys: list[Key], samples: Sequence[dict[str, Any] | Fault], video: Tensor) -> dict[str, Any]:
+        """Return a batch of those samples that are none of the Faults, their views side by side."""
+        faults = [sample for sample in samples if isinstance(sample, Fault)]
+        read = [sample for sample in samples if not isinstance(sample, Fault)]
+        if not read:
+            video, read = video[:1], [self.dataset.fill_black(keys[0], video[0])]
+        elif faults:
+            video = video[torch.tensor([not isinstance(sample, Fault) for sample in samples])]
+        names = [name for sample in read if (name := sample["sample"])]
+        notes = [note for sample in read for note in sample["notes"]]
+        tensors = read[0].keys() - {"sample", "notes"}
+        batch = {name: torch.cat([sample[name] for sample in read]) for name in sorted(tensors)}
+        batch |= {"video": video.flatten(0, 1), "samples": names, "skipped": faults, "notes": notes}
+        return batch | {"weight": float(bool(names))}
+
+
+def shared_memory(shape: Sequence[int], *, pin: bool) -> Tensor:
+    """Return uint8 memory that processes forked later share with this one. pin: page-lock it for copies by CUDA."""
+    tensor = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(*shape)
+    if pin:
+        code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
+        if int(code):
+            logger.warning(f"memory for batches cannot be page-locked (CUDA error {int(code)}): copies take longer")
+    return tensor
