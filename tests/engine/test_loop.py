@@ -95,7 +95,7 @@ def test_every_loss_trains_the_model(loss):
     )
     to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
     run = session(optimization, Progress(steps_per_epoch=40))
-    objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
+    objective = FinetuneObjective(LOSSES[loss], to_input)
     train_one_epoch(model, [batch] * 40, objective, run, Reporting(clips_per_step=4))
     before = [p.clone() for p in model.parameters()]
     objective(model, batch | {"weight": 0.0})[0].backward()
