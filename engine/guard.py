@@ -42,7 +42,7 @@ def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) 
         scaler.update()
         return all_sum((~loss.isfinite()).float()) > 0
     bad = ~grad_norm.isfinite()
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # as GradScaler does it: the kernel reads found_inf
+    if all(group.get("fused") for group in optimizer.param_groups):  # as GradScaler does: the kernel reads found_inf
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
