@@ -129,7 +129,8 @@ def check_start(case, run, optimization, sampler):
 
 
 @pytest.mark.parametrize(
-    ("build", "name"), [*((finetuning, name) for name in GOLDEN["finetune"]), *((dapt, name) for name in GOLDEN["dapt"])]
+    ("build", "name"),
+    [*((finetuning, name) for name in GOLDEN["finetune"]), *((dapt, name) for name in GOLDEN["dapt"])],
 )
 def test_training_ends_where_the_published_code_s_does(build, name, tmp_path):
     kind = "dapt" if build is dapt else "finetune"
