@@ -26,6 +26,15 @@ CPU = ALONE.device
 SETTINGS = ("--device", "cpu", "--precision", "fp32", "--output_dir", "unused", "--data_path")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads would cost more than they bring: the models are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pcg(seed):
     return np.random.Generator(np.random.PCG64(seed))
 
