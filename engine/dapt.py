@@ -19,6 +19,7 @@ class DaptObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         video = self.autoencoder.normalize(batch["video"])
-        target = self.autoencoder.target(video, batch["mask"])
-        loss = batch["weight"] * model(video, batch["mask"], target)
+        split = self.autoencoder.split(batch["mask"])
+        target = self.autoencoder.target(video, split)
+        loss = batch["weight"] * model(video, split, target)
         return loss, {"loss": loss, "trivial_loss": batch["weight"] * self.autoencoder.trivial_loss(target)}
