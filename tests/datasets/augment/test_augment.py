@@ -1,4 +1,5 @@
 import base64
+import os
 import random
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from helpers import golden
 from PIL import Image
+from torch.nn import functional
 
 from datasets.augment.dapt import ALIGNED_SCALES, SCALES, PretrainTransform
 from datasets.augment.device import NormalizeAndErase
@@ -19,7 +21,6 @@ from datasets.augment.frames import (
     multi_scale_crop,
     pad_wide,
     resize,
-    resize_exact,
 )
 from datasets.augment.randaugment import DRIVING_OPS, timm_policy
 from datasets.clips import DataError
@@ -64,10 +65,25 @@ def test_evaluation_preprocessing_equals_opencv(sizes):
     assert np.abs(frames[1].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
+def test_evaluation_preprocessing_is_a_bicubic_without_antialias():
+    frame = picture(72, 128)
+    planes = frame.permute(2, 0, 1)[None].float()
+    expected = functional.interpolate(planes, size=(14, 14), mode="bicubic", antialias=False).round().clamp(0, 255)
+    assert (EvalTransform(14)([frame]) - expected).abs().max() <= 1
+
+
+def test_evaluation_preprocessing_takes_rotated_frames_and_starts_no_thread():
+    wide = picture(720, 1280)
+    upright = wide.transpose(0, 1)
+    before = len(os.listdir("/proc/self/task"))
+    assert torch.equal(EvalTransform(224)([upright]), EvalTransform(224)([upright.contiguous()]))
+    assert len(os.listdir("/proc/self/task")) == before
+
+
 def test_fast_resize_is_close_on_smooth_pictures():
     y, x = np.mgrid[:72, :128]
     smooth = torch.from_numpy(np.stack([x + y, 2 * y, 200 - x], -1).astype(np.uint8))
-    difference = resize(smooth[None], 28, 28)[0].int() - resize_exact(smooth, 28).int()
+    difference = resize(smooth[None], 28, 28)[0].int() - EvalTransform(28)([smooth])[0].permute(1, 2, 0).int()
     assert difference.abs().max() <= 1
 
 
