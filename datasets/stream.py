@@ -121,8 +121,8 @@ class ClipStream(IterableDataset):
 class _Gatherer:
     """Makes batches of windows from chunks of frames that it normalises as they come.
 
-    It keeps one batch, since fresh memory would cost more than the copy into it, and of each clip in progress the
-    frames that later windows need.
+    It keeps one batch, since fresh memory would cost more than the copy into it, and of each clip in progress, one for
+    each loading process, the frames that later windows need: fewer than a window spans.
     """
 
     def __init__(
