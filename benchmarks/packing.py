@@ -50,8 +50,8 @@ def train_seconds(dataset: WindowDataset, key: Key) -> float:
 
 
 def eval_batches(clips: ClipTable, index: WindowIndex, batch_size: int = 64) -> Iterator[WindowBatch]:
-    """Yield the windows of a table, of 224 x 224 pixels. Raises DataError for a clip that cannot be read."""
-    for item in SplitWindows(clips, index, EvalTransform(224), batch_size=batch_size):
+    """Yield the windows of a table, uint8, of 224 x 224 pixels. Raises DataError for a clip that cannot be read."""
+    for item in SplitWindows(clips, index, EvalTransform(224), batch_size=batch_size).batches(lambda frames: frames):
         if isinstance(item, WindowBatch):
             yield item
         elif not item.frames:
