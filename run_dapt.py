@@ -167,6 +167,7 @@ def pretrain(args: Namespace, process: Process) -> None:
         dataset,
         sampler,
         num_workers=args.num_workers,
+        together=args.windows_per_read > 1,
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
@@ -297,6 +298,8 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
         world_size=world_size,
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
+        together=args.windows_per_read,
+        apart=[source.index.windows_apart for source in dataset.sources],
     )
 
 
