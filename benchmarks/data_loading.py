@@ -11,17 +11,35 @@ process without workers, in CPU seconds, after a warm-up; the two evaluations ta
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from benchmarks.packing import eval_seconds, train_seconds
-from datasets import build_clips
+from benchmarks.packing import eval_batches
+from datasets import ClipTable, build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
-from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.loader import EpochSampler, Key, Source, WindowDataset
 from datasets.readers import open_clip
 from datasets.windows import WindowIndex
+
+
+def train_seconds(dataset: WindowDataset, key: Key) -> float:
+    """Return the CPU seconds that a training window takes to load."""
+    started = time.process_time()
+    dataset[key]
+    return time.process_time() - started
+
+
+def eval_seconds(clips: ClipTable, number: int, stride: int) -> float:
+    """Return the CPU seconds that all windows of a clip take to load."""
+    table = replace(clips, clips=[clips[number]])
+    index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=16, view_fps=10, stride=stride)
+    started = time.process_time()
+    for _ in eval_batches(table, index):
+        pass
+    return time.process_time() - started
 
 
 def main() -> None:
