@@ -51,6 +51,8 @@ class Clip:
     night: whether it was filmed at night; None = unknown.
     pack_step: the source is a zip of `datasets.tools.pack`, which holds every pack_step-th frame, counted back from
         the last; numbers, rate and labels are those of the original all the same. None = not packed.
+    aspect: width / height of the frames as filmed, upright, where the source holds them squashed to another shape; at
+        least 1, so their height is that of the short side. None = they are as filmed, or shrunk alike.
 
     aspect: width / height of the frames as filmed, upright, where the source holds them squashed to another shape; None
         where they are as filmed.

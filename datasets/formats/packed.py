@@ -6,6 +6,8 @@ ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it c
                         and the version of the code that packed it
 ROOT/frames/<clip>.zip  JPEGs, each named by the number of its frame in the original: 000000.jpg, 000003.jpg, ...
 
+Frames may be squashed to a width; their clip then has the `aspect` they were filmed in.
+
 A pack at a lower rate keeps every n-th frame, counted back from the clip's last one. A packed Clip has the frame count,
 numbers, rate, labels and names of the original, so windows are those of the original too: those that end on every n-th
 frame, the last of them on the clip's last frame, as `WindowIndex` anchors them at a stride of n.

@@ -8,30 +8,30 @@ Frames, labels and names keep the numbers of the original. Of a source at a whol
 is kept, counted back from the clip's last one, so windows end on every n-th frame and training and evaluation need a
 step of n (--sampling_rate, --sampling_rate_val); of other sources every frame is kept.
 
+With --squash WIDTH the width of frames is squashed once, as training and evaluation do anyway, in the resampling that
+shrinks them: of 1280 x 720 a --short_side of 320 makes 569 x 320, and --squash 224 makes that 224 x 320. Each clip
+remembers the shape it was filmed in, by which training pads. Frames are never enlarged, and those that are higher than
+wide stay as they are.
+
 Killed at any moment, the same command goes on where it stopped; OUT can be used once it has finished. A later run adds
 splits or variants (DoTA_half to DoTA) and packs again the clips whose source has changed.
 """
 
 import fcntl
-import io
 import json
 import logging
 import os
 import shutil
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
-from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
 from datasets.clips import data_errors
 from datasets.faults import read_bad_clips, warn_unmatched
 from datasets.formats.packed import (
@@ -44,10 +44,9 @@ from datasets.formats.packed import (
     read_index,
     read_manifest,
     refuse_outdated,
-    sha256,
 )
 from datasets.parallel import available_cores, in_processes
-from datasets.readers import Reader, find_source, open_clip
+from datasets.tools.pack_clip import Job, Settings, pack_clip, sample_bytes, stamp
 from utils.cli import Parser, natural, positive, positive_float
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
@@ -57,102 +56,7 @@ from utils.text import first_few
 logger = logging.getLogger("tad")
 
 BAD_CLIPS = "bad_clips.txt"  # in OUT: what could not be packed
-CHUNK = 32  # frames decoded at a time
-SAMPLED_CLIPS, SAMPLED_FRAMES = 8, 3  # for the estimate of space
-WHOLE = 1 / 32  # a rate this close to a multiple of --fps counts as one: 16 frames at --fps stay the right ones
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How clips are packed."""
-
-    short_side: int  # of the frames in pixels, which are never enlarged; 0: as they are
-    fps: float  # frames per second to keep; 0: all
-    quality: int  # of the JPEGs, 1 to 100
-
-    def step(self, fps: float) -> int:
-        """Return n, where every n-th frame is kept of a source at fps."""
-        ratio = fps / self.fps if self.fps else 1
-        return round(ratio) if ratio > 1 and abs(ratio - round(ratio)) <= WHOLE else 1
-
-    def jpeg(self, frame: Tensor) -> bytes:
-        """Encode uint8 (H, W, 3), resized with Pillow's bicubic filter, which averages what it leaves out."""
-        image = Image.fromarray(frame.numpy())
-        scale = self.short_side / min(image.size)
-        if 0 < scale < 1:
-            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=self.quality)
-        return data.getvalue()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A clip to pack."""
-
-    clip: Clip  # with the pack_step it will have, and the source of the original
-    root: Path  # folder of the pack
-    file: str  # path of the zip to write, relative to root
-    settings: Settings
-
-    def __str__(self) -> str:
-        return self.clip.name
-
-    @contextmanager
-    def opened(self) -> Iterator[tuple[Reader, np.ndarray]]:
-        """Open the original: its reader, and the frames to keep. Raises DataError if there are none.
-
-        A source that ends before its annotation is packed as it is read, the smaller number of frames counting.
-        """
-        with open_clip(replace(self.clip, pack_step=None)) as reader:
-            frames = self.clip.stored_frames
-            frames = frames[frames < reader.usable_frames()]
-            if not len(frames):
-                raise DataError(reader.mismatch())
-            yield reader, frames
-
-    def jpegs(self, reader: Reader, frames: Sequence[int]) -> Iterator[bytes]:
-        """Yield the packed form of some frames. Raises DataError."""
-        for first in range(0, len(frames), CHUNK):
-            for frame in reader.frames(frames[first : first + CHUNK]):
-                yield self.settings.jpeg(frame)
-
-
-def pack_clip(job: Job) -> PackedClip | DataError:
-    """Write the zip of a clip. The same source and settings give the same bytes, which appear whole or not at all."""
-    path = job.root / job.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        original = stamp(job.clip)
-        with job.opened() as (reader, frames), replaced(path) as temporary:
-            with zipfile.ZipFile(temporary, "w") as z:
-                for frame, data in zip(frames.tolist(), job.jpegs(reader, frames), strict=True):
-                    z.writestr(zipfile.ZipInfo(job.clip.picture(frame)), data)  # of 1980: no time of writing
-            digest = sha256(temporary)
-    except DataError as e:
-        return e
-    size = path.stat().st_size
-    settings = asdict(job.settings)
-    return PackedClip(*describe(job.clip), original, settings, job.file, size, digest, len(frames), VERSION)
-
-
-def stamp(clip: Clip) -> dict[str, Any]:
-    """Return what changes with the source of a clip: path, bytes and the latest mtime in ns. Raises DataError."""
-    path = Path(os.path.abspath(find_source(clip)))
-    with data_errors(path):
-        files = [p.stat() for p in (path.iterdir() if path.is_dir() else [path])]
-        newest = max(s.st_mtime_ns for s in (path.stat(), *files))
-    return {"path": str(path), "size": sum(s.st_size for s in files), "mtime_ns": newest}
-
-
-def sample_bytes(job: Job) -> float | None:
-    """Return the mean bytes of a few frames of the clip in its packed form; None where it cannot be read."""
-    try:
-        with job.opened() as (reader, frames):
-            few = frames[np.unique(np.linspace(0, len(frames) - 1, SAMPLED_FRAMES).astype(int))]
-            return float(np.mean([len(data) for data in job.jpegs(reader, few)]))
-    except DataError:
-        return None
+SAMPLED_CLIPS = 8  # for the estimate of space
 
 
 def pack(
@@ -181,7 +85,7 @@ def pack(
     out = Path(out)
     if is_packed(root):
         raise DataError(f"{root}: a pack already; pack the original again")
-    with _locked(out, asdict(settings)):
+    with _locked(out, settings):
         scan = VideoScan(out / "videos.json", workers=workers)
         (data_set,) = find_data_sets([name], assume_fps)
         splits = splits or data_set.splits
@@ -210,7 +114,7 @@ def pack(
 
 
 @contextmanager
-def _locked(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+def _locked(out: Path, settings: Settings) -> Iterator[None]:
     """Lock the folder of a pack, and remove what an earlier process left half-written."""
     with data_errors(out, "written, choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
@@ -225,9 +129,8 @@ def _locked(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise DataError(f"{out}: another process is packing into it") from e
         refuse_outdated(out, read_manifest(out))
         for entry in read_manifest(out):
-            if entry.settings != settings:
-                flags = " ".join(f"--{k} {v:g}" for k, v in entry.settings.items())
-                raise DataError(f"{out}: a pack with {flags}; choose another folder, or remove it")
+            if (held := Settings(**entry.settings)) != settings:  # of older packs, --squash 0
+                raise DataError(f"{out}: a pack with {held}; choose another folder, or remove it")
         for half_written in out.rglob(".*.tmp"):
             half_written.unlink()
         yield
@@ -341,7 +244,7 @@ def _finish(
             "one_clip_per_video": table.one_clip_per_video,
         }
     for clip_name, job in jobs.items():
-        clip, anomalous = describe(job.clip)
+        clip, anomalous = describe(replace(job.clip, aspect=done[clip_name].clip.get("aspect")))
         done[clip_name] = replace(done[clip_name], clip=clip, anomalous=anomalous)
     listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
     with replaced(out / MANIFEST) as temporary:
@@ -349,8 +252,17 @@ def _finish(
     with replaced(out / INDEX) as temporary:
         temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
     (out / BAD_CLIPS).unlink(missing_ok=True)
-    size, original = sum(done[clip].bytes for clip in jobs), sum(done[clip].original["size"] for clip in jobs)
-    logger.info(f"packed: {size / 1e9:.3g} GB in place of {original / 1e9:.3g} GB; --data_set {name} --data_path {out}")
+    _say_what_is_packed([done[clip] for clip in jobs], settings)
+    logger.info(f"use it with --data_set {name} --data_path {out}")
+
+
+def _say_what_is_packed(entries: Sequence[PackedClip], settings: Settings) -> None:
+    size, original = sum(entry.bytes for entry in entries), sum(entry.original["size"] for entry in entries)
+    each = size / 1e3 / max(sum(entry.frames for entry in entries), 1)
+    logger.info(f"packed: {size / 1e9:.3g} GB in place of {original / 1e9:.3g} GB, {each:.3g} kB a frame; {settings}")
+    if settings.squash:
+        squashed = sum(entry.clip.get("aspect") is not None for entry in entries)
+        logger.info(f"{squashed} of {len(entries)} clips are squashed, the others narrower or higher than wide")
 
 
 def _write_manifest(path: Path, entries: Iterable[PackedClip]) -> None:
@@ -374,6 +286,9 @@ def main() -> None:
     parser.add_argument(
         "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
     )
+    help = "squash wider frames to this width: 224 (--input_size) for fine-tuning and evaluation, 320 (--short_side) "
+    help += "for DAPT, which fine-tuning can read too; 0: none (default: 0)"
+    parser.add_argument("--squash", type=natural, default=0, metavar="WIDTH", help=help)
     parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
     parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
     parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
@@ -387,7 +302,7 @@ def main() -> None:
             args.root,
             args.out,
             splits=args.split,
-            settings=Settings(args.short_side, args.fps, args.quality),
+            settings=Settings(args.short_side, args.fps, args.quality, args.squash),
             leave_out=read_bad_clips(args.bad_clips),
             assume_fps=args.assume_fps,
             workers=args.workers,

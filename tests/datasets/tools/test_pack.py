@@ -103,7 +103,7 @@ def test_the_manifest_tells_where_each_clip_came_from(copy, tmp_path):
     assert [line["clip"]["name"] for line in lines] == [f"syntheticva_{i:06d}" for i in range(5)]
     status = source.stat()
     assert lines[0]["original"] == {"path": str(source), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    assert lines[0]["settings"] == {"short_side": 48, "fps": 10, "quality": 92}
+    assert lines[0]["settings"] == {"short_side": 48, "fps": 10, "quality": 92, "squash": 0}
     held = (tmp_path / "out" / lines[0]["file"]).read_bytes()
     assert (lines[0]["sha256"], lines[0]["bytes"]) == (hashlib.sha256(held).hexdigest(), len(held))
     with pytest.raises(DataError, match="split 'train' of DoTA is not packed, only val; .* --split train adds it"):
@@ -273,7 +273,7 @@ def test_a_later_run_does_what_is_new_alone(copy, tmp_path):
 def test_what_does_not_fit_is_refused(copy, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack("DoTA", str(copy), out, splits=["val"], settings=SMALL)
-    with pytest.raises(DataError, match="out: a pack with --short_side 48 --fps 10 --quality 92; choose another"):
+    with pytest.raises(DataError, match="out: a pack with --short_side 48 --fps 10 --quality 92 --squash 0; choose"):
         pack("DoTA", str(copy), out, splits=["val"], settings=replace(SMALL, fps=5))
     with pytest.raises(DataError, match="a pack already; pack the original again"):
         pack("DoTA", str(out), tmp_path / "again", settings=SMALL)
@@ -402,8 +402,8 @@ def test_twenty_kills_change_nothing(tmp_path, start):
         half_written += any(name.endswith(".tmp") for name in held)
         partial += 0 < len(zips) < 32
         assert all(held[name] == whole[name] for name in zips), f"after kill {kills}"
-        if "pack.json" in held:  # finished before it could be killed: once more
-            assert process.exitcode == 0 and held == whole
+        if "pack.json" in held:  # finished before it could be killed, or before it could exit: once more
+            assert held == whole
             shutil.rmtree(out)
     assert half_written and partial > 5, (half_written, partial)
     start(out).join()
