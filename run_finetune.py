@@ -203,9 +203,11 @@ def train(args: Namespace, process: Process) -> None:
         save_every_minutes=args.save_every_minutes,
     )
     del resumed  # three times the weights
-    evaluated = optimization.ema.module if optimization.ema else model
+    if optimization.ema and args.compile:
+        optimization.ema.module.compile()  # a copy is not
 
     def after_epoch() -> dict[str, float]:
+        evaluated = optimization.ema.module if optimization.ema else model
         metrics = validate(args, validation, evaluated, session) if validation else {}
         keep_weights(args, process, evaluated, progress, metrics)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}

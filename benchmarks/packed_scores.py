@@ -1,7 +1,7 @@
 """How far the scores of a model move when it reads a pack in place of the original; a line of JSON for each pack.
 
     python -m benchmarks.cut_video VIDEO build/cut
-    python -m benchmarks.packed_scores --data_path build/cut --short_side 320 256
+    python -m benchmarks.packed_scores --data_path build/cut --short_side 320 256 --squash 0 320 224
 
 Without weights at hand: ViT-S at 16 x 224 x 224 with random weights (seed 0), and a head fitted to its features of the
 original's training split (logistic regression). Scores and AUC_ROC are of all windows. With a model of your own,
@@ -9,8 +9,10 @@ evaluate both and use compare_predictions.py.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -55,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="root of a data set in DoTA's layout")
     parser.add_argument("--short_side", type=int, nargs="+", default=[320, 256], help="of the packs (default: 320 256)")
+    parser.add_argument("--squash", type=int, nargs="+", default=[0, 320, 224], help="(default: 0 320 224)")
     parser.add_argument("--quality", type=int, default=92, help="of their JPEGs (default: 92)")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -74,13 +77,13 @@ def main() -> None:
 
     truth, original = torch.cat(labels).numpy(), scores([train, val])
     auroc = frame_metrics(original, truth)["auroc"]
-    for side in args.short_side:
+    for side, squash in itertools.product(args.short_side, args.squash):
+        settings = Settings(side, 10, args.quality, squash)
         with tempfile.TemporaryDirectory() as folder:
-            pack("DoTA", args.data_path, folder, settings=Settings(side, 10, args.quality))
+            pack("DoTA", args.data_path, folder, settings=settings)
             packed = scores([features(build_clips("DoTA", folder, split), model) for split in ("train", "val")])
         result = {
-            "short_side": side,
-            "quality": args.quality,
+            **asdict(settings),
             "windows": len(truth),
             "anomalous": int(truth.sum()),
             "auroc_original": round(100 * auroc, 2),

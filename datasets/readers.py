@@ -51,6 +51,10 @@ _UNREADABLE = (
 
 Fit = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
 
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"  # what a JPEG begins with, and its compressed pixels
+_MAY_TURN = (b"Exif\0", b"adobe.com/xap/")  # in the head of a JPEG: EXIF, XMP
+_scratch = bytearray()
+
 _FLIP = Image.Transpose
 _SIDEWAYS = (_FLIP.TRANSPOSE, _FLIP.ROTATE_270, _FLIP.TRANSVERSE, _FLIP.ROTATE_90)
 _TURNS = dict(  # {EXIF orientation: what sets the picture upright}
@@ -68,7 +72,8 @@ class Reader:
         """Yield uint8 (H, W, 3) RGB for each of frame_ids, in their order. Raises DataError naming file and frame.
 
         fit: is called with (height, width) of each picture that is decoded, upright, and returns a size down to which
-        the picture may be scaled where that saves time; None: all come at full size.
+        the picture may be scaled where that saves time; a frame is valid until the next one is asked for then. None:
+        all come at full size.
         """
         raise NotImplementedError
 
@@ -143,19 +148,33 @@ def picture_size(data: bytes, _: Fit | None = None) -> tuple[int, int]:
     return (width, height) if _turn(image) in _SIDEWAYS else (height, width)
 
 
+def _decode_jpeg(data: bytes, fit: Fit | None) -> Tensor:
+    """Decode a JPEG, with fit into memory that the next one is decoded into too. Raises ValueError where that fails."""
+    global _scratch
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space not in ("YCbCr", "Gray", "RGB") or height * width > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"a JPEG of colour space {space}, {height} x {width}")
+    if fit is None:
+        return torch.from_numpy(simplejpeg.decode_jpeg(data))
+    least = fit(height, width)
+    sizes = ((-(-height // factor), -(-width // factor)) for factor in (8, 4, 2, 1))
+    height, width = next(size for size in sizes if size[0] >= least[0] and size[1] >= least[1])
+    if len(_scratch) < height * width * 3:
+        _scratch = bytearray(height * width * 3)
+    picture = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, buffer=_scratch)
+    return torch.from_numpy(picture)
+
+
 def _decode(data: bytes, fit: Fit | None) -> Tensor:
-    image, turn = _open_picture(data), None
-    if image.format == "PNG":
-        image.load()  # the turn stands behind the pixels
+    """Return uint8 (H, W, 3) of a picture, as small as fit allows if that saves time. Raises what Pillow raises."""
+    if data.startswith(_JPEG) and not any(word in data[: data.find(_SCAN)] for word in _MAY_TURN):
+        with suppress(ValueError):  # damaged, perhaps, or of an unusual kind: Pillow takes more, or says what it is
+            return _decode_jpeg(data, fit)
+    image = _open_picture(data)
+    image.load()  # and what stands behind the pixels, of a PNG
     turn = _turn(image)
-    width, height = reversed(image.size) if turn in _SIDEWAYS else image.size
-    least = fit(height, width) if fit else (height, width)
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and turn is None:
-        factor = next((f for f in (8, 4, 2) if -(-height // f) >= least[0] and -(-width // f) >= least[1]), 1)
-        with suppress(ValueError):  # damaged, perhaps: Pillow takes more, or says what it is
-            size = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-            return torch.from_numpy(simplejpeg.decode_jpeg(data, **size))
-    image.load()
+    if fit:
+        fit(*(image.size if turn in _SIDEWAYS else image.size[::-1]))
     if turn is not None:  # 0 is a mirror
         image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bit: convert() would clip at 255

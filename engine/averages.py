@@ -1,10 +1,12 @@
-"""Averages of training statistics that do not stall the device."""
+"""Averages of training statistics and of weights that do not stall the device."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from utils.distributed import all_sum, world_size
 
@@ -28,18 +30,15 @@ class Averages:
 
         leave_out: bool () on the values' device: whether to leave these out.
         """
-        row = torch.stack([value.detach().to(torch.float64) for value in self._ordered(values)])
+        names = self.names or list(values)
+        row = torch.stack([values[name].detach().to(torch.float64) for name in names])
         row = torch.cat([row, torch.ones_like(row[:1])])
         if leave_out is not None:
             row = torch.where(leave_out, 0.0, row)
-        self._window = self._window.to(row.device) + row
-        self._total = self._total.to(row.device) + row
-
-    def _ordered(self, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         if not self.names:
-            self.names = list(values)
-            self._window = self._total = torch.zeros(len(values) + 1, dtype=torch.float64)
-        return [values[name] for name in self.names]
+            self.names, self._window, self._total = names, torch.zeros_like(row), torch.zeros_like(row)
+        self._window = self._window.to(row.device, non_blocking=True) + row
+        self._total = self._total.to(row.device, non_blocking=True) + row
 
     def read_window(self) -> dict[str, float]:
         """Return means since the last call, of this rank, NaN where there was nothing; waits for the device."""
@@ -69,3 +68,49 @@ class Averages:
             if self.names:
                 parts = [self._window + parts[0], self._total + parts[1]]
             self.names, (self._window, self._total) = list(state["names"]), parts
+
+
+class WeightAverage:
+    """The exponential moving average of a model's parameters: from the first ones on, as published.
+
+    Args:
+        model: the model as it is, not wrapped.
+        decay: what is kept of the average in a step.
+        on_cpu: keep it there. Weights are then copied while the device goes on, and added in the step after.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, on_cpu: bool = False):
+        self.decay, self._average = decay, copy.deepcopy(model).eval()
+        self._copies: list[torch.Tensor] = []  # of the weights, where they are elsewhere
+        self._copied: torch.cuda.Event | None = None
+        if on_cpu and next(model.parameters()).is_cuda:
+            self._average.cpu()
+            self._copies = [torch.empty_like(p, pin_memory=True) for p in self._average.parameters()]
+
+    @property
+    def module(self) -> nn.Module:
+        """The model with averaged weights."""
+        self._add_copies()
+        return self._average
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Add the model's present weights."""
+        if not self._copies:
+            self._add(list(model.parameters()))
+            return
+        self._add_copies()
+        for copied, parameter in zip(self._copies, model.parameters(), strict=True):
+            copied.copy_(parameter, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    @torch.no_grad()
+    def _add_copies(self) -> None:
+        if self._copied:
+            self._copied.synchronize()  # of the step before: the device has the present one to do
+            self._copied = None
+            self._add(self._copies)
+
+    def _add(self, weights: list[torch.Tensor]) -> None:
+        torch._foreach_lerp_(list(self._average.parameters()), weights, 1 - self.decay)

@@ -128,7 +128,7 @@ def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str
     Raises ConfigError where the state is damaged.
     """
     folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
-    return load_last(folder, mapped=True)["args"] if folder and (folder / _STATE).is_file() else {}
+    return load_last(folder)["args"] if folder and (folder / _STATE).is_file() else {}
 
 
 def find_resume(
@@ -234,14 +234,14 @@ def _explained(path: str | Path) -> Iterator[None]:
         ) from e
 
 
-def load_last(folder: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+def load_last(folder: str | Path) -> dict[str, Any]:
     """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read.
 
-    mapped: its tensors stay in the file.
+    Its tensors stay in the file until they are read: the ranks of a node share what they read in memory.
     """
     path = Path(folder, _STATE)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
@@ -271,7 +271,7 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
                 "start in another --output_dir"
             )
     state.model.load_state_dict(saved["model"])
-    optimization.optimizer.load_state_dict(saved["optimizer"])
+    _restore_optimizer(saved["optimizer"], optimization.optimizer)
     if optimization.scaler:
         optimization.scaler.load_state_dict(saved["scaler"])
     if optimization.ema:
@@ -292,6 +292,17 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
         )
 
 
+def _restore_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer's state; how it computes, on which device, is its own affair, and nothing stays in the file."""
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        if "fused" in own:
+            group["fused"] = own["fused"]
+    optimizer.load_state_dict(saved)
+    for values in optimizer.state.values():
+        kept = {k: v for k, v in values.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        values.update({k: v.clone() for k, v in kept.items()})  # a save replaces the file they are mapped from
+
+
 def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
     """Write the weights of an unwrapped model and its spec, in one rename: {"model": state dict, "spec": {...}}.
 
@@ -309,13 +320,16 @@ def is_kept(epoch: int, *, stop_epoch: int, every: int) -> bool:
 
 
 def _rng_state() -> dict[str, Any]:
-    """Return states of Python's, NumPy's and PyTorch's global generators, in plain types."""
+    """Return states of Python's, NumPy's and PyTorch's global generators, in plain types.
+
+    CUDA's is left out where this process does not use it: asking for it would take memory of the GPU.
+    """
     numpy = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
         "numpy": {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -325,5 +339,5 @@ def _restore_rng(state: dict[str, Any]) -> None:
     numpy = state["numpy"]
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])

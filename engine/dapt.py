@@ -7,8 +7,8 @@ class DaptObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
     Beside "loss" stands "trivial_loss", that of predicting each masked cube's mean colour: below it, more than
-    colours is predicted. The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could
-    be read, adds nothing to gradients and statistics.
+    colours is predicted. The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing
+    could be read, adds nothing to gradients and statistics.
 
     Args:
         autoencoder: the MaskedAutoencoder as it is, not wrapped; it normalises uint8 video and makes the target.
@@ -19,6 +19,7 @@ class DaptObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         video = self.autoencoder.normalize(batch["video"])
-        target = self.autoencoder.target(video, batch["mask"])
-        loss = batch["weight"] * model(video, batch["mask"], target)
+        split = self.autoencoder.split(batch["mask"])
+        target = self.autoencoder.target(video, split)
+        loss = batch["weight"] * model(video, split, target)
         return loss, {"loss": loss, "trivial_loss": batch["weight"] * self.autoencoder.trivial_loss(target)}

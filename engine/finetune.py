@@ -11,8 +11,8 @@ from engine.losses import Targets
 class FinetuneObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
-    The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could be read, adds nothing
-    to gradients and statistics.
+    The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could be read, adds
+    nothing to gradients and statistics.
 
     Args:
         loss: one of engine.losses.LOSSES.

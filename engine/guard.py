@@ -34,7 +34,7 @@ def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) 
 
     loss: () of this rank, its backward pass made through `nan_unless_finite`. grad_norm: () of the gradients that all
     ranks share, so the ranks decide alike. With a scaler, overflow is its affair and only the loss counts here. The
-    host waits for the device where neither a scaler nor a fused optimizer can leave out a step by itself.
+    host waits for the device unless the optimizer is fused: then its kernel leaves out a step by itself.
     """
     optimizer, scaler = optimization.optimizer, optimization.scaler
     if scaler:
@@ -42,7 +42,7 @@ def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) 
         scaler.update()
         return all_sum((~loss.isfinite()).float()) > 0
     bad = ~grad_norm.isfinite()
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # as GradScaler does it: the kernel reads found_inf
+    if all(group.get("fused") for group in optimizer.param_groups):  # as GradScaler does: the kernel reads found_inf
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf

@@ -1,11 +1,10 @@
 """Epochs of training, for any objective.
 
-Nothing in the loop waits for the device, but for optimizers without a fused step and for an average of the weights kept
-on the CPU: statistics add up there and are read every `log_every` steps.
+Nothing in the loop waits for the device, but for optimizers without a fused step, and an average of the weights kept on
+the CPU for the step before: statistics add up on the device and are read every `log_every` steps.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -90,7 +89,8 @@ def train_one_epoch(
     left out excepted. Raises TrainingError where too many steps in a row are not finite, Preempted.
     """
     model.train()
-    progress, averages, guard, clock = session.progress, session.state.statistics, session.guard, _Clock()
+    progress, averages, guard = session.progress, session.state.statistics, session.guard
+    clock = _Clock(session.process.device)
     optimization = session.state.optimization
     if progress.step == 0:
         averages.reset()
@@ -104,7 +104,7 @@ def train_one_epoch(
         averages.update(statistics, leave_out=left_out)
         guard.note(samples, statistics["loss"], left_out)
         if optimization.ema:
-            optimization.ema.update(getattr(model, "module", model), step=step)
+            optimization.ema.update(getattr(model, "module", model))
         progress.step += 1
         clock.steps += 1
         if progress.step % reporting.log_every == 0 or progress.step == progress.steps_per_epoch:
@@ -142,8 +142,10 @@ def _optimizer_step(
             means[name] = means.get(name, 0) + value.detach() / passes
     if scaler:
         scaler.unscale_(optimizer)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    means["grad_norm"] = nn.utils.clip_grad_norm_(trained, optimization.clip_grad or math.inf)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    means["grad_norm"] = nn.utils.get_total_norm([p.grad for p in trained])
+    if optimization.clip_grad:
+        nn.utils.clip_grads_with_norm_(trained, optimization.clip_grad, means["grad_norm"])
     left_out = step_if_finite(optimization, means["loss"], means["grad_norm"])
     if scaler:
         means["grad_norm"] = means["grad_norm"].nan_to_num(0, 0, 0)  # the scaler leaves such a step out
@@ -152,13 +154,20 @@ def _optimizer_step(
 
 
 class _Clock:
-    """Wall time, steps and seconds spent waiting for data since the last restart."""
+    """Wall time, steps, seconds spent waiting for data and the most memory held on the GPU since the last restart."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device = device
         self.restart()
 
     def restart(self) -> None:
         self.start, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def memory(self) -> dict[str, float]:
+        """Return {"mem_gib": GiB} of tensors at their most; {} on the CPU."""
+        return {"mem_gib": torch.cuda.max_memory_allocated(self.device) / 2**30} if self.device.type == "cuda" else {}
 
     def waiting_for(self, batches: Iterable) -> Iterator:
         """Pass batches on, counting the time each took to come."""
@@ -177,9 +186,8 @@ def _report(
     performance = {
         "clips_per_s": clock.steps * reporting.clips_per_step / seconds,
         "data_wait_pct": 100 * clock.data_seconds / seconds,
+        **clock.memory(),
     }
-    if torch.cuda.is_available():
-        performance["mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
     session.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, progress.steps_done)
     session.tensorboard.scalars("perf", performance, progress.steps_done)
     left = seconds / clock.steps * (progress.steps_per_epoch - progress.step)

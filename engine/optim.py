@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import ModelEmaV3
 from torch import nn
+
+from engine.averages import WeightAverage
 
 logger = logging.getLogger("tad")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # --precision
+FUSED = ("adam", "adamw", "momentum", "sgd")  # --opt: in one kernel, which leaves out a step without the host's waiting
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Optimization:
     clip_grad: float | None = None
     dtype: torch.dtype = torch.float32
     scaler: torch.amp.GradScaler | None = None
-    ema: ModelEmaV3 | None = None
+    ema: WeightAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,8 @@ def build_optimization(
         f"learning rate {lr:.4g} = {schedule.lr:g} x {clips_per_step} / 256, down to {min_lr:.4g}; "
         f"{schedule.steps_per_epoch} steps per epoch, {warmup} of warm-up"
     )
-    device = next(model.parameters()).device.type
     groups = parameter_groups(model, weight_decay=schedule.weight_decay, layer_decay=layer_decay)
-    optimizer = build_optimizer(groups, name=opt, lr=lr, eps=opt_eps, betas=opt_betas, fused=device == "cuda")
+    optimizer = build_optimizer(groups, name=opt, lr=lr, eps=opt_eps, betas=opt_betas)
     decay, decay_end = schedule.weight_decay, schedule.weight_decay_end
     return Optimization(
         optimizer=optimizer,
@@ -114,8 +115,8 @@ def build_optimization(
         accumulate=accumulate,
         clip_grad=clip_grad,
         dtype=dtype,
-        scaler=torch.amp.GradScaler(device) if dtype == torch.float16 else None,
-        ema=None if ema_decay is None else ModelEmaV3(model, decay=ema_decay, device="cpu" if ema_on_cpu else None),
+        scaler=torch.amp.GradScaler(next(model.parameters()).device.type) if dtype == torch.float16 else None,
+        ema=None if ema_decay is None else WeightAverage(model, ema_decay, on_cpu=ema_on_cpu),
     )
 
 
@@ -136,14 +137,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
 
 
 def build_optimizer(
-    groups: list[dict], *, name: str, lr: float, eps: float, betas: Sequence[float], fused: bool
+    groups: list[dict], *, name: str, lr: float, eps: float, betas: Sequence[float]
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over `parameter_groups`, by timm's name for it. fused: AdamW in one kernel (CUDA)."""
+    """Return an optimizer over `parameter_groups`, by timm's name for it, in one kernel if it is one of FUSED."""
     name = name.lower()  # as timm does
     options = {"eps": eps, "betas": tuple(betas)} if "adam" in name else {}
-    if fused and name == "adamw":
+    if name in FUSED:
         options["fused"] = True
-    return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **options)
+    optimizer = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **options)
+    if isinstance(optimizer, torch.optim.SGD):  # else a first step that is left out leaves its kernel a momentum unset
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def cosine(

@@ -10,6 +10,7 @@ Shapes: B clips, N tokens in (t h w) order, n visible and m masked ones, p pixel
 from dataclasses import replace
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,6 +21,13 @@ from models import internvideo2, vit
 from models.pos_embed import sinusoid_1d
 from models.registry import Dropout, VideoInput, build_model, register_model
 from models.vit import LayerNorm, Size, VideoEncoder, build_blocks, run_blocks
+
+
+class Split(NamedTuple):
+    """Positions of the visible (B, n) and of the masked (B, m) tokens of a batch, ascending, int64."""
+
+    visible: torch.Tensor
+    masked: torch.Tensor
 
 
 class Decoder(nn.Module):
@@ -77,21 +85,38 @@ class MaskedAutoencoder(nn.Module):
         """Map uint8 RGB (B, 3, T, H, W), on the model's device, to float32, as the encoder takes it."""
         return self.encoder.normalize(video)
 
-    def forward(self, video: torch.Tensor, mask: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    def split(self, mask: torch.Tensor | Split) -> Split:
+        """Return the Split, on the model's device, of a mask (B, N) bool, True = masked; a Split as it is.
+
+        Raises ValueError where the clips differ in how many are masked, or none is. A mask on the CPU costs no wait for
+        the device; made before a compiled model is called, the Split does not break its graph.
+        """
+        if isinstance(mask, Split):
+            return mask
+        counts = mask.sum(dim=1)
+        masked = int(counts[0])
+        if not (counts == masked).all() or masked == 0:
+            raise ValueError(f"each clip must have the same number of masked tokens, at least 1; got {counts.tolist()}")
+        order = mask.to(self.mask_token.device, non_blocking=True).byte().argsort(dim=1, stable=True)
+        return Split(order[:, :-masked], order[:, -masked:])
+
+    def forward(
+        self, video: torch.Tensor, mask: torch.Tensor | Split, target: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the loss, a float32 scalar.
 
         Args:
             video: (B, 3, T, H, W) normalised.
-            mask: (B, N) bool, True = masked, as many in each clip; kept on the CPU it costs no wait for the device.
+            mask: what `split` takes; so do the other methods.
             target: `self.target(video, mask)` where the caller has it already.
         """
         if target is None:
             target = self.target(video, mask)
         return F.mse_loss(self.predict(video, mask).float(), target)
 
-    def predict(self, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def predict(self, video: torch.Tensor, mask: torch.Tensor | Split) -> torch.Tensor:
         """Return (B, m, 3 p): the decoder's output for the masked tokens, in ascending order."""
-        visible, masked = _split(mask, video.device)
+        visible, masked = self.split(mask)
         latent = self.encoder.encode(_take(self.encoder.embed(video), visible), visible)
         latent = self.encoder_to_decoder(latent)
         positions = self.pos_embed.to(latent.dtype).expand(len(video), -1, -1)
@@ -99,9 +124,9 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder(torch.cat(tokens, dim=1), masked.shape[1])
 
     @torch.no_grad()
-    def target(self, video: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def target(self, video: torch.Tensor, mask: torch.Tensor | Split) -> torch.Tensor:
         """Return (B, m, 3 p) float32: what `predict` should return."""
-        cubes = self._cubes(video)[self._where(mask, video.device)]  # copies no other cube
+        cubes = self._cubes(video)[self._where(self.split(mask))]  # copies no other cube
         pixels = rearrange(cubes.float(), "b m a p q c -> b m (a p q) c")
         pixels = pixels * self.encoder.std + self.encoder.mean
         if self.normalize_target:
@@ -120,7 +145,7 @@ class MaskedAutoencoder(nn.Module):
 
         Normalised predictions get the mean and deviation of the cube they stand for.
         """
-        where = self._where(mask, video.device)
+        where = self._where(self.split(mask))
         cubes = self._cubes(video).float() * self.encoder.std + self.encoder.mean
         pixels = rearrange(cubes[where], "b m a p q c -> b m (a p q) c")
         predicted = rearrange(self.predict(video, mask).float(), "b m (p c) -> b m p c", c=3)
@@ -141,12 +166,11 @@ class MaskedAutoencoder(nn.Module):
         """Return the inverse of `_cubes`, copied."""
         return rearrange(cubes, "b t h w a p q c -> b c (t a) (h p) (w q)")
 
-    def _where(self, mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _where(self, split: Split) -> tuple[torch.Tensor, ...]:
         """Return the indices of masked cubes in `_cubes`: those of the clip (B, 1), of slot, row and column (B, m)."""
-        _, masked = _split(mask, device)
         _, h, w = self.grid
-        clip = torch.arange(len(mask), device=device)[:, None]
-        return clip, masked // (h * w), masked // w % h, masked % w
+        clip = torch.arange(len(split.masked), device=split.masked.device)[:, None]
+        return clip, split.masked // (h * w), split.masked // w % h, split.masked % w
 
     @staticmethod
     def _deviation(pixels: torch.Tensor) -> torch.Tensor:
@@ -161,20 +185,6 @@ class MaskedAutoencoder(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
-
-
-@torch.compiler.disable  # counts on the host
-def _split(mask: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Map (B, N) bool to positions (B, n) of the visible and (B, m) of the masked tokens, ascending, on device.
-
-    Raises ValueError where the clips differ in how many are masked, or none is.
-    """
-    counts = mask.sum(dim=1)
-    masked = int(counts[0])
-    if not (counts == masked).all() or masked == 0:
-        raise ValueError(f"each clip must have the same number of masked tokens, at least 1; got {counts.tolist()}")
-    order = mask.to(device, non_blocking=True).byte().argsort(dim=1, stable=True)
-    return order[:, :-masked], order[:, -masked:]
 
 
 def _take(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from einops import rearrange
 from timm.layers import trunc_normal_
 from timm.models.beit import Block  # the VideoMAE block: q and v bias without k bias, keys `attn.q_bias`, `attn.v_bias`
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.pos_embed import position_table
@@ -43,10 +44,14 @@ class TubeletEmbed(nn.Module):
     def __init__(self, cube: tuple[int, int, int], embed_dim: int):
         super().__init__()
         self.cube = cube
-        self.proj = nn.Conv3d(3, embed_dim, kernel_size=cube, stride=cube)
+        self.proj = nn.Conv3d(3, embed_dim, kernel_size=cube, stride=cube)  # holds the weights under published names
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return rearrange(self.proj(video), "b d t h w -> b (t h w) d")
+        # As a matrix product: for half-precision convolutions whose kernel is their stride cuDNN may have none but slow
+        # algorithms.
+        a, p, q = self.cube
+        cubes = rearrange(video, "b c (t a) (h p) (w q) -> b (t h w) (c a p q)", a=a, p=p, q=q)
+        return F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def gelu_layer(kind: str) -> Callable[[], nn.Module]:

@@ -98,6 +98,28 @@ def load_weights(path) -> dict[str, torch.Tensor]:
 ALONE = Process(0, 0, 1, torch.device("cpu"))
 
 
+def window_of(dataset, key):
+    """What a WindowDataset makes of a key: a Fault, or its sample with "video" uint8 (V, T, H, W, 3)."""
+    out = torch.zeros(dataset.shape, dtype=torch.uint8)
+    sample = dataset.fill(key, out)
+    return sample | {"video": out} if isinstance(sample, dict) else sample
+
+
+class AsRead:
+    """Stands for an augmentation: hands over the frames of a window as they are read, in their size."""
+
+    def __init__(self, height: int, width: int):
+        self.size = height, width
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        return 1, frames, *self.size, 3
+
+    def __call__(self, read, rng, out, *, aspect=None) -> dict:
+        for frame, place in zip(read(None), out[0], strict=True):
+            place.copy_(frame)
+        return {}
+
+
 def session(optimization, progress, *, guard=None, output_dir=Path(os.devnull), **options) -> Session:
     """A run of one process, which keeps no state and, unless epochs end, writes no files."""
     state = RunState(None, optimization, progress)

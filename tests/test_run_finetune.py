@@ -524,6 +524,19 @@ def test_compiled_model_trains_and_saves_the_same_keys(dota_root, tmp_path):
     assert state.keys() == create_model("vit_tiny_patch16_64").state_dict().keys()
 
 
+def test_the_average_that_is_evaluated_is_compiled_as_the_model_is(dota_root, tmp_path, monkeypatch):
+    compiled, scored, score = [], [], run_finetune.Scorer.score
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+
+    def noted(self, model, session=None):
+        scored.append(model)
+        return score(self, model, session)
+
+    monkeypatch.setattr(run_finetune.Scorer, "score", noted)
+    in_process(*flags(dota_root, tmp_path, *SHORT, "--compile", "--model_ema"))
+    assert len(compiled) == 2 and scored == [compiled[1]] * 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What bad input gets
 

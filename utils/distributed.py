@@ -48,7 +48,8 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
     """Join the group that torchrun announces in the environment (NCCL on CUDA, gloo on the CPU); leave it at the end.
 
     Without torchrun: a single process. An exception is reported before the group ends, because that makes the others
-    fail; then the process exits with code 1, and torchrun ends the others.
+    fail; then the process exits with code 1, and torchrun ends the others. On CUDA, float32 matrices are multiplied in
+    TF32 from here on.
 
     Args:
         device: "cuda" or "cpu". timeout: of every wait for the others. expected: exceptions whose message says all.
@@ -64,6 +65,7 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
     process = Process(rank, local_rank, world_size, cuda_or_cpu, timeout)
     if device == "cuda":
         torch.cuda.set_device(cuda_or_cpu)
+        torch.set_float32_matmul_precision("high")  # TF32
     if "WORLD_SIZE" not in os.environ:
         yield process
         return

@@ -186,7 +186,7 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
     group.fixed("min_lr", min_lr, "final base learning rate, scaled as --lr")
     group.fixed("warmup_epochs", warmup_epochs, "epochs of linear warm-up from 0", type=natural)
     group.fixed("warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off")
-    group.fixed("opt", "adamw", "optimizer, by timm's name")
+    group.fixed("opt", "adamw", "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest")
     group.fixed("opt_eps", 1e-8, "epsilon of Adam")
     group.fixed("opt_betas", betas, "betas of Adam", type=float, nargs=2)
     group.fixed("weight_decay", 0.05, "weight decay")
@@ -215,7 +215,7 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     group = FlagGroup(parser, "runtime")
     help = "where to run (default: cuda if PyTorch finds it, else cpu)"
     group.free("device", None, help, choices=["cuda", "cpu"])
-    help = "number format (default: bf16 on CUDA, fp32 on the CPU)"
+    help = "number format (default: bf16 on CUDA, fp32 on the CPU); CUDA multiplies fp32 matrices in TF32"
     group.fixed("precision", None, help, choices=["bf16", "fp16", "fp32"])
     group.free("compile", False, "compile the model with torch.compile")
     group.free("use_checkpoint", False, "recompute activations: less memory, slower")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from datasets.augment.draws import Draws, finished
-from datasets.augment.frames import Read, crop, draw_crop, draw_padding, halved, padded, resize, sized_frames
+from datasets.augment.frames import Read, draw_crop, draw_padding, halved, padded, resize, sized_frames
 from datasets.augment.masks import tube_mask
+from datasets.augment.operations import crop
 from datasets.augment.randaugment import RandAugment
 
 SCALES = (1, 0.875, 0.75, 0.66)  # of VideoMAE's multi-scale crop

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.augment.frames import crop
-from datasets.augment.operations import operate
+from datasets.augment.operations import crop, operate
 from datasets.augment.randaugment import DRIVING_OPS, NO_OP, RandAugment
 
 

@@ -64,15 +64,16 @@ class FinetuneTransform:
         paddings, drawn, boxes = [], [], []
         for t, (frame, height, width) in enumerate(sized_frames(read, self._least)):
             filmed = round(height * aspect) if aspect else width
+            if self.short_side:
+                scale = self.short_side / min(height, filmed)
+                height, width, filmed = (round(n * scale) for n in (height, width, filmed))
+                frame = resize(frame, height, width)
             if t == 0:
                 for _ in range(self.views):
                     paddings.append(draw_padding(height, filmed, rng))
                     drawn.append(Draws.of(self.rand_augment, self.size, rng))
                     boxes.append(draw_erasing(self.size, rng, prob=self.erase_prob, count=self.erase_count,
                                               max_area=self.erase_max_area))  # fmt: skip
-            if self.short_side:
-                scale = self.short_side / min(height, filmed)
-                frame = resize(frame, round(height * scale), round(width * scale))
             for padding, view in zip(paddings, out.numpy(), strict=True):
                 view[t] = resize(padded(frame, padding), self.size, self.size)
         if self.here:

@@ -116,7 +116,8 @@ def padded(frame: np.ndarray, padding: Padding) -> np.ndarray:
     frame = cv2.copyMakeBorder(frame, top, bottom, 0, 0, border, value=padding.colour)
     if padding.kind == "reflect":
         for rows in (frame[:top], frame[top + height :]):
-            rows[:] = (rows * np.float32(padding.brightness)).round()
+            if len(rows):
+                cv2.convertScaleAbs(rows, dst=rows, alpha=padding.brightness)
     return frame
 
 
@@ -156,21 +157,3 @@ def draw_crop(
     offsets = crop_offsets(width - w, height - h)
     left, top = offsets[rng.integers(len(offsets))]
     return top, left, h, w
-
-
-def crop(clip: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """Turn uint8 (T, H, W, 3) into (T, size, size, 3): what is in box (top, left, height, width), resized as by Pillow.
-
-    On a device other than the CPU the result is within a level of that.
-    """
-    top, left, height, width = box
-    clip = clip[:, top : top + height, left : left + width]
-    if (height, width) == (size, size):
-        return clip
-    planes = clip.permute(0, 3, 1, 2)
-    if clip.is_cuda:  # has no kernel for integers
-        planes = planes.float()
-    planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    if clip.is_cuda:
-        planes = planes.round_().clamp_(0, 255).byte()
-    return planes.permute(0, 2, 3, 1)

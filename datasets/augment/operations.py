@@ -8,7 +8,7 @@ A clip is uint8 (T, H, W, 3), in memory in any order of dimensions. To add an op
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -19,13 +19,19 @@ from torch.nn import functional as F
 FILL = 128  # of the corners that a rotation or shear leaves
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
+
+def on_cpu(clip: Tensor) -> bool:
+    """Tell whether a clip is where OpenCV, and PyTorch's kernels for uint8, can be used."""
+    return clip.device.type == "cpu"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Lookup tables: (T, 3, 256) float, rounded down, of each frame and channel
 
 
 def _histograms(clip: Tensor) -> Tensor:
     """Count the values of each frame and channel: int64 (T, 3, 256)."""
-    if clip.device.type == "cpu":
+    if on_cpu(clip):
         frames = clip.numpy()
         counts = [cv2.calcHist([frame], [c], None, [256], [0, 256]) for frame in frames for c in range(3)]
         return torch.from_numpy(np.stack(counts)).long().view(len(frames), 3, 256)
@@ -38,7 +44,7 @@ def _histograms(clip: Tensor) -> Tensor:
 def _look_up(clip: Tensor, tables: Tensor) -> Tensor:
     """Replace each value by that in the table of its frame and channel; tables are broadcast to (T, 3, 256)."""
     tables = tables.clamp(0, 255).to(torch.uint8).expand(len(clip), 3, 256)
-    if clip.device.type == "cpu":
+    if on_cpu(clip):
         lookups = tables.permute(0, 2, 1)[:, None].contiguous().numpy()
         return torch.from_numpy(np.stack([cv2.LUT(f, t) for f, t in zip(clip.numpy(), lookups, strict=True)]))
     planes = clip.permute(0, 3, 1, 2)
@@ -101,7 +107,7 @@ def _blend(other: Tensor, values: Tensor, factor: float) -> Tensor:
 def _grey(clip: Tensor) -> Tensor:
     """Return the luma of ITU-R 601, with Pillow's integers and rounding: float32 (T, H, W)."""
     values = clip.float()  # all sums are below 2^24: exact
-    if clip.device.type == "cpu":
+    if on_cpu(clip):
         luma = values @ torch.tensor([19595.0, 38470.0, 7471.0])
     else:  # where a product of matrices may be rounded
         luma = values[..., 0] * 19595 + values[..., 1] * 38470 + values[..., 2] * 7471
@@ -130,7 +136,7 @@ def _smooth(clip: Tensor) -> Tensor:
 
 def _framewise(function: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
     """Return function(clip) as uint8, on the CPU frame by frame, which its caches hold."""
-    parts = clip.split(1) if clip.device.type == "cpu" else (clip,)
+    parts = clip.split(1) if on_cpu(clip) else (clip,)
     return torch.cat([function(part).clamp_(0, 255).to(torch.uint8) for part in parts])
 
 
@@ -148,7 +154,7 @@ def affine(clip: Tensor, matrix: tuple[float, ...], interpolation: str) -> Tenso
     a, b, c, d, e, f = matrix
     sample_x, sample_y = a * x + b * y + c, d * x + e * y + f
     outside = (sample_x < 0) | (sample_x >= width) | (sample_y < 0) | (sample_y >= height)
-    if clip.device.type == "cpu":
+    if on_cpu(clip):
         shift = np.array([[a, b, c + 0.5 * (a + b) - 0.5], [d, e, f + 0.5 * (d + e) - 0.5]])  # first pixel at 0
         flags = INTERPOLATIONS[interpolation] | cv2.WARP_INVERSE_MAP
         warped = np.empty(clip.shape, dtype=np.uint8)
@@ -185,6 +191,24 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": brightness,
     "Sharpness": sharpness,
 }
+
+
+def crop(clip: Tensor, box: Sequence[int], size: int) -> Tensor:
+    """Turn uint8 (T, H, W, 3) into (T, size, size, 3): what is in box (top, left, height, width), resized as by Pillow.
+
+    On a device other than the CPU the result is within a level of that.
+    """
+    top, left, height, width = box
+    clip = clip[:, top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return clip
+    planes = clip.permute(0, 3, 1, 2)
+    if on_cpu(clip):
+        planes = F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    else:  # there is no kernel for integers
+        planes = F.interpolate(planes.float(), size=(size, size), mode="bilinear", antialias=True)
+        planes = planes.round_().clamp_(0, 255).to(torch.uint8)
+    return planes.permute(0, 2, 3, 1)
 
 
 def operate(clip: Tensor, name: str, level: float, *, interpolation: str = "bicubic") -> Tensor:

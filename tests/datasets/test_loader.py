@@ -3,11 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import window_of
 
 from datasets import build_clips
 from datasets.augment.finetune import FinetuneTransform
+from datasets.batches import BatchLoader
 from datasets.clips import ClipTable, DataError
-from datasets.loader import EpochSampler, Source, WindowDataset, train_loader
+from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.windows import WindowIndex
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +101,10 @@ def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, ep
     source = Source(clips, index, FinetuneTransform(32, views=views))
     dataset = WindowDataset([source], seed=7, targets=True)
     sampler.set_epoch(epoch)
-    return list(train_loader(dataset, sampler, num_workers=workers, pin_memory=False))
+    loader = BatchLoader(dataset, sampler, num_workers=workers)
+    batches = [batch | {"video": batch["video"].clone()} for batch in loader]
+    loader.close()
+    return batches
 
 
 NOTES = {"samples", "skipped", "notes", "weight"}  # say what became of the samples
@@ -137,7 +142,9 @@ def test_augmentation_depends_on_epoch_source_and_position(dota_root):
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
     source = Source(clips, index, FinetuneTransform(32))
     dataset = WindowDataset([source, source], seed=7, targets=True)
-    first, *others = [dataset[key] for key in ((0, 0, 5, 9), (0, 0, 5, 9), (1, 0, 5, 9), (0, 1, 5, 9), (0, 0, 6, 9))]
+    first, *others = [
+        window_of(dataset, key) for key in ((0, 0, 5, 9), (0, 0, 5, 9), (1, 0, 5, 9), (0, 1, 5, 9), (0, 0, 6, 9))
+    ]
     assert torch.equal(first["video"], others[0]["video"])
     assert len({int(s["seed"]) for s in (first, *others[1:])}) == 4
     sampler = EpochSampler([50, 50], batch_sizes=[2, 2], seed=7)
@@ -147,7 +154,11 @@ def test_augmentation_depends_on_epoch_source_and_position(dota_root):
 def test_content_of_a_batch(dota_root):
     (batch, *_) = training(dota_root)
     assert {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k not in NOTES} == {
-        "video": ((4, 3, 4, 32, 32), torch.uint8),
+        "video": ((4, 4, 32, 32, 3), torch.uint8),
+        "side": ((4,), torch.int64),
+        "ops": ((4, 3), torch.int64),
+        "levels": ((4, 3), torch.float64),
+        "crop": ((4, 4), torch.int64),
         "boxes": ((4, 1, 4), torch.int64),
         "seed": ((4,), torch.int64),
         "label": ((4,), torch.int64),
@@ -171,7 +182,7 @@ def test_targets_need_labels(dota_root):
     source = Source(bare, index, FinetuneTransform(32))
     with pytest.raises(DataError, match="bare: clip synthetictr_000000 has no labels to train on"):
         WindowDataset([source], seed=0, targets=True)
-    assert "label" not in WindowDataset([source], seed=0, targets=False)[0, 0, 0, 5]
+    assert "label" not in window_of(WindowDataset([source], seed=0, targets=False), (0, 0, 0, 5))
 
 
 def test_views_share_the_decoding_but_not_the_augmentation(dota_root):

@@ -11,6 +11,7 @@ import torch
 from helpers import SHARED
 from PIL import Image
 
+from datasets import readers
 from datasets.clips import Clip, DataError
 from datasets.readers import FolderReader, VideoReader, ZipReader, open_clip, picture_size
 from datasets.tools.synthetic import write_video
@@ -323,3 +324,39 @@ def test_pictures_of_other_suffixes_and_a_zip_in_capitals_are_said(tmp_path):
     write_zip(tmp_path / "capitals.ZIP", {"000000.jpg": encoded(0)})
     with pytest.raises(DataError, match=r"capitals.ZIP is not read: rename it to \S+/capitals.zip"):
         open_clip(clip(tmp_path / "capitals"))
+
+
+def jpeg(picture, mode="RGB", **options):
+    data = io.BytesIO()
+    Image.fromarray(picture).convert(mode).save(data, "JPEG", quality=92, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}], ids=str
+)
+def test_jpegs_are_pillow_s_pixels(options):
+    y, x = np.mgrid[:101, :203]
+    data = jpeg(np.stack([x, 2 * y, (x * y) // 80], -1).astype(np.uint8), **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(readers._decode(data, None).numpy(), expected)
+    half = readers._decode(data, lambda height, width: (height // 2, width // 2))
+    assert half.shape == ((101, 203, 3) if options.get("mode") == "CMYK" else (51, 102, 3))
+    if len(half) == 51:
+        small = np.asarray(Image.fromarray(expected).resize((102, 51), Image.BOX), dtype=int)
+        assert np.abs(half.numpy() - small).mean() < 2
+
+
+def test_pictures_are_read_as_small_as_the_reader_is_told(tmp_path):
+    """Not smaller in either direction; of the size that is asked for if that is what was filmed."""
+    Image.fromarray(np.full((90, 160, 3), 9, np.uint8)).save(tmp_path / "000000.jpg")
+    Image.fromarray(np.full((45, 80, 3), 9, np.uint8)).save(tmp_path / "000001.jpg")
+    clip = Clip("a", str(tmp_path), 2, 10.0)
+    sizes = []
+    for least, expected in (((20, 30), (23, 40)), ((23, 41), (45, 80)), ((46, 10), (90, 160)), ((90, 160), (90, 160))):
+        with open_clip(clip) as reader:
+            (frame,) = reader.frames([0], lambda h, w, least=least: sizes.append((h, w)) or least)
+            assert frame.shape == (*expected, 3)
+            (whole,) = reader.frames([1], lambda h, w: (h, w))
+            assert whole.shape == (45, 80, 3) and (whole == whole[0, 0]).all()
+    assert sizes == [(90, 160)] * 4

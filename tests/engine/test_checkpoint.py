@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import ALONE
-from timm.utils import ModelEmaV3
 
 from engine import checkpoint
+from engine.averages import WeightAverage
 from engine.checkpoint import Progress, RunState, find_last, load_last, restore, save_weights
 from engine.optim import Optimization, build_optimizer, parameter_groups
 from models import create_model
@@ -24,7 +24,7 @@ from utils.distributed import Process
 
 def optimization(model, **kwargs):
     groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.6)
-    optimizer = build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999), fused=False)
+    optimizer = build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999))
     return Optimization(optimizer, lr=lambda s: 1e-3, weight_decay=lambda s: 0.05, **kwargs)
 
 
@@ -32,7 +32,7 @@ def trained(seed=0):
     """A tiny model one step into training, and its optimization."""
     torch.manual_seed(seed)
     model = create_model("vit_tiny_patch16_64", init_scale=1.0)
-    state = optimization(model, ema=ModelEmaV3(model, decay=0.5))
+    state = optimization(model, ema=WeightAverage(model, 0.5))
     model(torch.randn(1, 3, 4, 64, 64)).square().sum().backward()
     state.optimizer.step()
     state.ema.update(model)
@@ -79,6 +79,32 @@ def test_everything_comes_back(tmp_path):
     assert old["param_groups"] == new["param_groups"]
     for key, moments in old["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(new["state"][key][k])) for k, v in moments.items())
+
+
+def test_a_state_is_mapped_and_nothing_stays_in_its_file(tmp_path):
+    """Another save may replace the file, and ranks share what they read of it."""
+    model, state = trained()
+    state.optimizer.param_groups[0]["fused"] = None  # as an older version, or another device, saves it
+    save_last(tmp_path, model, state, Progress(1), record={"padding": "x"})
+    path = find_last(tmp_path) / "state.pth"
+    loaded = load_last(path.parent)
+    with open("/proc/self/smaps") as f:
+        assert any(str(path) in line for line in f)
+    other, fresh = trained(seed=1)
+    restored(loaded, other, fresh, Progress())
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(group["fused"] for group in fresh.optimizer.param_groups)
+    old, new = state.optimizer.state_dict()["state"], fresh.optimizer.state_dict()["state"]
+    assert all(torch.equal(value, new[i][k]) for i, values in old.items() for k, value in values.items())
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    assert all(map(torch.equal, state.ema.module.parameters(), fresh.ema.module.parameters()))
+
+
+def test_what_cuda_draws_is_kept_only_where_this_process_uses_it(tmp_path, monkeypatch):
+    model, state = trained()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU, and a run on the CPU
+    save_last(tmp_path, model, state, Progress(1))
+    assert load_last(find_last(tmp_path))["ranks"][0]["rng"]["cuda"] is None
 
 
 @pytest.mark.parametrize("change", [{"num_windows": [7, 3]}, {"steps_per_epoch": 6}])

@@ -1,14 +1,15 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import session
-from timm.utils import ModelEmaV3
 from torch import nn
 
+from engine.averages import WeightAverage
 from engine.checkpoint import Progress
 from engine.finetune import FinetuneObjective
-from engine.loop import Reporting, train_epochs, train_one_epoch
+from engine.loop import Reporting, _Clock, train_epochs, train_one_epoch
 from engine.losses import LOSSES
 from engine.optim import Optimization, build_optimizer, cosine, parameter_groups
 from models import create_model
@@ -26,13 +27,13 @@ def squared(model, batch):
     return loss, {"loss": loss}
 
 
-def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, **kwargs):
+def train(model, batches, *, lr=lambda step: 0.1, steps=None, progress=None, objective=squared, **kwargs):
     progress = progress or Progress()
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0, "weight_decay": 0.0}], lr=0.0)
     optimization = Optimization(optimizer, lr=lr, weight_decay=lambda step: 0.0, **kwargs)
     progress.steps_per_epoch = steps or len(batches) // optimization.accumulate
     reporting = Reporting(clips_per_step=1, log_every=2)
-    return train_one_epoch(model, batches, squared, session(optimization, progress), reporting)
+    return train_one_epoch(model, batches, objective, session(optimization, progress), reporting)
 
 
 def test_accumulation_equals_a_large_batch():
@@ -89,13 +90,13 @@ def test_every_loss_trains_the_model(loss):
     }
     groups = parameter_groups(model, weight_decay=0.05)
     optimization = Optimization(
-        build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999), fused=False),
+        build_optimizer(groups, name="adamw", lr=1e-3, eps=1e-8, betas=(0.9, 0.999)),
         lr=lambda step: cosine(step, base=3e-4, final=0.0, total_steps=40, warmup_steps=5),
         weight_decay=lambda step: 0.05,
     )
     to_input = lambda video, boxes, seeds: (video.float() - 120) / 60  # noqa: E731
     run = session(optimization, Progress(steps_per_epoch=40))
-    objective = FinetuneObjective(LOSSES[loss], to_input, CPU)
+    objective = FinetuneObjective(LOSSES[loss], to_input)
     train_one_epoch(model, [batch] * 40, objective, run, Reporting(clips_per_step=4))
     before = [p.clone() for p in model.parameters()]
     objective(model, batch | {"weight": 0.0})[0].backward()
@@ -122,13 +123,58 @@ def test_the_model_trains_in_the_precision_asked_for(dtype):
     assert seen == [(True, dtype)]
 
 
-def test_the_average_follows_the_weights():
-    data, twice, thrice = list(torch.ones(3, 8, 3)), linear(), linear()
-    ema = ModelEmaV3(thrice, decay=0.5)  # copies the weights in its first two steps
-    train(twice, data[:2])
-    train(thrice, data, ema=ema)
-    assert not torch.equal(twice.weight, thrice.weight)
-    torch.testing.assert_close(ema.module.weight, (twice.weight + thrice.weight) / 2)
+def mean_of(model, batch):
+    loss = model(batch).mean()
+    return loss, {"loss": loss}
+
+
+def test_the_average_begins_at_the_first_weights_and_decays_in_every_step():
+    """Weights 1, 0.9, 0.8, 0.7 by hand; their average of decay 0.5 is 1, 0.95, 0.875, 0.7875."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = WeightAverage(model, 0.5)
+    for weight, average in ((0.9, 0.95), (0.8, 0.875), (0.7, 0.7875)):
+        train(model, [torch.ones(2, 1)], objective=mean_of, ema=ema)
+        assert (model.weight.item(), ema.module.weight.item()) == pytest.approx((weight, average))
+
+
+def test_an_average_on_the_cpu_is_a_step_late_and_complete_when_asked_for(monkeypatch):
+    """What a GPU would do is done here at once; the weights of a step are those of its end, whatever comes after."""
+    waits = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: waits.append(model.weight.item()))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    ema = WeightAverage(model, 0.5)
+    ema._copies = [torch.empty(1, 1)]
+    for weight in (0.9, 0.8, 0.7):
+        nn.init.constant_(model.weight, weight)
+        ema.update(model)
+    nn.init.zeros_(model.weight)
+    assert waits == pytest.approx([0.8, 0.7])
+    assert ema.module.weight.item() == ema.module.weight.item() == pytest.approx(0.7875)
+
+
+def test_gradients_are_read_once_and_not_rescaled_without_a_limit(monkeypatch):
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda *_: pytest.fail("rescaled"))
+    model, data = linear(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    squared(model, data)[0].backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    model.zero_grad(set_to_none=True)
+    assert train(model, [data])["grad_norm"] == pytest.approx(norm.item())
+
+
+def test_memory_is_the_most_since_the_last_report(monkeypatch):
+    gib = 2**30
+    held = SimpleNamespace(now=1 * gib, peak=9 * gib)  # 9: of what came before
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(held, "peak", held.now))
+    clock = _Clock(torch.device("cuda", 0))
+    assert clock.memory() == {"mem_gib": 1}
+    held.peak = 3 * gib
+    assert clock.memory() == {"mem_gib": 3}
+    clock.restart()
+    assert clock.memory() == {"mem_gib": 1} and _Clock(CPU).memory() == {}
 
 
 def test_scaled_losses_are_clipped_at_their_own_size():

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from helpers import golden
+from torch import nn
 
-from engine.optim import build_optimizer, cosine, parameter_groups, set_schedule
+from engine.optim import FUSED, build_optimizer, cosine, parameter_groups, set_schedule
 from models import create_model
 
 SCHEDULES = golden("schedules")
@@ -107,7 +108,7 @@ def test_without_layer_decay_there_are_two_groups_and_frozen_parameters_are_left
 def test_schedule_reaches_every_group():
     model = create_model("vit_tiny_patch16_64")
     groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
-    optimizer = build_optimizer(groups, name="adamw", lr=1.0, eps=1e-8, betas=[0.9, 0.95], fused=False)
+    optimizer = build_optimizer(groups, name="adamw", lr=1.0, eps=1e-8, betas=[0.9, 0.95])
     set_schedule(optimizer, lr=0.1, weight_decay=0.02)
     assert {round(g["lr"] / g["lr_scale"], 12) for g in optimizer.param_groups} == {0.1}
     assert len({g["lr"] for g in optimizer.param_groups}) == 6
@@ -119,11 +120,32 @@ def test_schedule_reaches_every_group():
 def test_optimizers_by_name(name):
     model = create_model("vit_tiny_patch16_64", init_scale=1.0)
     groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.6)
-    optimizer = build_optimizer(groups, name=name, lr=1e-2, eps=1e-8, betas=[0.9, 0.999], fused=False)
+    optimizer = build_optimizer(groups, name=name, lr=1e-2, eps=1e-8, betas=[0.9, 0.999])
     before = model.head.weight.clone()
     model(torch.randn(1, 3, 4, 64, 64)).sum().backward()
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_one_kernel_steps_as_many_do(name):
+    """Beside the class and the options that timm gives the name, without a kernel of its own."""
+    torch.manual_seed(0)
+    ends = []
+    for fused in (True, False):
+        parameters = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 64)]
+        optimizer = build_optimizer([{"params": parameters}], name=name, lr=1e-2, eps=1e-8, betas=(0.9, 0.95))
+        assert optimizer.param_groups[0]["fused"] is True
+        if not fused:
+            options = optimizer.param_groups[0] | {"fused": False}
+            options.pop("decoupled_weight_decay", None)
+            optimizer = type(optimizer)(**options)
+        for step in range(5):
+            for p in parameters:
+                p.grad = p.detach().sin() + 0.1 * step
+            optimizer.step()
+        ends.append(torch.cat([p.detach() for p in parameters]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
 
 
 def test_adam_s_options_do_not_depend_on_how_its_name_is_written():
@@ -134,7 +156,6 @@ def test_adam_s_options_do_not_depend_on_how_its_name_is_written():
             lr=1.0,
             eps=1e-3,
             betas=(0.5, 0.6),
-            fused=False,
         )
         assert optimizer.defaults["betas"] == (0.5, 0.6) and optimizer.defaults["eps"] == 1e-3
 

@@ -112,7 +112,7 @@ def test_only_visible_pixels_are_seen():
     model, video, mask = tiny(), clips(), tube()
     changed = video.clone()
     cubes = model._cubes(changed)
-    cubes[model._where(mask, video.device)] = 9.0  # a view: the masked pixels of `changed`
+    cubes[model._where(model.split(mask))] = 9.0  # a view: the masked pixels of `changed`
     assert not torch.equal(changed, video)
     with torch.no_grad():
         assert torch.equal(model.predict(video, mask), model.predict(changed, mask))
@@ -134,6 +134,16 @@ def test_unequal_or_empty_masks_are_refused():
     for wrong in (mask, torch.zeros_like(mask)):
         with pytest.raises(ValueError, match="same number of masked tokens, at least 1"):
             model(video, wrong)
+
+
+def test_a_mask_split_beforehand_gives_the_same_loss_in_one_graph():
+    model, video, mask = tiny(), clips(), tube()
+    expected, split = model(video, mask), model.split(mask)
+    assert all(torch.equal(positions, (mask == masked).nonzero()[:, 1].view(2, -1))
+               for masked, positions in enumerate(split))  # fmt: skip
+    assert torch.equal(model(video, split, model.target(video, split)), expected)
+    model.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(model.train()(video, split, model.target(video, split)), expected)
 
 
 def test_reconstruction_pictures():

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from helpers import golden
 
 from models import create_model, list_models, model_defaults
 from models.pos_embed import sinusoid_1d
+from models.vit import TubeletEmbed
 
 TINY = "vit_tiny_patch16_64"
 
@@ -64,6 +66,34 @@ def test_drop_path_grows_with_depth_and_dropout_follows_fc2_only():
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2, 0.3], atol=1e-6)
     assert isinstance(model.blocks[0].mlp.drop1, torch.nn.Identity) and model.blocks[0].mlp.drop2.p == 0.5
+
+
+@pytest.mark.parametrize("cube", [(2, 16, 16), (1, 14, 14)])
+def test_tokens_and_their_gradients_are_those_of_a_convolution(cube):
+    torch.manual_seed(0)
+    embed = TubeletEmbed(cube, 24).double()
+    pixels = torch.randn(2, 3, 2 * cube[0], 3 * cube[1], 2 * cube[2], dtype=torch.double, requires_grad=True)
+    expected = rearrange(embed.proj(pixels), "b d t h w -> b (t h w) d")
+    tokens = embed(pixels)
+    torch.testing.assert_close(tokens, expected)
+    slope = torch.randn_like(tokens)
+    inputs = (pixels, embed.proj.weight, embed.proj.bias)
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, slope) for out in (tokens, expected)))
+    assert {key: tuple(v.shape) for key, v in embed.state_dict().items()} == {
+        "proj.weight": (24, 3, *cube),
+        "proj.bias": (24,),
+    }
+
+
+def test_a_classifier_compiles_to_one_graph():
+    model, graph = tiny(drop_path_rate=0.1), tiny(drop_path_rate=0.1)
+    graph.compile(fullgraph=True, backend="eager")
+    for training in (True, False):
+        outputs = []
+        for m in (model, graph):
+            torch.manual_seed(1)
+            outputs.append(m.train(training)(video()))
+        torch.testing.assert_close(*outputs)
 
 
 def test_reductions():

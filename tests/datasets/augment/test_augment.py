@@ -1,6 +1,7 @@
 import base64
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -8,20 +9,23 @@ from helpers import golden
 from PIL import Image
 
 from datasets.augment.dapt import ALIGNED_SCALES, SCALES, PretrainTransform
-from datasets.augment.device import NormalizeAndErase
+from datasets.augment.device import DeviceAugment, NormalizeAndErase
+from datasets.augment.draws import Draws
 from datasets.augment.erasing import draw_erasing
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import (
     PADDINGS,
     EvalTransform,
+    Padding,
     crop_offsets,
     crop_sizes,
-    multi_scale_crop,
-    pad_wide,
-    resize,
-    resize_exact,
+    draw_crop,
+    draw_padding,
+    halved,
+    padded,
 )
-from datasets.augment.randaugment import DRIVING_OPS, timm_policy
+from datasets.augment.operations import crop
+from datasets.augment.randaugment import DRIVING_OPS, NO_OP, timm_policy
 from datasets.clips import DataError
 
 # cv2.resize(picture(h, w), (size, size), interpolation=cv2.INTER_CUBIC), OpenCV 4.13, in base 85.
@@ -64,74 +68,90 @@ def test_evaluation_preprocessing_equals_opencv(sizes):
     assert np.abs(frames[1].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
-def test_fast_resize_is_close_on_smooth_pictures():
-    y, x = np.mgrid[:72, :128]
-    smooth = torch.from_numpy(np.stack([x + y, 2 * y, 200 - x], -1).astype(np.uint8))
-    difference = resize(smooth[None], 28, 28)[0].int() - resize_exact(smooth, 28).int()
-    assert difference.abs().max() <= 1
+def through(transform, frames, seed=0, **options):
+    """(video uint8 (V, T, S, S, 3), what was drawn) of frames that a reader hands over at full size."""
+    out = torch.zeros(transform.shape(len(frames)), dtype=torch.uint8)
+    drawn = transform(lambda _: frames, np.random.default_rng(seed), out, **options)
+    return out, drawn
+
+
+def test_frames_are_halved_as_long_as_enough_is_left():
+    assert halved(720, 1280, 224) == (360, 640) and halved(1080, 1920, 224) == (270, 480)
+    assert halved(447, 900, 224) == (447, 900) and halved(449, 897, 224) == (225, 449)
+    assert halved(2160, 3840, 224) == (270, 480) and halved(100, 100, 224) == (100, 100)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Padding
 
 
-def draws(kind, width=64, tries=200):
-    """(rng, padded) for draws of one kind of padding over frames of 36 x 64."""
-    frames = torch.stack(moving())
+def paddings(kind, width=64, tries=200):
+    """Draws of one kind of padding of frames of 36 x width."""
     for seed in range(tries):
         if PADDINGS[np.random.default_rng(seed).integers(len(PADDINGS))] == kind:
-            yield frames, pad_wide(frames, width, np.random.default_rng(seed))
+            yield draw_padding(36, width, np.random.default_rng(seed))
 
 
 def test_paddings_are_drawn_as_published():
     assert [PADDINGS.count(k) for k in ("none", "black", "colour", "reflect", "replicate")] == [5, 2, 1, 2, 2]
-    rng, counts = np.random.default_rng(0), np.zeros(2)
-    for _ in range(2000):
-        counts[int(pad_wide(torch.zeros(1, 36, 64, 3, dtype=torch.uint8), 64, rng).shape[1] > 36)] += 1
-    assert counts[1] / 2000 == pytest.approx(7 / 12, abs=0.05)
+    rng = np.random.default_rng(0)
+    drawn = [draw_padding(36, 64, rng) for _ in range(2000)]
+    assert np.mean([p.kind != "none" for p in drawn]) == pytest.approx(7 / 12, abs=0.05)
+    assert np.mean([p.top for p in drawn if p.kind != "none"]) == pytest.approx(0.25 * 28 / 36, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["black", "colour", "reflect", "replicate"])
 def test_padding_keeps_the_picture_and_fills_above_and_below(kind):
-    heights, tops = [], []
-    for frames, padded in draws(kind):
-        extra = padded.shape[1] - 36
-        top = next(t for t in range(extra + 1) if torch.equal(padded[:, t : t + 36], frames))
-        heights.append(extra)
-        tops.append(top)
-        above = padded[:, :top]
-        if kind == "black":
-            assert not above.any()
-        elif kind == "colour":
-            assert len({tuple(p) for p in above.reshape(-1, 3).tolist()}) <= 1
+    frame, heights, tops = picture(36, 64).numpy(), set(), set()
+    for padding in paddings(kind):
+        top, bottom = round(padding.top * 36), round(padding.bottom * 36)
+        result = padded(frame, padding)
+        assert result.shape == (top + 36 + bottom, 64, 3) and np.array_equal(result[top : top + 36], frame)
+        above, below = result[:top], result[top + 36 :]
+        if kind in ("black", "colour"):
+            assert {tuple(p) for p in np.concatenate([above, below]).reshape(-1, 3).tolist()} <= {padding.colour}
         elif kind == "replicate":
-            assert torch.equal(above, frames[:, :1].expand_as(above))
-        elif top:
-            mirrored = frames[:, 1 : top + 1].flip(1)
-            assert (above <= (mirrored * 0.7).ceil()).all()
-    assert min(heights) >= 0 and max(heights) <= 64 - 36 and max(tops) <= (64 - 36) / 2
-    assert len(set(heights)) > 5 and len(set(tops)) > 4
+            assert (above == frame[:1]).all() and (below == frame[-1:]).all()
+        else:  # the edge row comes again first: OpenCV's BORDER_REFLECT, as published
+            mirrored = np.concatenate([frame[:top][::-1], frame[36 - bottom :][::-1]]) * padding.brightness
+            assert np.abs(np.concatenate([above, below]) - mirrored).max(initial=0) <= 0.5 + 1e-4
+            assert padding.brightness < 0.7
+        heights.add(top + bottom)
+        tops.add(top)
+    assert max(heights) <= 64 - 36 and max(tops) <= (64 - 36) / 2 and len(heights) > 5 and len(tops) > 4
 
 
-def test_padding_goes_by_the_width_before_squashing():
-    """Frames are squashed to the output width first; the padding is still that of the wide frame."""
-    for _, padded in draws("black", width=360):
-        assert padded.shape[1] - 36 <= 324
-    assert max(padded.shape[1] - 36 for _, padded in draws("black", width=360)) > 64 - 36
+def test_padding_of_reduced_frames_is_the_same_share():
+    half = padded(np.zeros((18, 32, 3), np.uint8), Padding("colour", 10 / 36, 4 / 36, colour=(9, 9, 9)))
+    assert half.shape == (5 + 18 + 2, 32, 3) and (half[:5] == 9).all() and not half[5:23].any()
 
 
 def test_frames_that_are_not_wide_are_never_padded():
-    frames = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-    assert all(pad_wide(frames, 64, np.random.default_rng(s)) is frames for s in range(50))
+    assert all(draw_padding(64, 64, np.random.default_rng(s)) == Padding() for s in range(50))
+
+
+def test_frames_stored_squashed_are_padded_as_filmed():
+    """Of a pack: 36 x 32, filmed at 36 x 64."""
+    options = {"aa": "none", "erase_prob": 0}
+    for seed in range(20):
+        wide, squashed = picture(36, 64), torch.from_numpy(cv2.resize(picture(36, 64).numpy(), (32, 36)))
+        rows = [through(FinetuneTransform(32, **options), [f], seed, aspect=a)[0][0, 0].any(-1).any(-1)
+                for f, a in ((wide, None), (squashed, 64 / 36))]  # fmt: skip
+        assert torch.equal(*rows)
+        a, b = (
+            through(pretrain(aa="none"), [f] * 2, seed, aspect=a)[1]["crop"]
+            for f, a in ((wide, None), (squashed, 64 / 36))
+        )
+        assert torch.equal(a, b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# RandAugment
+# RandAugment (what its operations do: test_operations.py)
 
 
 def test_policy_is_parsed_as_in_the_reference():
     reference = golden("augment")["rand_augment"]
-    policy = timm_policy("rand-m6-n3-mstd0.5-inc1", "bicubic")
+    policy = timm_policy("rand-m6-n3-mstd0.5-inc1", img_mean=(128, 128, 128), interpolation=Image.BICUBIC)
     assert policy.num_layers == reference["num_layers"] == 3 and policy.choice_weights is reference["weights"] is None
     assert [op.name for op in policy.ops] == reference["drive_ops"] == DRIVING_OPS
     for op, expected in zip(policy.ops, reference["parsed"], strict=True):
@@ -151,40 +171,57 @@ def test_policies_that_do_not_parse_are_refused(policy):
 
 
 def test_all_frames_get_the_same_operations():
-    transform = FinetuneTransform(32, aa="rand-m9-n3-mstd0.5", erase_prob=0)
-    frames, width = transform.shrink([picture(36, 64)] * 5)
-    changed = 0
+    transform, changed = FinetuneTransform(32, aa="rand-m9-n3-mstd0.5", erase_prob=0), 0
     for seed in range(30):
-        video, _ = transform.augment(frames, width, np.random.default_rng(seed))
+        video, _ = through(transform, [picture(36, 64)] * 5, seed)
         assert all(torch.equal(video[:, 0], video[:, t]) for t in range(1, 5))
-        plain, _ = FinetuneTransform(32, aa="none", erase_prob=0).augment(frames, width, np.random.default_rng(seed))
+        plain, _ = through(FinetuneTransform(32, aa="none", erase_prob=0), [picture(36, 64)] * 5, seed)
         changed += not torch.equal(video, plain)
     assert changed > 15
 
 
 def test_augmentation_depends_on_the_generator_alone():
     transform = FinetuneTransform(32)
-    frames, width = transform.shrink(moving())
     random.seed(1)
     np.random.seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist()
-    first = [transform.augment(frames, width, np.random.default_rng(s)) for s in range(6)]
+    first = [through(transform, moving(), s) for s in range(6)]
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # timm's draws leave no trace
     random.seed(2)
     np.random.seed(2)
-    second = [transform.augment(frames, width, np.random.default_rng(s)) for s in range(6)]
-    assert all(torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True))
+    second = [through(transform, moving(), s) for s in range(6)]
+    for (a, drawn), (b, again) in zip(first, second, strict=True):
+        assert torch.equal(a, b) and all(torch.equal(drawn[k], again[k]) for k in drawn)
     assert len({video.sum().item() for video, _ in first}) > 1
-    assert first[0][0].shape == (3, 4, 32, 32) and first[0][0].dtype == torch.uint8
+    assert first[0][0].shape == (1, 4, 32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["fine-tuning", "DAPT", "VideoMAE"])
+def test_the_device_does_what_the_worker_would_have_done(kind):
+    make = {
+        "fine-tuning": lambda here: FinetuneTransform(32, views=3, here=here),
+        "DAPT": lambda here: pretrain(here=here),
+        "VideoMAE": lambda here: pretrain(here=here, aligned=False),
+    }[kind]
+    left = 0
+    for seed in range(25):
+        (done, drawn), (raw, draws) = (through(make(here), moving(), seed) for here in (True, False))
+        left += (draws["ops"] != NO_OP).any().item()
+        assert (drawn["ops"] == NO_OP).all() and (drawn["crop"] == torch.tensor([0, 0, 32, 32])).all()
+        assert all(torch.equal(drawn[k], draws[k]) for k in drawn.keys() - {"ops", "levels", "crop", "side"})
+        a, b = (DeviceAugment(32)(*pair) for pair in ((done, drawn), (raw, draws)))
+        assert torch.equal(a, b) and a.shape[1:] == (3, 4, 32, 32)
+        assert torch.equal(a, done[:, :, :32, :32].permute(0, 4, 1, 2, 3))
+    assert (left > 10) == (kind != "VideoMAE")
 
 
 def test_short_side_scales_frames_before_padding():
-    frames, width = FinetuneTransform(32, short_side=18).shrink(moving())
-    assert frames.shape == (4, 18, 32, 3) and width == 32
-    frames, width = FinetuneTransform(32).shrink(moving())
-    assert frames.shape == (4, 36, 32, 3) and width == 64
+    small = [torch.from_numpy(cv2.resize(f.numpy(), (32, 18), interpolation=cv2.INTER_CUBIC)) for f in moving()]
+    for seed in range(8):
+        video, _ = through(FinetuneTransform(32, short_side=18, aa="none"), moving(), seed)
+        assert torch.equal(video, through(FinetuneTransform(32, aa="none"), small, seed)[0])
     with pytest.raises(DataError, match="different sizes"):
-        FinetuneTransform(32).shrink([picture(36, 64), picture(20, 64)])
+        through(FinetuneTransform(32), [picture(36, 64), picture(20, 64)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,31 +290,22 @@ def test_crops_are_the_reference_s(case):
 
 
 def test_crops_reach_every_size_and_place():
-    clip = torch.arange(64 * 96, dtype=torch.float32).view(1, 64, 96, 1).expand(2, 64, 96, 3)
-    clip = (clip / clip.max() * 255).byte()
-    crops = {multi_scale_crop(clip, 48, (1, 0.75), np.random.default_rng(s)).numpy().tobytes() for s in range(800)}
+    boxes = {draw_crop(64, 96, 48, (1, 0.75), np.random.default_rng(s)) for s in range(800)}
     sizes = crop_sizes(64, 48, (1, 0.75))
     assert sizes == [(64, 64), (48, 64), (64, 48), (48, 48)]
-    places = sum(len(set(crop_offsets(96 - w, 64 - h))) for w, h in sizes)
-    assert len(crops) > 0.8 * places
+    assert len(boxes) > 0.8 * sum(len(set(crop_offsets(96 - w, 64 - h))) for w, h in sizes)
+    assert all(t + h <= 64 and left + w <= 96 and (w, h) in sizes for t, left, h, w in boxes)
 
 
 def test_a_crop_of_the_output_size_is_not_touched():
     clip = torch.randint(256, (2, 60, 80, 3), dtype=torch.uint8)
-    crop = multi_scale_crop(clip, 60, (1,), np.random.default_rng(0))
-    lefts = [x for x, _ in crop_offsets(20, 0)]
-    assert any(torch.equal(crop, clip[:, :, x : x + 60]) for x in lefts)
+    assert torch.equal(crop(clip, (0, 13, 60, 60), 60), clip[:, :, 13:73])
 
 
 def test_resized_crops_are_pillow_s():
     clip = torch.stack(moving(2, 50, 70))
-    crop = multi_scale_crop(clip, 32, (1,), np.random.default_rng(1))
-    best = min(
-        np.abs(np.asarray(Image.fromarray(clip[0, :, x : x + 50].numpy()).resize((32, 32), Image.BILINEAR), dtype=int)
-               - crop[0].numpy()).max()
-        for x, _ in crop_offsets(20, 0)
-    )  # fmt: skip
-    assert best <= 1
+    expected = Image.fromarray(clip[1, :, 7:57].numpy()).resize((32, 32), Image.BILINEAR)
+    assert np.abs(np.asarray(expected, dtype=int) - crop(clip, (0, 7, 50, 50), 32)[1].numpy()).max() <= 1
 
 
 def pretrain(**kwargs):
@@ -289,51 +317,77 @@ def pretrain(**kwargs):
 @pytest.mark.parametrize("shape", [(36, 64), (90, 50), (20, 30)])
 def test_pretraining_samples(aligned, shape):
     frames = moving(4, *shape)
-    sample = pretrain(aligned=aligned)(frames, np.random.default_rng(0))
-    assert sample["video"].shape == (1, 3, 4, 32, 32) and sample["video"].dtype == torch.uint8
-    assert sample["mask"].shape == (1, 32) and sample["mask"].dtype == torch.bool and sample["mask"].sum() == 24
-    again = pretrain(aligned=aligned)(frames, np.random.default_rng(0))
-    other = pretrain(aligned=aligned)(frames, np.random.default_rng(1))
-    assert all(torch.equal(sample[k], again[k]) for k in sample)
-    assert not torch.equal(sample["video"], other["video"]) and not torch.equal(sample["mask"], other["mask"])
+    video, drawn = through(pretrain(aligned=aligned), frames)
+    side = 40 if aligned else 32
+    assert video.shape == (1, 4, side, side, 3)
+    assert drawn["mask"].shape == (1, 32) and drawn["mask"].dtype == torch.bool and drawn["mask"].sum() == 24
+    again, other = (through(pretrain(aligned=aligned), frames, seed) for seed in (0, 1))
+    assert torch.equal(video, again[0]) and all(torch.equal(drawn[k], again[1][k]) for k in drawn)
+    assert not torch.equal(video, other[0]) and not torch.equal(drawn["mask"], other[1]["mask"])
 
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("shape", [(30, 60), (31, 31), (31, 90), (33, 32)])
 def test_frames_a_pixel_or_two_off_the_output_size(aligned, shape):
     for seed in range(40):
-        sample = pretrain(aligned=aligned, enlarge=False)(moving(2, *shape), np.random.default_rng(seed))
-        assert sample["video"].shape == (1, 3, 2, 32, 32)
+        video, drawn = through(pretrain(aligned=aligned, enlarge=False, here=False), moving(2, *shape), seed)
+        assert DeviceAugment(32)(video, drawn).shape == (1, 3, 2, 32, 32)
 
 
 def test_the_augmentation_is_the_same_for_all_frames_of_a_clip():
-    still = [picture(36, 64)] * 4
     for seed in range(12):
-        video = pretrain()(still, np.random.default_rng(seed))["video"][0]
+        video, _ = through(pretrain(), [picture(36, 64)] * 4, seed)
         assert all(torch.equal(video[:, 0], video[:, t]) for t in range(4))
 
 
 def test_seven_clips_of_ten_are_rand_augmented(monkeypatch):
     transform, calls = pretrain(), []
-    monkeypatch.setattr(transform, "rand_augment", lambda clip, rng: calls.append(tuple(clip.shape)) or clip)
+    monkeypatch.setattr(Draws, "of", lambda policy, side, rng: calls.append((policy, side, rng)) or Draws(
+        side, np.full(1, NO_OP), np.zeros(1), (0, 0, side, side)))  # fmt: skip
     for seed in range(300):
-        transform([picture(36, 64)] * 2, np.random.default_rng(seed))
-    assert 0.63 < len(calls) / 300 < 0.77 and set(calls) == {(2, 40, 40, 3)}  # on the square, before the crop
+        through(transform, [picture(36, 64)] * 2, seed)
+    assert 0.63 < sum(rng is not None for *_, rng in calls) / 300 < 0.77
+    assert {(policy, side) for policy, side, _ in calls} == {(transform.rand_augment, 40)}  # on the square, uncropped
     assert pretrain(aa="none").rand_augment is None and pretrain(aligned=False).rand_augment is None
 
 
 def test_small_frames_are_enlarged_or_not():
     small = [picture(20, 30)]
-    assert pretrain()._shrink(small[0]).shape == (40, 60, 3)
-    assert pretrain(enlarge=False)._shrink(small[0]).shape == (20, 30, 3)
-    assert pretrain(enlarge=False)._shrink(picture(80, 120)).shape == (40, 60, 3)
+    assert through(pretrain(here=False), small * 2)[1]["side"].tolist() == [40]
+    assert through(pretrain(enlarge=False, here=False), small * 2)[1]["side"].tolist() == [20]
+    assert through(pretrain(enlarge=False, here=False), [picture(80, 120)] * 2)[1]["side"].tolist() == [40]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_reduced_frames_give_the_same_clip(aligned):
+    """A reader may hand over pictures at half their size; what is drawn and where it lands stays."""
+    y, x = np.mgrid[:144, :256]
+    smooth = np.stack([x // 2 + y // 4, y, 200 - x // 2], -1).astype(np.uint8)
+    half = torch.from_numpy(cv2.resize(smooth, (128, 72), interpolation=cv2.INTER_AREA))
+
+    def reduced(fit):
+        assert fit(144, 256) in ((72, 128), (36, 64))  # by the short side of the recipe
+        return [half] * 2
+
+    for make in (lambda: FinetuneTransform(32, aa="none"), lambda: pretrain(aa="none", aligned=aligned)):
+        differences = []
+        for seed in range(15):
+            whole, drawn = through(make(), [torch.from_numpy(smooth)] * 2, seed)
+            out = torch.zeros_like(whole)
+            again = make()(reduced, np.random.default_rng(seed), out)
+            assert all(torch.equal(drawn[k], again[k]) for k in drawn)
+            differences.append((whole.int() - out.int()).abs().float().mean().item())
+        assert np.median(differences) < 1 and max(differences) < 5  # the edge of a border may be half a row off
+    with pytest.raises(AssertionError):
+        FinetuneTransform(32, reduce=False)(reduced, np.random.default_rng(0), out)
 
 
 def test_colours_keep_their_order():
     red = torch.zeros(36, 64, 3, dtype=torch.uint8)
     red[..., 0] = 200
-    video = pretrain(aa="none")([red] * 2, np.random.default_rng(5))["video"][0]
-    assert video[0].float().mean() > 100 and video[1:].float().mean() < 60
+    for make in (pretrain, lambda aa: FinetuneTransform(32, aa=aa)):
+        video = through(make(aa="none"), [red] * 2, 5)[0].float()
+        assert video[..., 0].mean() > 100 and video[..., 1:].mean() < 60
 
 
 def test_pretraining_refuses():
@@ -342,4 +396,4 @@ def test_pretraining_refuses():
     with pytest.raises(ValueError, match="--aa 'rand-q1'"):
         pretrain(aa="rand-q1")
     with pytest.raises(DataError, match="different sizes"):
-        pretrain()([picture(36, 64), picture(36, 36)], np.random.default_rng(0))
+        through(pretrain(), [picture(36, 64), picture(36, 36)])

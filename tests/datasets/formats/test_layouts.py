@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers import write_video
+from helpers import window_of, write_video
 from PIL import Image
 
 from datasets import VideoScan, build_clips
@@ -195,8 +195,8 @@ def test_labels_windows_and_ttc_are_what_the_writer_knows(layout, tmp_path):
             assert clip.labels is None
     dataset = WindowDataset([Source(clips, index, FinetuneTransform(16, aa="none"))], seed=0, targets=truth.labelled)
     for i in range(0, len(index), 5):
-        sample, (clip, window) = dataset[0, 0, i, i], expected[i]
-        assert sample["notes"] == [] and sample["video"].shape == (1, 3, NUM_FRAMES, 16, 16)
+        sample, (clip, window) = window_of(dataset, (0, 0, i, i)), expected[i]
+        assert sample["notes"] == [] and sample["video"].shape == (1, NUM_FRAMES, 16, 16, 3)
         if truth.labelled:
             assert sample["label"].item() == truths[clip].labels[window[-1]]
             assert sample["ttc"].item() == pytest.approx(truths[clip].ttc(window[-1]), nan_ok=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import rewrite_zip, run, write_video
+from helpers import AsRead, rewrite_zip, run, window_of, write_video
 from PIL import Image
 
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
@@ -172,13 +171,10 @@ def test_readers_of_training_and_evaluation_take_a_pack(dada, tmp_path):
     ids = np.concatenate([chunk.frame_ids for chunk in stream])
     assert ids.tolist() == clips[0].stored_frames.tolist()
 
-    def transform(frames, rng):
-        return {"video": torch.stack(list(frames))[None]}
-
-    dataset = WindowDataset([Source(clips, index, transform)], seed=0, targets=True)
+    dataset = WindowDataset([Source(clips, index, AsRead(30, 40))], seed=0, targets=True)
     keys = [key for batch in EpochSampler([len(index)], batch_sizes=[1]) for key in batch]
     for key in keys:
-        sample = dataset[key]
+        sample = window_of(dataset, key)
         last = index[key[3]][1][-1]
         assert abs(int(sample["video"][0, -1, 15, 20, 0]) - 3 * (last + 1)) <= 3
         assert int(sample["label"]) == int(30 <= last + 1 <= 50)
@@ -330,7 +326,7 @@ def test_a_source_that_ends_early_is_packed_as_it_is_read(dada, tmp_path, fps, c
         assert "ends after" in fault.reason and fault.number == 0 < fault.frames < 61
         seen.append((fields(clips[0]), [n for batch in batches for n in batch.last.tolist() if n < fault.frames]))
         dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=0, targets=True)
-        samples = [dataset[0, 0, i, i] for i in range(len(index))]
+        samples = [window_of(dataset, (0, 0, i, i)) for i in range(len(index))]
         seen[-1] += ([s.get("label") if isinstance(s, dict) else "skipped" for s in samples],)
     assert seen[0] == seen[1] and len(seen[0][1]) == len(index) - 2 and seen[0][2][-1] == "skipped"
     (finding,) = [f for f in check("DADA2K", str(out))[0] if f.is_error]
