@@ -4,7 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from PIL import Image
 from datasets.tools.pack import Settings, pack
 from datasets.tools.synthetic import VIDEO_FPS, Scene, annotation, write_video
 from datasets.video import Video
-
-CAN_SQUASH = "squash" in {field.name for field in fields(Settings)}
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,8 @@ def make(root: Path, recipe: Recipe) -> dict[str, str]:
     roots = {"zips": "DoTA", "mp4": "videos"}
     packs = [("pack", "zips", 0), ("squashed", "zips", 224), ("dapt_pack", "mp4", 0), ("dapt_squashed", "mp4", 320)]
     for name, original, width in packs:
-        if not width or CAN_SQUASH:
-            settings = Settings(320, 10, 92, **({"squash": width} if width else {}))
-            pack(roots[original], str(root / original), root / name, settings=settings)
-            roots[name] = roots[original]
+        pack(roots[original], str(root / original), root / name, settings=Settings(320, 10, 92, width))
+        roots[name] = roots[original]
     done.write_text(text)
     return {name: str(root / name) for name in roots}
 

@@ -31,7 +31,7 @@ from benchmarks._common import (
     single_thread,
     table,
 )
-from benchmarks._data_sets import CAN_SQUASH, Recipe, make
+from benchmarks._data_sets import Recipe, make
 from datasets import ClipTable, DataError, VideoScan, build_clips
 from datasets.augment.dapt import PretrainTransform
 from datasets.augment.finetune import FinetuneTransform
@@ -90,10 +90,9 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
         yardstick.finetune(f"{clips[number].source}.zip", [clips[number].filename(i) for i in frames])
         return 1
 
-    packs = [name for name in ("pack", "squashed") if name in roots]
     ways = {"yardstick": finetune, "finetune_zips": loading(training_set(roots, "zips", here=False))}
     ways["finetune_zips_full_size"] = loading(training_set(roots, "zips", here=False, reduce=False))
-    ways |= {f"finetune_{name}": loading(training_set(roots, name, here=False)) for name in packs}
+    ways |= {f"finetune_{name}": loading(training_set(roots, name, here=False)) for name in ("pack", "squashed")}
     ways |= {f"finetune_{name}_cpu": loading(training_set(roots, name, here=True)) for name in ("zips", "pack")}
     yield ways, len(index)
 
@@ -104,7 +103,7 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
         yardstick.dapt(videos[number].source, frames.tolist())
         return 1
 
-    names = [name for name in ("mp4", "dapt_pack", "dapt_squashed") if name in roots]
+    names = ("mp4", "dapt_pack", "dapt_squashed")
     ways = {"yardstick": dapt}
     ways |= {f"dapt_{name.removeprefix('dapt_')}": loading(training_set(roots, name, here=False)) for name in names}
     yield ways, len(clip_index)
@@ -136,7 +135,7 @@ def evaluation_ways(roots: dict[str, str], windows: int) -> tuple[dict[str, Way]
 
 def measure(roots: dict[str, str], *, rounds: int, windows: int) -> dict[str, Any]:
     """Return what `against` says of each way of loading; None of one that there is not."""
-    results: dict[str, Any] = dict.fromkeys(("dapt_mp4_4windows", *(() if CAN_SQUASH else ("finetune_squashed",))))
+    results: dict[str, Any] = {"dapt_mp4_4windows": None}
     rng = np.random.default_rng(0)
     for ways, total in training_ways(roots):
         seconds = in_turns(ways, rng.integers(total, size=(rounds, windows)).tolist())
