@@ -1,0 +1,110 @@
+"""What the benchmarks share: measuring in turns, and printing tables and JSON."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cv2
+import torch
+
+Way = Callable[[int], int]  # loads the item of this number, or those of this clip; returns how many
+
+
+def single_thread() -> None:
+    """Have PyTorch and OpenCV work in this thread alone, as in a reading process."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def in_turns(ways: Mapping[str, Way], rounds: Iterable[Sequence[int]]) -> dict[str, list[float]]:
+    """Return the CPU seconds per item of each way in each round, after a call of each that does not count.
+
+    rounds: of each round what the ways are called with, in turns: first each with the first number, and so on.
+    """
+    rounds = list(rounds)
+    for way in ways.values():
+        way(rounds[0][0])
+    result: dict[str, list[float]] = {name: [] for name in ways}
+    for numbers in rounds:
+        spent, items = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+        for number in numbers:
+            for name, way in ways.items():
+                started = time.process_time()
+                items[name] += way(number)
+                spent[name] += time.process_time() - started
+        for name in ways:
+            result[name].append(spent[name] / items[name])
+    return result
+
+
+def against(seconds: Sequence[float], yardstick: Sequence[float]) -> dict[str, Any]:
+    """Compare seconds per item, round by round: items per second of both, their ratio, its range over the rounds."""
+    ratios = [slow / fast for fast, slow in zip(seconds, yardstick, strict=True)]
+    rates = {"ours": round(1 / median(seconds), 2), "yardstick": round(1 / median(yardstick), 2)}
+    return rates | {"ratio": round(median(ratios), 2), "spread": [round(min(ratios), 2), round(max(ratios), 2)]}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same keys as a table in Markdown."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(_text, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " .. ".join(map(_text, value))
+    return "n/a" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def comparison(results: Mapping[str, Any]) -> str:
+    """Return a table of what `against` returned, by name; None stands for what cannot be measured."""
+    empty = dict.fromkeys(("ours", "yardstick", "ratio", "spread"))
+    return table([{"": name} | (result or empty) for name, result in results.items()])
+
+
+def about() -> dict[str, str]:
+    """Return when, where and by which command something is measured."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    module = Path(sys.argv[0]).stem
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{len(os.sched_getaffinity(0))} x {cpu.group(1) if cpu else platform.processor()}{gpu}",
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}",
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+    }
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the command line with --json."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the results as a last line of JSON, too")
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the benchmarks that load data."""
+    parser.add_argument("--data", help="folder for the data, which is kept and used again (default: a temporary one)")
+    parser.add_argument("--video", default="", help="video to make the data of, enlarged (default: rendered roads)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--windows", type=int, default=8, help="windows of a round (default: 8)")
+    parser.add_argument("--size", type=int, nargs=2, default=(1280, 720), help="of pictures (default: 1280 720)")
+
+
+def print_results(text: str, results: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what is to be read, where it was measured, and all of it as a last line of JSON if asked."""
+    where = about()
+    print(text + "\n\n" + "\n".join(f"{name}: {value}  " for name, value in where.items()))
+    if as_json:
+        print(json.dumps(dict(results) | where))

@@ -1,0 +1,121 @@
+"""The benchmarks measure what they say: the yardstick loads what ours loads, and the arithmetic of tables is right."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import _common, _data_sets, _yardstick, data, evaluate, step
+from datasets import open_clip
+from datasets.augment.frames import EvalTransform
+
+SMALL = _data_sets.Recipe(size=(640, 360), clips=2, clip_frames=20, video_frames=66)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark")
+    _data_sets.make(path, SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def roots(folder):
+    return _data_sets.make(folder, SMALL)  # again: what is there is kept
+
+
+def test_data(roots):
+    clips, index = data.table_of(roots, "zips")
+    assert clips.frame_counts.tolist() == [20, 20] and len(index) == 10
+    videos, clip_index = data.table_of(roots, "mp4")
+    assert videos.frame_counts.tolist() == [66] and len(clip_index) == (66 - 46) // 3 + 1
+    for name, size in (("zips", (360, 640)), ("mp4", (360, 640)), ("pack", (320, 569)), ("dapt_pack", (320, 569)),
+                       ("squashed", (320, 224)), ("dapt_squashed", (320, 320))):  # fmt: skip
+        with open_clip(data.table_of(roots, name)[0][0]) as reader:
+            assert reader.read([2, 5]).shape == (2, *size, 3)
+        assert len(data.table_of(roots, name)[1]) == len(clip_index if size == (320, 320) or "mp4" in name or
+                                                         "dapt" in name else index)  # fmt: skip
+
+
+def test_yardstick_of_evaluation_is_ours(roots):
+    clips, index = data.table_of(roots, "zips")
+    number, frames = index[3]
+    names = [clips[number].filename(i) for i in frames]
+    published = _yardstick.Yardstick().evaluation(f"{clips[number].source}.zip", names)
+    with open_clip(clips[number]) as reader:
+        ours = EvalTransform(224)(reader.frames(frames))
+    ours = evaluate.NoModel().normalize(ours.transpose(0, 1)[None])[0]
+    assert (published - ours).abs().max() < 0.02  # a grey level is 0.017
+
+
+@pytest.mark.parametrize("decord", [True, False])
+def test_yardstick_of_training(roots, monkeypatch, decord):
+    """Without operations and padding it is the frames, squashed; with them it is something else."""
+    if not decord:
+        monkeypatch.setattr(_yardstick, "decord", None)
+    elif _yardstick.decord is None:
+        pytest.skip("needs decord")
+    yardstick = _yardstick.Yardstick()
+    clips, index = data.table_of(roots, "mp4")
+    number, frames = index[1]
+    augmented = yardstick.dapt(clips[number].source, frames.tolist())
+    monkeypatch.setattr(_yardstick, "_padded", lambda frame: frame)
+    monkeypatch.setattr(yardstick, "_augmented", lambda frames, policy: frames)
+    monkeypatch.setattr(_yardstick, "draw_crop", lambda *_: (0, 0, 320, 320))
+    plain = yardstick.dapt(clips[number].source, frames.tolist())
+    with open_clip(clips[number]) as reader:
+        ours = EvalTransform(224)(reader.frames(frames)).float().mean((0, 2, 3)) / 255
+    mean, std = (x.flatten() for x in (_yardstick._MEAN, _yardstick._STD))
+    assert augmented.shape == plain.shape == (3, 16, 224, 224)
+    assert torch.allclose(plain.mean((1, 2, 3)) * std + mean, ours, atol=0.01)
+    assert (augmented - plain).abs().mean() > 0.05
+
+
+def test_turns_and_ratios(monkeypatch):
+    clock = iter(np.cumsum([0, 1, 0, 4] * 4).tolist())
+    monkeypatch.setattr(_common.time, "process_time", lambda: next(clock))
+    calls = []
+    ways = {"ours": lambda i: calls.append(("ours", i)) or 1, "yardstick": lambda i: calls.append(("theirs", i)) or 2}
+    seconds = _common.in_turns(ways, [[5, 6], [7, 8]])
+    assert calls == [("ours", 5), ("theirs", 5)] + [(who, i) for i in (5, 6, 7, 8) for who in ("ours", "theirs")]
+    assert seconds == {"ours": [1, 1], "yardstick": [2, 2]}
+    assert _common.against([1, 2, 1], [2, 2, 3]) == {"ours": 1, "yardstick": 0.5, "ratio": 2, "spread": [1, 3]}
+
+
+def test_json_is_the_last_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, "Recipe", lambda *_: SMALL)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    command = ["benchmarks/data.py", "--data", str(folder), "--rounds", "1", "--windows", "1", "--json"]
+    monkeypatch.setattr(sys, "argv", command)
+    data.main()
+    printed = capsys.readouterr().out.splitlines()
+    results = json.loads(printed[-1])
+    for name in ("finetune_zips", "finetune_pack", "finetune_squashed", "dapt_mp4", "dapt_pack", "evaluation"):
+        assert results[name].keys() >= {"ours", "yardstick", "ratio"} and f"| {name} | " in "\n".join(printed)
+    assert "dapt_mp4_4windows" in results
+    assert results["command"].startswith("python -m benchmarks.data --data")
+
+
+def test_workers(roots):
+    rates = data.workers_rates(data.training_set(roots, "pack"), [1], seconds=0.1, rounds=1)
+    assert rates[1] > 0
+
+
+def test_step_rows():
+    """Operations of ViT-tiny by hand; a measurement of both tasks runs."""
+    device = torch.device("cpu")
+    tokens, dim, depth, cube = 2 * 4 * 4, 128, 4, 2 * 16 * 16 * 3
+    blocks = depth * (24 * tokens * dim**2 + 4 * tokens**2 * dim)
+    forward, head = 2 * tokens * cube * dim, 3 * 2 * dim * 2
+    assert step.flops_of_clip("vit_tiny_patch16_64", "finetune", device) == 3 * blocks + 2 * forward + head
+    rate, _ = step.measure("vit_tiny_patch16_64", "dapt", 2, device, "fp32", steps=1, compiled=False, recompute=True)
+    assert rate > 0
+
+
+def test_largest_batch():
+    """2 GB and 1 GB a clip: 5 of them fit into the 7.2 GB of a card that are used."""
+    assert step.largest_batch(4, int(6e9), int(4e9), 8) == 5
+    line = step.command("vit_base_patch16_224", "dapt", 5, compiled=True, recompute=False)
+    assert line == "python run_dapt.py --model pretrain_videomae_base_patch16_224 --batch_size 5 --compile"
