@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import cv2
 import torch
+
+from datasets.parallel import Child
 
 Way = Callable[[int], int]  # loads the item of this number, or those of this clip; returns how many
 
@@ -29,22 +32,33 @@ def single_thread() -> None:
 def in_turns(ways: Mapping[str, Way], rounds: Iterable[Sequence[int]]) -> dict[str, list[float]]:
     """Return the CPU seconds per item of each way in each round, after a call of each that does not count.
 
+    Each works in a process of its own, as it does in training: what one way leaves in the memory of a process makes
+    another faster or slower, by half for the arrays of full-size pictures.
+
     rounds: of each round what the ways are called with, in turns: first each with the first number, and so on.
     """
     rounds = list(rounds)
-    for way in ways.values():
-        way(rounds[0][0])
+    children = {name: Child(partial(_timed, way), limit=600) for name, way in ways.items()}
+    for child in children.values():
+        list(child.results(rounds[0][0]))
     result: dict[str, list[float]] = {name: [] for name in ways}
     for numbers in rounds:
-        spent, items = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
+        spent: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
         for number in numbers:
-            for name, way in ways.items():
-                started = time.process_time()
-                items[name] += way(number)
-                spent[name] += time.process_time() - started
-        for name in ways:
-            result[name].append(spent[name] / items[name])
+            for name, child in children.items():
+                spent[name] += child.results(number)
+        for name, pairs in spent.items():
+            result[name].append(sum(seconds for _, seconds in pairs) / sum(items for items, _ in pairs))
+    for child in children.values():
+        child.kill()
     return result
+
+
+def _timed(way: Way, number: int) -> list[tuple[int, float]]:
+    """Return how many items a way loads and the CPU seconds it takes."""
+    started = time.process_time()
+    items = way(number)
+    return [(items, time.process_time() - started)]
 
 
 def against(seconds: Sequence[float], yardstick: Sequence[float]) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 
 The data is made here: 1280 x 720 zips in DoTA's layout, an H.264 video, packs of both. What is measured is all that a
 reading process does for a window: reading, decoding, shrinking, drawing, and the message to the process that trains;
-with "_cpu" also the augmentation that a GPU does elsewhere. All in one process and one thread, in CPU seconds, the same
-windows for all, medians over rounds. The yardstick of packs is the published way on the originals.
+with "_cpu" also the augmentation that a GPU does elsewhere. Each way has a process of its own and one thread; they take
+turns with the same windows. CPU seconds, medians over rounds. The yardstick of packs is the published
+way on the originals.
 
 With --workers also batches per wall second of whole loaders with so many processes.
 """
@@ -80,6 +81,23 @@ def loading(dataset: WindowDataset) -> Way:
     return load
 
 
+def loading_together(dataset: WindowDataset, count: int) -> Way:
+    """Return what a reading process does for `count` windows of a video from that of a number on, as DAPT may do it."""
+    places = torch.zeros(count, *dataset.shape, dtype=torch.uint8)
+    index = dataset.sources[0].index
+
+    def load(window: int) -> int:
+        last = len(index) - 1 - (count - 1) * index.windows_apart
+        keys = [(0, 0, i, min(window, last) + i * index.windows_apart) for i in range(count)]
+        for sample in dataset.fill_together(keys, places):
+            if isinstance(sample, Fault):
+                raise DataError(str(sample))
+            _dumps(("result", sample))
+        return count
+
+    return load
+
+
 def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]:
     """Yield the ways of fine-tuning, then those of DAPT, the yardstick first, and the number of windows of both."""
     yardstick = _yardstick.Yardstick()
@@ -106,6 +124,7 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
     names = ("mp4", "dapt_pack", "dapt_squashed")
     ways = {"yardstick": dapt}
     ways |= {f"dapt_{name.removeprefix('dapt_')}": loading(training_set(roots, name, here=False)) for name in names}
+    ways["dapt_mp4_4windows"] = loading_together(training_set(roots, "mp4", here=False), 4)
     yield ways, len(clip_index)
 
 
@@ -134,8 +153,8 @@ def evaluation_ways(roots: dict[str, str], windows: int) -> tuple[dict[str, Way]
 
 
 def measure(roots: dict[str, str], *, rounds: int, windows: int) -> dict[str, Any]:
-    """Return what `against` says of each way of loading; None of one that there is not."""
-    results: dict[str, Any] = {"dapt_mp4_4windows": None}
+    """Return what `against` says of each way of loading."""
+    results: dict[str, Any] = {}
     rng = np.random.default_rng(0)
     for ways, total in training_ways(roots):
         seconds = in_turns(ways, rng.integers(total, size=(rounds, windows)).tolist())

@@ -1,5 +1,6 @@
 """Resizing, padding and cropping of frames, and the preprocessing of evaluation."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from datasets.clips import DataError
 
 cv2.setNumThreads(1)  # a reading process works in one thread, and one made before a fork would be missing after it
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
+_canvas = np.empty(0, np.uint8)
 CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
 
 
@@ -97,13 +99,21 @@ def draw_padding(height: int, width: int, rng: np.random.Generator) -> Padding:
 
 
 def padded(frame: np.ndarray, padding: Padding) -> np.ndarray:
-    """Pad uint8 (H, W, 3) to (top + H + bottom, W, 3). A reflected border begins with the edge row again."""
-    height = len(frame)
+    """Pad uint8 (H, W, 3) to (top + H + bottom, W, 3). A reflected border begins with the edge row again.
+
+    The result is valid until the next call, which uses its memory again: to get fresh memory takes as long as padding.
+    """
+    global _canvas
+    height, width = frame.shape[:2]
     top, bottom = round(padding.top * height), round(padding.bottom * height)
     if not top + bottom:
         return frame
     border = {"reflect": cv2.BORDER_REFLECT, "replicate": cv2.BORDER_REPLICATE}.get(padding.kind, cv2.BORDER_CONSTANT)
-    frame = cv2.copyMakeBorder(frame, top, bottom, 0, 0, border, value=padding.colour)
+    shape = top + height + bottom, width, 3
+    if len(_canvas) < math.prod(shape):
+        _canvas = np.empty(math.prod(shape), np.uint8)
+    canvas = _canvas[: math.prod(shape)].reshape(shape)
+    frame = cv2.copyMakeBorder(frame, top, bottom, 0, 0, border, dst=canvas, value=padding.colour)
     if padding.kind == "reflect":
         for rows in (frame[:top], frame[top + height :]):
             if len(rows):
