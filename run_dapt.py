@@ -163,15 +163,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
-    loader = BatchLoader(
-        dataset,
-        sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-        read_timeout=args.read_timeout,
-    )
-    augment = DeviceAugment(args.input_size)
-    batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
+    batches = CountedBatches(build_loader(args, dataset, sampler, process.device), limit=args.max_bad_samples)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
@@ -297,7 +289,22 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
         world_size=world_size,
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
+        together=args.windows_per_read,
+        apart=[source.index.windows_apart for source in dataset.sources],
     )
+
+
+def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler, device: torch.device) -> DeviceLoader:
+    """Return the batches of the sampler, augmented on the device."""
+    loader = BatchLoader(
+        dataset,
+        sampler,
+        num_workers=args.num_workers,
+        together=args.windows_per_read > 1,
+        pin_memory=args.pin_mem,
+        read_timeout=args.read_timeout,
+    )
+    return DeviceLoader(loader, device, DeviceAugment(args.input_size))
 
 
 def optimization_of(args: Namespace, model: nn.Module, steps_per_epoch: int) -> Optimization:

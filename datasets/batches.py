@@ -58,6 +58,7 @@ class BatchLoader:
     Args:
         sampler: yields the windows of each batch, the same number for all.
         num_workers: reading processes; 0: this one.
+        together: whether neighbours in a batch may be windows of one clip, which are read together then.
         pin_memory: whether the memory is page-locked for copies to a CUDA device.
         read_timeout: seconds without a picture read after which a reading process gives a window up as unreadable.
     """
@@ -68,10 +69,12 @@ class BatchLoader:
         sampler: EpochSampler | Sequence[list[Key]],
         *,
         num_workers: int,
+        together: bool = False,
         pin_memory: bool = False,
         read_timeout: float = READ_TIMEOUT,
     ):
         self.dataset, self.sampler, self.pin_memory = dataset, sampler, pin_memory
+        self._groups = dataset.together if together else lambda keys: [[place] for place in range(len(keys))]
         self._children = [Child(self._work, read_timeout) for _ in range(num_workers)]
         self._tasks: dict[Child, deque[tuple[_Batch, int]]] = {child: deque() for child in self._children}
         self._slots: list[Tensor] = []
@@ -85,7 +88,7 @@ class BatchLoader:
     def _from_here(self) -> Iterator[dict[str, Any]]:
         for keys in self.sampler:
             video = torch.empty(len(keys), *self.dataset.shape, dtype=torch.uint8)
-            samples = [self.dataset.fill(key, out) for key, out in zip(keys, video, strict=True)]
+            samples = list(self._filled(keys, video))
             yield self._joined(keys, samples, video)
 
     def _from_processes(self) -> Iterator[dict[str, Any]]:
@@ -130,10 +133,10 @@ class BatchLoader:
     def _assign(self, batch: _Batch) -> None:
         """Distribute the windows of a batch over the processes, each to that with the fewest to do."""
         share: dict[Child, list[int]] = {}
-        for place in range(len(batch.keys)):
+        for places in self._groups(batch.keys):
             child = min(self._children, key=lambda c: len(self._tasks[c]))
-            self._tasks[child].append((batch, place))
-            share.setdefault(child, []).append(place)
+            self._tasks[child].extend((batch, place) for place in places)
+            share.setdefault(child, []).extend(places)
         for child, places in share.items():
             self._send(child, batch, places)
 
@@ -143,8 +146,12 @@ class BatchLoader:
     def _work(self, task: tuple[int, list[tuple[int, Key]]]) -> Iterator[dict[str, Any] | Fault]:
         """Read windows into their places. Runs in the reading process."""
         slot, windows = task
-        for place, key in windows:
-            yield self.dataset.fill(key, self._slots[slot][place])
+        places, keys = zip(*windows, strict=True)
+        yield from self._filled(keys, [self._slots[slot][place] for place in places])
+
+    def _filled(self, keys: Sequence[Key], outs: Sequence[Tensor]) -> Iterator[dict[str, Any] | Fault]:
+        for places in self._groups(keys):
+            yield from self.dataset.fill_together([keys[i] for i in places], [outs[i] for i in places])
 
     def _receive(self) -> None:
         """Wait for a message of any process and note what it says."""

@@ -54,8 +54,6 @@ class Clip:
     aspect: width / height of the frames as filmed, upright, where the source holds them squashed to another shape; at
         least 1, so their height is that of the short side. None = they are as filmed, or shrunk alike.
 
-    aspect: width / height of the frames as filmed, upright, where the source holds them squashed to another shape; None
-        where they are as filmed.
 
     Raises ValueError where there is not one label for each frame.
     """

@@ -70,10 +70,9 @@ class CountedBatches:
         self._bad_clips = sum((Counter(state["bad_clips"]) for state in states), Counter())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with loader_errors():
-            for batch in self.loader:
-                self._count(batch)
-                yield batch
+        for batch in self.loader:
+            self._count(batch)
+            yield batch
 
     def _count(self, batch: dict[str, Any]) -> None:
         for fault in batch["notes"]:

@@ -8,7 +8,7 @@ starting at slice t.
 What cannot be read comes out as a Fault, not as an exception: training skips the sample and counts it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.augment.frames import Read
+from datasets.augment.frames import Fit, Read
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
 from datasets.labels import smooth_labels
-from datasets.readers import open_clip
+from datasets.readers import Reader, open_clip
 from datasets.windows import RandomClipIndex, WindowIndex
 
 _ORDER, _SAMPLE = 1, 2  # end the seeds of the orders and of the samples, so that none is shared
@@ -59,6 +59,9 @@ class EpochSampler:
         accumulate: forward passes per step.
         samples_per_epoch: windows of all sources together; 0, or more than the longest source can give: once through
             that one. What does not fill a last step is left out.
+        together: windows that follow each other in the order and, in their clips, each other at a distance of `apart`,
+            so that they can be read together; 1: the order is left to chance alone.
+        apart: that distance for each source, in windows.
 
     Raises DataError where an epoch has less than one step.
     """
@@ -73,7 +76,10 @@ class EpochSampler:
         world_size: int = 1,
         samples_per_epoch: int = 0,
         seed: int = 0,
+        together: int = 1,
+        apart: Sequence[int] = (),
     ):
+        self.together, self.apart = together, list(apart)
         self.num_windows, self.batch_sizes, self.accumulate = list(num_windows), list(batch_sizes), accumulate
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.step_sizes = [b * world_size * accumulate for b in batch_sizes]
@@ -96,8 +102,12 @@ class EpochSampler:
         number, missing = self.num_windows[source], self.steps_per_epoch * self.step_sizes[source]
         passes = []
         while missing:
-            passes.append(rng.choice(number, size=min(missing, number), replace=False))
-            missing -= len(passes[-1])
+            size = min(missing, number)
+            if self.together > 1:
+                passes.append(grouped_order(number, self.together, self.apart[source], rng)[:size])
+            else:
+                passes.append(rng.choice(number, size=size, replace=False))
+            missing -= size
         return np.concatenate(passes)
 
     def __len__(self) -> int:
@@ -112,6 +122,18 @@ class EpochSampler:
                     first = step * self.step_sizes[source] + (micro * self.world_size + self.rank) * size
                     batch += [(epoch, source, i, int(orders[source][i])) for i in range(first, first + size)]
                 yield batch
+
+
+def grouped_order(number: int, together: int, apart: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a permutation of 0 .. number - 1, (number,) int64: groups in random order, of members `apart` each.
+
+    Where a group ends is drawn too; at either end of the numbers groups may be smaller.
+    """
+    block = together * apart
+    first = int(rng.integers(block))  # of the numbers, within its block
+    groups = np.arange(-(-(first + number) // block) * block).reshape(-1, together, apart).swapaxes(1, 2)
+    order = rng.permutation(groups.reshape(-1, together)).reshape(-1) - first
+    return order[(order >= 0) & (order < number)]
 
 
 class WindowDataset:
@@ -136,19 +158,44 @@ class WindowDataset:
         frame label int64, ttc and soft_label float32 (V,); "sample" says which it is, in words, and "notes" lists a
         Fault where the source holds more or fewer frames than the clip. A window that cannot be read is a Fault itself.
         """
-        source, rng, number, frames = self._draw(key)
+        return self.fill_together([key], [out])[0]
+
+    def fill_together(self, keys: Sequence[Key], outs: Sequence[Tensor]) -> list[dict[str, Any] | Fault]:
+        """Do what `fill` does for windows of one clip, whose frames are read once."""
+        drawn = [self._draw(key) for key in keys]
+        source, _, number, _ = drawn[0]
         clip = source.clips[number]
         try:
             with open_clip(clip) as reader:
                 mismatch, usable = reader.mismatch(), reader.usable_frames()
-                if frames[-1] >= usable:
-                    return Fault(number, clip.name, mismatch)
-                drawn = source.transform(partial(reader.frames, frames), rng, out, aspect=clip.aspect)
+                ids = [frames for *_, frames in drawn if frames[-1] < usable]
+                read = reader.frames if len(ids) < 2 else _shared_frames(reader, np.unique(ids))
+                samples = []
+                for key, out, (_, rng, _, frames) in zip(keys, outs, drawn, strict=True):
+                    if frames[-1] >= usable:
+                        samples.append(Fault(number, clip.name, mismatch))
+                        continue
+                    views = source.transform(partial(read, frames), rng, out, aspect=clip.aspect)
+                    name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
+                    notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
+                    sample = self._complete(views, key, clip, int(frames[-1]))
+                    samples.append(sample | {"sample": name, "notes": notes})
         except DataError as e:
-            return Fault(number, clip.name, str(e))
-        name = f"{source.clips.name} {clip.name}, frames {frames[0]} to {frames[-1]}"
-        notes = [Fault(number, clip.name, mismatch, usable)] if mismatch else []
-        return self._complete(drawn, key, clip, int(frames[-1])) | {"sample": name, "notes": notes}
+            return [Fault(number, clip.name, str(e))] * len(keys)
+        return samples
+
+    def together(self, keys: Sequence[Key]) -> list[list[int]]:
+        """Return places of keys, those of neighbours of one clip in a list, for `fill_together`."""
+        groups: list[list[int]] = []
+        previous = None
+        for place, key in enumerate(keys):
+            source, _, number, _ = self._draw(key)
+            if (id(source), number) == previous:
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+            previous = id(source), number
+        return groups
 
     def fill_black(self, key: Key, out: Tensor) -> dict[str, Any]:
         """Write black frames in place of a window; returns what `fill` does, without a name."""
@@ -178,3 +225,20 @@ class WindowDataset:
             sample["ttc"] = torch.full((views,), float(ttc[last]))
             sample["soft_label"] = torch.full((views,), float(smooth_labels(clip.labels, ttc)[last]))
         return sample
+
+
+def _shared_frames(reader: Reader, ids: np.ndarray) -> Callable[[np.ndarray, Fit], Iterator[Tensor]]:
+    """Return what stands for reader.frames for any of the frames `ids`, all of which are read the first time, once."""
+    kept: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+
+    def frames(wanted: np.ndarray, fit: Fit) -> Iterator[Tensor]:
+        if not kept:
+            read = reader.frames(ids, fit)
+            kept.update(
+                {i: (frame.clone(), fit.size or tuple(frame.shape[:2])) for i, frame in zip(ids, read, strict=True)}
+            )
+        for i in wanted:
+            frame, fit.size = kept[i]
+            yield frame
+
+    return frames

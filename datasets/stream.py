@@ -1,12 +1,11 @@
 """Evaluation: every frame of a clip is read once, every window of a split handed out once over all ranks.
 
 Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends it as uint8;
-windows are gathered on the device, for one clip at a time, so that the scores of a clip do not depend on how many
-workers or ranks there are.
+the device normalises it once and gathers the windows.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,14 +42,14 @@ class FrameChunk:
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows of one clip on the device.
+    """Windows on the device.
 
-    clip: number of the clip.
+    clip: (n,) number of each window's clip.
     last: (n,) last source frame of each window.
-    video: uint8 (n, 3, T, S, S).
+    video: (m, 3, T, S, S), m >= n, normalised; the rows from n on are padding. The next batch overwrites it.
     """
 
-    clip: int
+    clip: np.ndarray
     last: np.ndarray
     video: Tensor
 
@@ -119,20 +118,81 @@ class ClipStream(IterableDataset):
             yield Fault(number, self.clips[number].name, mismatch, usable)
 
 
+class _Gatherer:
+    """Makes batches of windows from chunks of frames that it normalises as they come.
+
+    It keeps one batch, since fresh memory would cost more than the copy into it, and of each clip in progress, one for
+    each loading process, the frames that later windows need: fewer than a window spans.
+    """
+
+    def __init__(
+        self,
+        index: WindowIndex,
+        normalize: Callable[[Tensor], Tensor],
+        device: torch.device,
+        *,
+        batch_size: int,
+        across_clips: bool,
+    ):
+        self.index, self.normalize, self.device, self.across_clips = index, normalize, device, across_clips
+        self.kept: dict[int, tuple[np.ndarray, Tensor]] = {}  # of each clip in progress: frame ids and frames
+        self._clip, self._last = np.zeros((2, batch_size), np.int64)
+        self._count = 0  # windows in the batch so far
+        self._video: Tensor | None = None  # (batch_size, T, 3, S, S)
+
+    def add(self, chunk: FrameChunk) -> Iterator[WindowBatch]:
+        """Yield the batches that the windows which end in a chunk complete."""
+        lasts, ids, frames = self._windows(chunk)
+        if self._video is None and len(lasts):
+            self._video = frames.new_zeros(len(self._last), self.index.num_frames, *frames.shape[1:])
+        while len(lasts):
+            rows = slice(self._count, min(self._count + len(lasts), len(self._last)))
+            now, lasts = np.split(lasts, [rows.stop - rows.start])
+            where = torch.from_numpy(np.searchsorted(ids, self.index.frames(chunk.clip, now)).ravel())
+            where = where.to(self.device, non_blocking=True)
+            torch.index_select(frames, 0, where, out=self._video[rows].flatten(0, 1))
+            self._clip[rows], self._last[rows], self._count = chunk.clip, now, rows.stop
+            if self._count == len(self._last):
+                yield from self.rest()
+        if not self.across_clips:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[WindowBatch]:
+        """Yield the batch as it is, unless it is empty, and begin another."""
+        n, self._count = self._count, 0
+        if n:
+            video = self._video if self.across_clips else self._video[:n]
+            yield WindowBatch(self._clip[:n].copy(), self._last[:n].copy(), video.transpose(1, 2))
+
+    def _windows(self, chunk: FrameChunk) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Return the last frames of the windows that end in a chunk, and (ids, frames) that they are made of."""
+        ids, frames = chunk.frame_ids, chunk.frames.to(self.device, non_blocking=True)
+        frames = self.normalize(frames.transpose(0, 1)[None])[0].transpose(0, 1)
+        lasts = self.index.last_frames(chunk.clip)
+        first, end = np.searchsorted(lasts, (ids[0], ids[-1] + 1)).tolist()
+        if chunk.clip in self.kept:
+            kept_ids, kept_frames = self.kept.pop(chunk.clip)
+            ids, frames = np.concatenate([kept_ids, ids]), torch.cat([kept_frames, frames])
+        if end < len(lasts):
+            keep = int(np.searchsorted(ids, self.index.frames(chunk.clip, lasts[end])[0]))
+            self.kept[chunk.clip] = ids[keep:], frames[keep:].clone()  # a view would keep the others too
+        return lasts[first:end], ids, frames
+
+
 class SplitWindows:
     """The windows of a split, for `engine.evaluate.Scorer`, as often as asked.
-
-    Iterating yields the WindowBatches of this rank, each window once, and a Fault for each clip that cannot be read or
-    holds more or fewer frames than it should. Unless allow_missing, no window follows the first clip that cannot be
-    read: the rest is read to find the other ones.
 
     Args:
         transform: preprocesses frames.
         device: where windows are gathered.
-        batch_size: frames read at a time, and so windows of a batch at most.
+        batch_size: frames read at a time, and windows of a batch at most.
         num_workers: reading processes; 0: this one.
         allow_missing: whether clips that cannot be read are left out, instead of refused.
         read_timeout: seconds without a picture read after which a reading process gives a clip up as unreadable.
+        across_clips: whether batches are filled with windows of several clips, the last one with padding, so that each
+            has batch_size rows. None stands for all devices but the CPU: there it would gain nothing, and the last bits
+            of a row's result depend on its place in the batch (for a model with a class token, in fp32 and several
+            threads), hence the scores of a clip on workers and ranks.
 
     Raises DataError where some clips are known to be unreadable, unless allow_missing.
     """
@@ -151,44 +211,39 @@ class SplitWindows:
         pin_memory: bool = False,
         allow_missing: bool = False,
         read_timeout: float = READ_TIMEOUT,
+        across_clips: bool | None = None,
     ):
         self.clips, self.index, self.device = clips, index, torch.device(device)
+        self.batch_size = batch_size
+        self.across_clips = self.device.type != "cpu" if across_clips is None else across_clips
         self.allow_missing, self._show_progress = allow_missing, rank == 0
         share = {"rank": rank, "world_size": world_size}
         self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, read_timeout=read_timeout, **share)
         self._loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
         self.agree([])  # refuses now what is known to be unreadable
 
-    def __iter__(self) -> Iterator[WindowBatch | Fault]:
+    def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[WindowBatch | Fault]:
+        """Yield each window of this rank once, and a Fault for each clip with other frames than it should have.
+
+        Unless allow_missing, no window follows the first clip that cannot be read: the rest is read to find the other
+        ones.
+
+        normalize: maps frames uint8 (1, 3, n, S, S), on the device, to what the windows are made of, of this shape.
+        """
         loader = eval_loader(self.stream, **self._loader_options)
         total = self.stream.num_chunks
-        kept: dict[int, tuple[np.ndarray, Tensor]] = {}  # of each clip in progress: frame ids and frames
-        refused = False
+        options = {"batch_size": self.batch_size, "across_clips": self.across_clips}
+        windows, refused = _Gatherer(self.index, normalize, self.device, **options), False
         with loader_errors():
             for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
                 if isinstance(item, Fault):
-                    kept.pop(item.number, None)
+                    windows.kept.pop(item.number, None)
                     refused = refused or not (item.frames or self.allow_missing)
                     yield item
-                elif not refused and (batch := self._gather(item, kept)):
-                    yield batch
-
-    def _gather(self, chunk: FrameChunk, kept: dict[int, tuple[np.ndarray, Tensor]]) -> WindowBatch | None:
-        """Return the windows that end in a chunk, if any do; keep what later windows of the clip need in `kept`."""
-        clip, index = chunk.clip, self.index
-        ids, frames = chunk.frame_ids, chunk.frames.to(self.device, non_blocking=True)
-        lasts = index.last_frames(clip)
-        first, end = np.searchsorted(lasts, (ids[0], ids[-1] + 1)).tolist()
-        if clip in kept:
-            kept_ids, kept_frames = kept.pop(clip)
-            ids, frames = np.concatenate([kept_ids, ids]), torch.cat([kept_frames, frames])
-        if end < len(lasts):
-            keep = int(np.searchsorted(ids, index.frames(clip, lasts[end])[0]))
-            kept[clip] = ids[keep:], frames[keep:]
-        if first == end:
-            return None
-        where = torch.from_numpy(np.searchsorted(ids, index.frames(clip, lasts[first:end])))
-        return WindowBatch(clip, lasts[first:end], frames[where.to(self.device, non_blocking=True)].transpose(1, 2))
+                elif not refused:
+                    yield from windows.add(item)
+        if not refused:
+            yield from windows.rest()
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""

@@ -11,6 +11,7 @@ The packets of a file tell all that without decoding it. Where their timestamps 
 streams, a recording that starts over) pictures are counted by decoding from the beginning: right, and slow.
 """
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ import av
 import numpy as np
 import torch
 from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from datasets.clips import DataError, Unreadable
 from datasets.video_index import ends_early, first_key, index_of, open_stream, packets_of
+from datasets.video_rgb import ToRGB
 from utils.text import short_reason
 
 logger = logging.getLogger("tad")
@@ -78,7 +79,7 @@ class Video:
         except Unreadable as e:
             self.close()
             raise DataError(f"{path}: not a readable video ({e})") from e
-        self._reformatter = VideoReformatter()
+        self._to_rgb = ToRGB()
         self._decoder: Iterator[av.VideoFrame] = iter(())
         self._last: tuple[int, av.VideoFrame] | None = None  # mark and picture that the decoder gave last
         self._wanted: set[int] = set()  # marks of the pictures that are asked for
@@ -134,10 +135,13 @@ class Video:
         return "" if len(self) else "none of its last pictures can be decoded"
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file, and the decoder's pictures, some 20 to 60 MB."""
         self._decoder, self._last = iter(()), None
         if self._container is not None:
             self._container.close()
+            self._container = self._stream = None
+            # PyAV's containers and streams refer to each other; the young objects alone, as all would take 100 ms
+            gc.collect(1)
 
     def marks(self, frame_ids: Sequence[int]) -> list[int]:
         """Return what the pictures of frames are told apart by: timestamps, or numbers where they are counted.
@@ -237,18 +241,16 @@ class Video:
 
     def _rgb(self, frame: av.VideoFrame) -> Tensor:
         try:
-            picture = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+            return self._to_rgb(frame)
         except (av.FFmpegError, OSError, ValueError) as e:
             raise DataError(f"{self.path}: its pictures cannot be made RGB ({short_reason(e)}); encode it anew") from e
-        return torch.from_numpy(np.ascontiguousarray(_upright(picture, frame)))
 
     def _find(self, mark: int) -> av.VideoFrame:
         """Return the picture of a mark, from where the decoder stands, else from a key frame before it."""
         key = first_key(self._index.key_times, mark)
-        if self._last is not None and self._last[0] <= mark and mark not in self._skipped:
-            near = first_key(self._index.key_times, self._last[0]) + 1
-            if key <= near and (frame := self._forward(mark)):
-                return frame
+        ahead = self._last is not None and self._last[0] <= mark and mark not in self._skipped
+        if ahead and self._near(key) and (frame := self._forward(mark)):
+            return frame
         for back in (*_BACK, key + 1):
             start = max(key - back, -1)
             if self._begin(start, skip=back == 0) and (frame := self._forward(mark, damaged=start == -1)):
@@ -259,6 +261,13 @@ class Video:
         if self._index.note or frame >= len(self):
             raise DataError(f"{self.path}: frame {frame} asked for, the video has {len(self)}")
         raise DataError(f"{self.path}: frame {frame} cannot be decoded; the file is damaged there, encode it anew")
+
+    def _near(self, key: int) -> bool:
+        """Tell whether decoding on to a key frame takes no longer than a seek."""
+        if key <= first_key(self._index.key_times, self._last[0]):
+            return True
+        last, first = np.searchsorted(self._index.shown, (self._last[0], self._index.key_times[key]))
+        return first - last <= _REORDERED
 
     def _forward(self, mark: int, *, damaged: bool = False) -> av.VideoFrame | None:
         """Decode on to the picture of a mark; None where it does not come, or is damaged and may not be."""
@@ -371,17 +380,6 @@ def _from_key(packets: Iterator[av.Packet | None], time: int) -> Iterator[av.Pac
             yield packet
             break
     yield from packets
-
-
-def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turn and mirror a picture, (H, W, 3), as the display matrix of its frame says."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return picture
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        picture, a, d = picture.transpose(1, 0, 2), c, b
-    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def probe(path: str) -> VideoInfo:

@@ -63,6 +63,11 @@ class WindowIndex:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    @property
+    def windows_apart(self) -> int:
+        """How many windows further one begins half a window later, in the clip of the longest ones; 1 at least."""
+        return -(-int(self.spans.max()) // (2 * self.stride))
+
     def __getitem__(self, i: int) -> tuple[int, np.ndarray]:
         """Return (number of the clip, (num_frames,) int64 source frames) of window i. Raises IndexError."""
         if not 0 <= i < len(self):
@@ -121,6 +126,11 @@ class RandomClipIndex:
 
     def __len__(self) -> int:
         return len(self.frame_counts)
+
+    @property
+    def windows_apart(self) -> int:
+        """1: a video is drawn from once in an epoch, so that none can be read together."""
+        return 1
 
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Draw a clip of video i; returns i and its (num_frames,) int64 source frames."""

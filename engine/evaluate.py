@@ -5,14 +5,14 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.metrics import frame_metrics
 from engine.session import Session
@@ -39,8 +39,12 @@ class Windows(Protocol):
     clips: Sequence
     device: torch.device
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield batches with clip, last (n,) and video uint8 (n, 3, T, H, W), and faults, which have no video."""
+    def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+        """Yield batches, with clip (n,), last (n,) and video (m, 3, T, H, W), and faults, which have no video.
+
+        normalize: maps frames uint8 (1, 3, k, H, W), on the device, to those of the videos; each frame once, whatever
+            windows it is in. video: its rows from n on are padding; it holds until the next batch is asked for.
+        """
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window there is, over all ranks, sorted."""
@@ -113,18 +117,21 @@ class Scorer:
         """Return (clip (n,), frame (n,), logits (n, 2) float32) of this rank's windows as they come, and the faults."""
         model.eval()
         clips, frames, logits, faults = [], [], [], []
-        for item in self.windows:
+
+        def normalize(video: Tensor) -> Tensor:
+            return model.normalize(video).to(self.dtype)  # which a first layer under autocast would do to each window
+
+        for item in self.windows.batches(normalize):
             if session and stop_requested():
                 break
             if not hasattr(item, "video"):
                 faults.append(item)
                 continue
-            video = model.normalize(item.video)
-            with torch.autocast(video.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                output = model(video)
-            clips.append(np.full(len(item.last), item.clip))
+            with torch.autocast(item.video.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = model(item.video)
+            clips.append(item.clip)
             frames.append(item.last)
-            logits.append(output.float())  # stays on the device: no wait per batch
+            logits.append(output[: len(item.last)].float())  # stays on the device: no wait per batch
         if session:
             session.stop_if_asked("in an evaluation, which will be repeated")
         if not logits:

@@ -192,7 +192,7 @@ def test_global_batches_and_masks_do_not_depend_on_processes(roots, tmp_path):
         run_dapt.resolve(args, world_size)
         dataset = run_dapt.build_dataset(args, create_model(args.model))
         sampler = run_dapt.build_sampler(args, dataset, rank, world_size)
-        return list(run_dapt.BatchLoader(dataset, sampler, num_workers=0))
+        return list(run_dapt.build_loader(args, dataset, sampler, torch.device("cpu")))
 
     def rows(batch):
         keys = zip(batch["source"].tolist(), batch["window"].tolist(), strict=True)

@@ -7,22 +7,12 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from datasets.clips import DataError
 
+cv2.setNumThreads(1)  # a reading process works in one thread, and one made before a fork would be missing after it
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
 CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
-
-
-def resize_exact(frame: Tensor, size: int) -> Tensor:
-    """Resize uint8 (H, W, 3) to (size, size, 3), bicubic without antialias or regard for the aspect ratio.
-
-    The result is within one level of cv2.resize(INTER_CUBIC), which the published weights were trained with.
-    """
-    planes = frame.permute(2, 0, 1)[None].float()
-    planes = F.interpolate(planes, size=(size, size), mode="bicubic", antialias=False, align_corners=False)
-    return planes[0].round_().clamp_(0, 255).byte().permute(1, 2, 0)
 
 
 class Fit:
@@ -122,13 +112,21 @@ def padded(frame: np.ndarray, padding: Padding) -> np.ndarray:
 
 
 class EvalTransform:
-    """Turns frames uint8 (H, W, 3), one at a time, into uint8 (n, 3, size, size): squashes them, and nothing else."""
+    """Turns frames uint8 (H, W, 3), one at a time, into uint8 (n, 3, size, size): squashes them, and nothing else.
+
+    The resizing is OpenCV's INTER_CUBIC, which the published weights were trained with: without antialias.
+    """
 
     def __init__(self, size: int):
         self.size = size
 
     def __call__(self, frames: Iterable[Tensor]) -> Tensor:
-        return torch.stack([resize_exact(frame, self.size).permute(2, 0, 1) for frame in frames])
+        side = self.size, self.size
+        small = [resize(frame.numpy(), *side) for frame in frames]
+        video = np.empty((len(small), 3, *side), np.uint8)
+        for frame, planes in zip(small, video, strict=True):
+            cv2.split(frame, list(planes))
+        return torch.from_numpy(video)
 
 
 def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:

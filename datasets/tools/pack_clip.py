@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from datasets.augment.frames import resize
 from datasets.clips import Clip, DataError, data_errors
 from datasets.formats.packed import VERSION, PackedClip, describe, sha256
 from datasets.readers import Reader, find_source, open_clip
@@ -53,11 +54,16 @@ class Settings:
         return 0 < self.squash < width and height <= width
 
     def jpeg(self, frame: Tensor) -> bytes:
-        """Encode uint8 (H, W, 3), resized once with Pillow's bicubic filter, which averages what it leaves out."""
-        image = Image.fromarray(frame.numpy())
-        size = self.shrink(*image.size)
+        """Encode uint8 (H, W, 3), resized once: with Pillow's bicubic filter, which averages what it leaves out.
+
+        A width is squashed without averaging, as training and evaluation do it: scores move less from the original's.
+        """
+        pixels = frame.numpy()
+        size = self.shrink(*pixels.shape[1::-1])
         if self.squashes(*size):
             size = self.squash, size[1]
+            pixels = resize(pixels, len(pixels), self.squash)
+        image = Image.fromarray(pixels)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         data = io.BytesIO()

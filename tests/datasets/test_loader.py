@@ -5,11 +5,11 @@ import pytest
 import torch
 from helpers import window_of
 
-from datasets import build_clips
+from datasets import build_clips, loader
 from datasets.augment.finetune import FinetuneTransform
 from datasets.batches import BatchLoader
 from datasets.clips import ClipTable, DataError
-from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.loader import EpochSampler, Source, WindowDataset, grouped_order
 from datasets.windows import WindowIndex
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,3 +206,36 @@ def test_a_batch_of_which_nothing_can_be_read_is_black_and_without_weight(dota_r
         assert all("no frames: expected" in str(fault) for fault in b["skipped"])
         for key in a.keys() - NOTES:
             assert a[key].shape[1:] == b[key].shape[1:] and a[key].dtype == b[key].dtype and len(b[key]) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows read together
+
+
+@pytest.mark.parametrize(("number", "together", "apart"), [(50, 4, 3), (7, 4, 3), (1000, 2, 1), (5, 8, 8)])
+def test_a_grouped_order_holds_every_window_once_and_groups_together(number, together, apart):
+    orders = [grouped_order(number, together, apart, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert all(sorted(order.tolist()) == list(range(number)) for order in orders)
+    assert np.array_equal(orders[0], orders[1]) and (number < 8 or not np.array_equal(orders[0], orders[2]))
+    if number >= 50:
+        followed = np.mean(np.diff(orders[0]) == apart)
+        assert followed > 0.8 * (together - 1) / together
+
+
+def test_windows_read_together_are_those_read_alone(dota_root, monkeypatch):
+    clips = build_clips("DoTA", str(dota_root), "train")
+    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
+    dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=7, targets=True)
+    sampler = EpochSampler([len(index)], batch_sizes=[6], samples_per_epoch=24, together=3, apart=[index.windows_apart])
+    assert index.windows_apart == 4
+    found, opened = [], []
+    original = loader.open_clip
+    monkeypatch.setattr(loader, "open_clip", lambda clip: opened.append(clip.name) or original(clip))
+    for together, workers in ((False, 0), (True, 0), (True, 2)):
+        batches = BatchLoader(dataset, sampler, num_workers=workers, together=together)
+        found.append([batch | {"video": batch["video"].clone()} for batch in batches])
+        found[-1].append(len(opened))
+        batches.close()
+    alone, at_once, in_workers = (batches.pop() for batches in found)
+    assert alone == 24 and 24 + 8 <= at_once <= 24 + 14 and in_workers == at_once
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(*found, strict=True))

@@ -183,4 +183,4 @@ def load_with(dota_root, start):
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.stream.shield_worker", lambda _number: start())
-        list(SplitWindows(clips, index, EvalTransform(32), num_workers=1))
+        list(SplitWindows(clips, index, EvalTransform(32), num_workers=1).batches(lambda frames: frames))

@@ -1,18 +1,20 @@
 """Evaluation's stream of windows: each frame decoded once, each window handed out once."""
 
+import shutil
 import zipfile
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from helpers import rewrite_zip
 
 from datasets import build_clips
 from datasets.augment.frames import EvalTransform
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, SplitWindows, balance, eval_loader
+from datasets.stream import ClipStream, SplitWindows, _Gatherer, balance, eval_loader
 from datasets.windows import WindowIndex
 
 
@@ -35,14 +37,14 @@ def gathered(root, *, world_size=1, **options):
     windows, times, faults = {}, Counter(), []
     for rank in range(world_size):
         part = split(root, rank=rank, world_size=world_size, **options)
-        for item in part:
+        for item in part.batches(lambda frames: frames):
             if isinstance(item, Fault):
                 faults.append(item)
                 continue
             assert len(item.last) <= part.stream.chunk_frames
-            for last, video in zip(item.last.tolist(), item.video, strict=True):
-                windows[item.clip, last] = video
-                times[item.clip, last] += 1
+            for clip, last, video in zip(item.clip.tolist(), item.last.tolist(), item.video, strict=False):
+                windows[clip, last] = video.clone()
+                times[clip, last] += 1
     part.agree(faults)
     assert set(times) == set(zip(*(a.tolist() for a in part.locations()), strict=True))
     assert set(times.values()) == {1}
@@ -62,11 +64,62 @@ def test_streamed_windows_are_the_windows_of_the_index(dota_root, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_workers": 2}, {"world_size": 3}, {"num_workers": 2, "world_size": 2}, {"batch_size": 5}], ids=str
+    "options",
+    [
+        {"num_workers": 2},
+        {"world_size": 3},
+        {"num_workers": 2, "world_size": 2},
+        {"batch_size": 5},
+        {"across_clips": True},
+        {"across_clips": True, "batch_size": 7, "num_workers": 2},
+    ],
+    ids=str,
 )
 def test_each_window_comes_once_however_the_work_is_split(dota_root, options):
     whole, parts = gathered(dota_root), gathered(dota_root, **options)
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_batches_are_filled_across_clips(dota_root):
+    part = split(dota_root, across_clips=True, stride=2, num_workers=2)
+    batches = [(batch.clip, len(batch.video)) for batch in part.batches(lambda frames: frames)]
+    clips, rows = [clip for clip, _ in batches], [count for _, count in batches]
+    assert rows == [16] * -(-len(part.index) // 16) and all(len(clip) == 16 for clip in clips[:-1])
+    assert sum(map(len, clips)) == len(part.index) and max(len(set(clip.tolist())) for clip in clips) > 1
+    alone = list(split(dota_root, stride=2, num_workers=2).batches(lambda frames: frames))
+    assert all(len(set(batch.clip.tolist())) == 1 and len(batch.video) == len(batch.last) for batch in alone)
+
+
+@pytest.mark.parametrize("across_clips", [True, False])
+def test_each_frame_is_normalised_once_and_no_more_are_kept_than_later_windows_need(dota_root, across_clips):
+    seen, whole = [], split(dota_root, view_fps=5)
+
+    def normalize(video):
+        seen.append(video.shape)
+        return video.float() / 255
+
+    gatherer = _Gatherer(whole.index, normalize, whole.device, batch_size=16, across_clips=across_clips)
+    for chunk in whole.stream:
+        assert all(batch.video.dtype == torch.float32 for batch in gatherer.add(chunk))
+        kept = sum(frames.untyped_storage().nbytes() for _, frames in gatherer.kept.values())
+        assert kept < whole.index.spans[chunk.clip] * chunk.frames[0].numel() * 4
+    assert not gatherer.kept and {shape[:2] for shape in seen} == {(1, 3)}
+    assert sum(shape[2] for shape in seen) == sum(len(whole.index.needed_frames(c)) for c in range(5))
+
+
+@pytest.mark.parametrize("across_clips", [True, False])
+def test_a_clip_that_breaks_off_takes_no_window_of_another_with_it(dota_root, tmp_path, across_clips):
+    shutil.copytree(dota_root, tmp_path, dirs_exist_ok=True)
+    rewrite_zip(tmp_path / "frames" / "syntheticva_000001" / "images.zip", drop=["000030.jpg"])  # 40 frames or more
+    whole, clip = gathered(dota_root), 1
+    items = list(split(tmp_path, across_clips=across_clips, allow_missing=True).batches(lambda frames: frames.clone()))
+    (fault,) = [item for item in items if isinstance(item, Fault)]
+    assert (fault.number, fault.frames) == (clip, 0) and "000030.jpg" in fault.reason
+    came = {key for item in items if item is not fault for key in zip(item.clip, item.last, strict=True)}
+    assert {key for key in whole if key[0] != clip} <= came < set(whole)
+    items = list(split(tmp_path, across_clips=across_clips).batches(lambda frames: frames))
+    place = items.index(fault)
+    assert place and all(isinstance(item, Fault) for item in items[place:])  # refused: nothing follows
 
 
 def test_each_frame_is_decoded_once(dota_root, monkeypatch):

@@ -10,9 +10,12 @@ from helpers import session
 from PIL import Image
 from torch import nn
 
+from datasets import build_clips
+from datasets.augment.frames import EvalTransform
 from datasets.clips import Clip, ClipTable
 from datasets.faults import Fault
-from datasets.stream import WindowBatch
+from datasets.stream import SplitWindows, WindowBatch
+from datasets.windows import index_clips
 from engine.checkpoint import Progress
 from engine.evaluate import (
     EvaluationError,
@@ -24,6 +27,7 @@ from engine.evaluate import (
     write_predictions,
 )
 from engine.plots import evaluation_figures, save_figures
+from models import create_model
 from utils.signals import Preempted
 
 LABELS = {0: np.array([0, 1, 1]), 2: np.array([0, 0, 0, 0])}
@@ -89,8 +93,8 @@ class Listed:
     def __init__(self, items, expected=EXPECTED):
         self.items, self.expected, self.clips, self.device = items, expected, CLIPS, torch.device("cpu")
 
-    def __iter__(self):
-        return iter(self.items)
+    def batches(self, normalize):
+        return (replace(i, video=normalize(i.video)) if hasattr(i, "video") else i for i in self.items)
 
     def locations(self):
         return self.expected
@@ -101,9 +105,8 @@ class Listed:
 
 def batch(clip, *last):
     generator = torch.Generator().manual_seed(clip)
-    return WindowBatch(
-        clip, np.array(last), torch.randint(256, (len(last), 3, 1, 2, 2), generator=generator, dtype=torch.uint8)
-    )
+    video = torch.randint(256, (len(last), 3, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    return WindowBatch(np.full(len(last), clip), np.array(last), video)
 
 
 def tiny():
@@ -121,6 +124,48 @@ def test_scoring_is_deterministic_and_in_the_precision_asked_for(dtype):
     first, second = (scorer.score(model).logits for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert seen == [dtype] * 4 and first.dtype == np.float32
+
+
+def split(root, model, **options):
+    clips = build_clips("DoTA", str(root), "val")
+    index = index_clips(clips, num_frames=model.input_shape[1], view_fps=5, stride=5)
+    return SplitWindows(clips, index, EvalTransform(model.input_shape[-1]), **{"batch_size": 32} | options)
+
+
+def spread(name):
+    """A model whose logits differ: its head is not scaled down."""
+    torch.manual_seed(0)
+    return create_model(name, init_scale=1).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_64", "internvideo2_tiny_patch14_56"])
+def test_logits_are_those_of_windows_normalised_one_by_one(dota_root, name, dtype):
+    model, expected = spread(name), []
+    windows = split(dota_root, model)
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for batch in windows.batches(lambda frames: frames):
+            expected.append(model(model.normalize(batch.video)).float().numpy())
+    expected = np.concatenate(expected)  # without workers in the order of the clips
+    scored = Scorer(windows, dtype).score(model).logits
+    np.testing.assert_array_equal(scored, expected)
+    assert len(np.unique(scored[:, 1])) > len(scored) // 2
+    filled = Scorer(split(dota_root, model, across_clips=True), dtype).score(model).logits
+    np.testing.assert_allclose(filled, expected, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_scores_do_not_depend_on_workers(dota_root):
+    """A class token makes rows depend on their place in a batch, in several threads: clips keep theirs."""
+    model = spread("internvideo2_tiny_patch14_56")
+    first, second = (Scorer(split(dota_root, model, num_workers=n)).score(model).logits for n in (0, 3))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_padding_is_not_scored():
+    full = batch(2, 2, 3)
+    video = torch.cat([full.video, torch.full_like(full.video, 255)])
+    scorers = [Scorer(Listed([part, batch(0, 1, 2)])) for part in (full, replace(full, video=video))]
+    np.testing.assert_allclose(*(scorer.score(tiny()).logits for scorer in scorers), rtol=1e-6)
 
 
 def test_frames_that_are_not_there_are_neither_expected_nor_scored():

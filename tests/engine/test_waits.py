@@ -116,14 +116,14 @@ def finetuning(loss="crossentropy"):
         "weight": 1.0,
         "samples": ["a", "b"],
     }
-    return model, batch, FinetuneObjective(LOSSES[loss], lambda video, boxes, seeds: model.normalize(video), GPU)
+    return model, batch, FinetuneObjective(LOSSES[loss], lambda video, boxes, seeds: model.normalize(video))
 
 
 def dapt():
     model = create_model("pretrain_videomae_tiny_patch16_64").to(GPU)
     mask = (torch.arange(32) % 4 > 0).expand(2, 32)
     batch = {"video": torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8), "mask": mask, "weight": 1.0}
-    return model, batch, DaptObjective(model, GPU)
+    return model, batch, DaptObjective(model)
 
 
 def train(device, model, batch, objective, *, opt="adamw", fault=None, average=False, **options):

@@ -1,4 +1,5 @@
 import base64
+import os
 import random
 
 import cv2
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers import golden
 from PIL import Image
+from torch.nn import functional
 
 from datasets.augment.dapt import ALIGNED_SCALES, SCALES, PretrainTransform
 from datasets.augment.device import DeviceAugment, NormalizeAndErase
@@ -79,6 +81,22 @@ def test_frames_are_halved_as_long_as_enough_is_left():
     assert halved(720, 1280, 224) == (360, 640) and halved(1080, 1920, 224) == (270, 480)
     assert halved(447, 900, 224) == (447, 900) and halved(449, 897, 224) == (225, 449)
     assert halved(2160, 3840, 224) == (270, 480) and halved(100, 100, 224) == (100, 100)
+
+
+def test_evaluation_preprocessing_is_a_bicubic_without_antialias():
+    frame = picture(72, 128)
+    planes = frame.permute(2, 0, 1)[None].float()
+    expected = functional.interpolate(planes, size=(14, 14), mode="bicubic", antialias=False).round().clamp(0, 255)
+    assert (EvalTransform(14)([frame]) - expected).abs().max() <= 1
+
+
+def test_evaluation_preprocessing_takes_rotated_frames_and_starts_no_thread():
+    wide = picture(720, 1280)
+    upright, copied = wide.transpose(0, 1), wide.transpose(0, 1).contiguous()
+    before = len(os.listdir("/proc/self/task"))
+    small = EvalTransform(224)([upright]), EvalTransform(224)([copied])
+    assert len(os.listdir("/proc/self/task")) == before
+    assert torch.equal(*small)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def test_a_source_that_ends_early_is_packed_as_it_is_read(dada, tmp_path, fps, c
     for root in (dada, out):
         clips = build_clips("DADA2K", str(root), "train")
         index = index_clips(clips, **WINDOW, stride=3)
-        *batches, fault = SplitWindows(clips, index, EvalTransform(32), batch_size=4)
+        *batches, fault = SplitWindows(clips, index, EvalTransform(32), batch_size=4).batches(lambda frames: frames)
         assert "ends after" in fault.reason and fault.number == 0 < fault.frames < 61
         seen.append((fields(clips[0]), [n for batch in batches for n in batch.last.tolist() if n < fault.frames]))
         dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=0, targets=True)
