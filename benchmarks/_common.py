@@ -81,9 +81,8 @@ def _text(value: Any) -> str:
 
 
 def comparison(results: Mapping[str, Any]) -> str:
-    """Return a table of what `against` returned, by name; None stands for what cannot be measured."""
-    empty = dict.fromkeys(("ours", "yardstick", "ratio", "spread"))
-    return table([{"": name} | (result or empty) for name, result in results.items()])
+    """Return a table of what `against` returned, by name."""
+    return table([{"": name} | result for name, result in results.items()])
 
 
 def about() -> dict[str, str]:

@@ -67,33 +67,20 @@ def training_set(roots: dict[str, str], name: str, **options: Any) -> WindowData
     return WindowDataset([Source(clips, index, FinetuneTransform(_yardstick.SIZE, **options))], seed=0, targets=True)
 
 
-def loading(dataset: WindowDataset) -> Way:
-    """Return what a reading process does for the window of a number."""
-    place = torch.zeros(dataset.shape, dtype=torch.uint8)
+def loading(dataset: WindowDataset, together: int = 1) -> Way:
+    """Return what a reading process does for the window of a number. together: with so many, --windows_per_read."""
+    places = torch.zeros(together, *dataset.shape, dtype=torch.uint8)
+    (source,) = dataset.sources
+    apart = source.index.windows_apart
 
     def load(window: int) -> int:
-        sample = dataset.fill((0, 0, window, window), place)
-        if isinstance(sample, Fault):
-            raise DataError(str(sample))
-        _dumps(("result", sample))
-        return 1
-
-    return load
-
-
-def loading_together(dataset: WindowDataset, count: int) -> Way:
-    """Return what a reading process does for `count` windows of a video from that of a number on, as DAPT may do it."""
-    places = torch.zeros(count, *dataset.shape, dtype=torch.uint8)
-    index = dataset.sources[0].index
-
-    def load(window: int) -> int:
-        last = len(index) - 1 - (count - 1) * index.windows_apart
-        keys = [(0, 0, i, min(window, last) + i * index.windows_apart) for i in range(count)]
-        for sample in dataset.fill_together(keys, places):
+        first = max(0, min(window, len(source.index) - 1 - (together - 1) * apart))
+        windows = range(first, len(source.index), apart)[:together]
+        for sample in dataset.fill_together([(0, 0, i, i) for i in windows], list(places[: len(windows)])):
             if isinstance(sample, Fault):
                 raise DataError(str(sample))
             _dumps(("result", sample))
-        return count
+        return len(windows)
 
     return load
 
@@ -124,7 +111,7 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
     names = ("mp4", "dapt_pack", "dapt_squashed")
     ways = {"yardstick": dapt}
     ways |= {f"dapt_{name.removeprefix('dapt_')}": loading(training_set(roots, name, here=False)) for name in names}
-    ways["dapt_mp4_4windows"] = loading_together(training_set(roots, "mp4", here=False), 4)
+    ways["dapt_mp4_4windows"] = loading(training_set(roots, "mp4", here=False), together=4)
     yield ways, len(clip_index)
 
 

@@ -143,6 +143,7 @@ def measure(
     None where memory does not do. how: of Trainer.
     """
     gc.collect()
+    torch.compiler.reset()  # else what was compiled for other models counts against a limit
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -11,7 +11,7 @@ from benchmarks import _common, _data_sets, _yardstick, data, evaluate, step
 from datasets import open_clip
 from datasets.augment.frames import EvalTransform
 
-SMALL = _data_sets.Recipe(size=(640, 360), clips=2, clip_frames=20, video_frames=66)
+SMALL = _data_sets.Recipe(size=(640, 360), clips=2, clip_frames=20, video_frames=99)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def test_data(roots):
     clips, index = data.table_of(roots, "zips")
     assert clips.frame_counts.tolist() == [20, 20] and len(index) == 10
     videos, clip_index = data.table_of(roots, "mp4")
-    assert videos.frame_counts.tolist() == [66] and len(clip_index) == (66 - 46) // 3 + 1
-    for name, size in (("zips", (360, 640)), ("mp4", (360, 640)), ("pack", (320, 569)), ("dapt_pack", (320, 569)),
-                       ("squashed", (320, 224)), ("dapt_squashed", (320, 320))):  # fmt: skip
-        with open_clip(data.table_of(roots, name)[0][0]) as reader:
+    assert videos.frame_counts.tolist() == [99] and len(clip_index) == (99 - 46) // 3 + 1 == 18
+    sizes = {"zips": (360, 640), "mp4": (360, 640), "pack": (320, 569), "dapt_pack": (320, 569)}
+    for name, size in (sizes | {"squashed": (320, 224), "dapt_squashed": (320, 320)}).items():
+        table, windows = data.table_of(roots, name)
+        assert len(windows) == len(clip_index if name in ("mp4", "dapt_pack", "dapt_squashed") else index)
+        with open_clip(table[0]) as reader:
             assert reader.read([2, 5]).shape == (2, *size, 3)
-        assert len(data.table_of(roots, name)[1]) == len(clip_index if size == (320, 320) or "mp4" in name or
-                                                         "dapt" in name else index)  # fmt: skip
 
 
 def test_yardstick_of_evaluation_is_ours(roots):
@@ -92,10 +92,25 @@ def test_json_is_the_last_line(folder, monkeypatch, capsys):
     data.main()
     printed = capsys.readouterr().out.splitlines()
     results = json.loads(printed[-1])
-    for name in ("finetune_zips", "finetune_pack", "finetune_squashed", "dapt_mp4", "dapt_pack", "evaluation"):
+    names = {f"finetune_{kind}" for kind in ("zips", "pack", "squashed")} | {"dapt_pack", "evaluation"}
+    for name in names | {"dapt_mp4", "dapt_mp4_4windows"}:
         assert results[name].keys() >= {"ours", "yardstick", "ratio"} and f"| {name} | " in "\n".join(printed)
-    assert "dapt_mp4_4windows" in results
     assert results["command"].startswith("python -m benchmarks.data --data")
+
+
+def test_windows_together(roots, monkeypatch):
+    """Half a window apart, within the video; each is counted."""
+    keys = []
+    dataset = data.training_set(roots, "mp4", here=False)
+    fill = dataset.fill_together
+    monkeypatch.setattr(dataset, "fill_together", lambda k, outs: keys.extend(k) or fill(k, outs))
+    assert data.loading(dataset, together=2)(30) == 2 and [key[3] for key in keys] == [9, 17]
+
+
+def test_every_window_is_scored(roots):
+    ways, clips = data.evaluation_ways(roots, windows=2)
+    assert clips == 2 and ways["evaluation"](0) == 5 and ways["yardstick"](0) == 2
+    assert evaluate.scoring(roots, evaluate.NoModel(), "cpu")(0) == 10
 
 
 def test_workers(roots):
