@@ -271,7 +271,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
                 enlarge=defaults.dapt_enlarge,
                 aligned=defaults.dapt_aligned if aligned is None else aligned,
                 aa=args.aa,
-                reduce=not args.decode_full_size,
+                decoding=args.decoding,
                 here=args.augment_on == "worker",
             )
         sources.append(Source(clips, index, transform))

@@ -275,7 +275,7 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
             erase_prob=args.reprob,
             erase_count=args.recount,
             erase_max_area=args.erase_max_area,
-            reduce=not args.decode_full_size,
+            decoding=args.decoding,
             here=args.augment_on == "worker",
         )
     sampler = EpochSampler(

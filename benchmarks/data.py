@@ -96,7 +96,8 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
         return 1
 
     ways = {"yardstick": finetune, "finetune_zips": loading(training_set(roots, "zips", here=False))}
-    ways["finetune_zips_full_size"] = loading(training_set(roots, "zips", here=False, reduce=False))
+    for decoding in ("full", "exact"):
+        ways[f"finetune_zips_{decoding}"] = loading(training_set(roots, "zips", here=False, decoding=decoding))
     ways |= {f"finetune_{name}": loading(training_set(roots, name, here=False)) for name in ("pack", "squashed")}
     ways |= {f"finetune_{name}_cpu": loading(training_set(roots, name, here=True)) for name in ("zips", "pack")}
     yield ways, len(index)

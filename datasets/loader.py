@@ -227,18 +227,18 @@ class WindowDataset:
         return sample
 
 
-def _shared_frames(reader: Reader, ids: np.ndarray) -> Callable[[np.ndarray, Fit], Iterator[Tensor]]:
+def _shared_frames(reader: Reader, ids: np.ndarray) -> Callable[[np.ndarray, Fit | None], Iterator[Tensor]]:
     """Return what stands for reader.frames for any of the frames `ids`, all of which are read the first time, once."""
     kept: dict[int, tuple[Tensor, tuple[int, int]]] = {}
 
-    def frames(wanted: np.ndarray, fit: Fit) -> Iterator[Tensor]:
+    def frames(wanted: np.ndarray, fit: Fit | None) -> Iterator[Tensor]:
         if not kept:
-            read = reader.frames(ids, fit)
-            kept.update(
-                {i: (frame.clone(), fit.size or tuple(frame.shape[:2])) for i, frame in zip(ids, read, strict=True)}
-            )
+            for i, frame in zip(ids, reader.frames(ids, fit), strict=True):
+                kept[i] = frame.clone(), fit and fit.size
         for i in wanted:
-            frame, fit.size = kept[i]
+            frame, size = kept[i]
+            if fit:
+                fit.size = size
             yield frame
 
     return frames

@@ -227,8 +227,8 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     group.free("pin_mem", True, "pin host memory for faster copies to the GPU")
     help = "where RandAugment is done: on the device, which leaves workers free to decode, or in them (auto: on a GPU)"
     group.free("augment_on", "auto", help, choices=["auto", "device", "worker"])
-    help = "decode training pictures at full size even where a half, a quarter or an eighth of it is enough"
-    group.fixed("decode_full_size", False, help)
+    help = "how training JPEGs are decoded: at a half or less where that is enough, fast at full size, or exactly"
+    group.fixed("decoding", "small", help, choices=["small", "full", "exact"])
     help = "minutes a process waits for the others before the run ends"
     group.free("dist_timeout", 30.0, help, type=positive_float)
     help = "steps in a row with a loss or gradient not finite, at which the run stops"

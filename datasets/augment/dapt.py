@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datasets.augment.draws import Draws, finished
-from datasets.augment.frames import Read, draw_crop, draw_padding, halved, padded, resize, sized_frames
+from datasets.augment.frames import Read, draw_crop, draw_padding, fit_of, padded, resize, sized_frames
 from datasets.augment.masks import tube_mask
 from datasets.augment.operations import crop
 from datasets.augment.randaugment import RandAugment
@@ -33,7 +33,7 @@ class PretrainTransform:
         enlarge: whether smaller frames are enlarged to short_side, or stay.
         aligned: whether clips look as in fine-tuning.
         aa: RandAugment policy of aligned clips, or "none".
-        reduce: whether frames may be decoded at half the size or less where that leaves short_side.
+        decoding: how JPEGs are decoded, one of frames.DECODINGS.
         here: whether RandAugment and crops of aligned clips are done right here, instead of by `DeviceAugment`.
 
     Raises ValueError for a policy that does not parse or a mask that hides nothing or everything.
@@ -49,12 +49,13 @@ class PretrainTransform:
         enlarge: bool = True,
         aligned: bool = True,
         aa: str = "rand-m3-n3-mstd0.5-inc1",
-        reduce: bool = True,
+        decoding: str = "small",
         here: bool = True,
     ):
         tube_mask(grid, mask_ratio, np.random.default_rng(0))  # refuses a bad ratio now, not in a worker
         self.size, self.grid, self.mask_ratio = size, grid, mask_ratio
-        self.short_side, self.enlarge, self.aligned, self.reduce, self.here = short_side, enlarge, aligned, reduce, here
+        self.short_side, self.enlarge, self.aligned, self.here = short_side, enlarge, aligned, here
+        self.decoding = decoding
         self.rand_augment = RandAugment(aa) if aligned and aa != "none" else None
 
     def shape(self, frames: int) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class PretrainTransform:
         """
         draws = None
         view = out[0].numpy()
-        for t, (frame, height, width) in enumerate(sized_frames(read, self._least)):
+        for t, (frame, height, width) in enumerate(sized_frames(read, fit_of(self.decoding, self.short_side))):
             filmed = round(height * aspect) if aspect else width
             scale = self._scale(min(height, filmed))
             height, filmed = round(height * scale), int(filmed * scale)
@@ -102,7 +103,3 @@ class PretrainTransform:
     def _scale(self, short: int) -> float:
         """Return what frames of a short side are scaled by."""
         return 1.0 if short < self.short_side and not self.enlarge else self.short_side / short
-
-    def _least(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that frames may be decoded at."""
-        return halved(height, width, self.short_side) if self.reduce else (height, width)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from datasets.augment.draws import Draws, finished
 from datasets.augment.erasing import draw_erasing
-from datasets.augment.frames import Read, draw_padding, halved, padded, resize, sized_frames
+from datasets.augment.frames import Read, draw_padding, fit_of, padded, resize, sized_frames
 from datasets.augment.randaugment import RandAugment
 
 
@@ -22,7 +22,7 @@ class FinetuneTransform:
         erase_prob: prob of `draw_erasing`, whose boxes are filled on the device.
         erase_count: count of `draw_erasing`.
         erase_max_area: max_area of `draw_erasing`.
-        reduce: whether frames may be decoded at half the size or less where that leaves `size` pixels.
+        decoding: how JPEGs are decoded, one of frames.DECODINGS.
         here: whether RandAugment is done right here, instead of by `DeviceAugment`.
 
     Raises ValueError for a policy that does not parse.
@@ -39,12 +39,12 @@ class FinetuneTransform:
         erase_prob: float = 0.25,
         erase_count: int = 1,
         erase_max_area: float = 0.1,
-        reduce: bool = True,
+        decoding: str = "small",
         here: bool = True,
     ):
         self.size, self.views, self.short_side, self.interpolation = size, views, short_side, interpolation
         self.erase_prob, self.erase_count, self.erase_max_area = erase_prob, erase_count, erase_max_area
-        self.reduce, self.here = reduce, here
+        self.decoding, self.here = decoding, here
         self.rand_augment = None if aa == "none" else RandAugment(aa)
 
     def shape(self, frames: int) -> tuple[int, ...]:
@@ -62,7 +62,8 @@ class FinetuneTransform:
         Raises DataError where frames differ in size.
         """
         paddings, drawn, boxes = [], [], []
-        for t, (frame, height, width) in enumerate(sized_frames(read, self._least)):
+        least = max(self.size, self.short_side)
+        for t, (frame, height, width) in enumerate(sized_frames(read, fit_of(self.decoding, least))):
             filmed = round(height * aspect) if aspect else width
             if self.short_side:
                 scale = self.short_side / min(height, filmed)
@@ -80,9 +81,3 @@ class FinetuneTransform:
             drawn = [finished(*pair, self.size, self.interpolation) for pair in zip(out, drawn, strict=True)]
         seeds = torch.from_numpy(rng.integers(2**63, size=self.views))
         return Draws.stacked(drawn) | {"boxes": torch.stack(boxes), "seed": seeds}
-
-    def _least(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that frames may be decoded at."""
-        if not self.reduce:
-            return height, width
-        return halved(height, width, max(self.size, self.short_side))

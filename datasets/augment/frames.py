@@ -13,37 +13,43 @@ from datasets.clips import DataError
 
 cv2.setNumThreads(1)  # a reading process works in one thread, and one made before a fork would be missing after it
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
+DECODINGS = ("small", "full", "exact")  # of JPEGs: at a half or less where that is enough; chroma repeated; no savings
 _canvas = np.empty(0, np.uint8)
 CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
 
 
 class Fit:
-    """Tells a reader how small pictures may come, and keeps how large the last of them was.
+    """Tells a reader that a picture may be decoded in a hurry and how small, and keeps how large the last of them was.
 
     A reader calls it with the height and width of each picture it decodes, upright, and may hand over the picture in
-    any size from that down to what is returned. rule: (height, width) -> (height, width).
+    any size from that down to what is returned: the whole size, or with `least` what `halved` leaves.
     """
 
-    def __init__(self, rule: Callable[[int, int], tuple[int, int]]):
-        self.rule = rule
+    def __init__(self, least: int | None = None):
+        self.least = least
         self.size: tuple[int, int] | None = None
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         self.size = height, width
-        return self.rule(height, width)
+        return (height, width) if self.least is None else halved(height, width, self.least)
 
 
-Read = Callable[[Fit], Iterable[Tensor]]  # the frames of a clip, uint8 (H, W, 3), as small as Fit allows
+def fit_of(decoding: str, least: int) -> Fit | None:
+    """Return the Fit of one of DECODINGS, for sides of at least so many pixels; None stands for exact pictures."""
+    return {"small": Fit(least), "full": Fit(), "exact": None}[decoding]
 
 
-def sized_frames(read: Read, rule: Callable[[int, int], tuple[int, int]]) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yield uint8 (H', W', 3) of each frame, read as small as rule allows, with its original height and width.
+Read = Callable[[Fit | None], Iterable[Tensor]]  # the frames of a clip, uint8 (H, W, 3), as Fit allows
+
+
+def sized_frames(read: Read, fit: Fit | None) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield uint8 (H', W', 3) of each frame, as small as it was read, with its original height and width.
 
     Raises DataError where they differ.
     """
-    fit, sizes = Fit(rule), set()
+    sizes = set()
     for frame in read(fit):
-        size = fit.size or tuple(frame.shape[:2])
+        size = fit.size if fit and fit.size else tuple(frame.shape[:2])
         sizes.add(size)
         if len(sizes) > 1:
             raise DataError(f"frames of different sizes in one clip: {sorted(sizes)}")

@@ -397,7 +397,18 @@ def test_reduced_frames_give_the_same_clip(aligned):
             differences.append((whole.int() - out.int()).abs().float().mean().item())
         assert np.median(differences) < 1 and max(differences) < 5  # the edge of a border may be half a row off
     with pytest.raises(AssertionError):
-        FinetuneTransform(32, reduce=False)(reduced, np.random.default_rng(0), out)
+        FinetuneTransform(32, decoding="full")(reduced, np.random.default_rng(0), out)
+
+
+@pytest.mark.parametrize("make", [FinetuneTransform, lambda size: pretrain()])
+def test_sizes_of_one_clip_are_not_taken_for_those_of_the_next(make):
+    """A reader of JPEGs says how large they are, one of videos does not."""
+    transform = make(32)
+    expected, drawn = through(transform, moving())
+    out = torch.zeros(transform.shape(1), dtype=torch.uint8)
+    transform(lambda fit: fit(999, 400) and [picture(64, 64)], np.random.default_rng(0), out)
+    again, redrawn = through(transform, moving())
+    assert torch.equal(expected, again) and all(torch.equal(drawn[k], redrawn[k]) for k in drawn)
 
 
 def test_colours_keep_their_order():
