@@ -20,7 +20,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from torch import Tensor
 from datasets.clips import Clip, DataError, data_errors
 from datasets.parallel import alive
 from datasets.video import Video
+from datasets.zips import read_stored, stored_members
 from utils.text import first_few, short_reason
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -51,8 +52,6 @@ _UNREADABLE = (
 
 Fit = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, lengths of name and extra field
-_EXTRA = 64  # bytes of extra fields that are read along
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"  # what a JPEG begins with, and its compressed pixels
 _MAY_TURN = (b"Exif\0", b"adobe.com/xap/")  # in the head of a JPEG: EXIF, XMP
 _scratch = bytearray()
@@ -230,43 +229,39 @@ class ZipReader(PictureReader):
     def __init__(self, clip: Clip, path: str):
         super().__init__(clip, path)
         self._file = open(path, "rb")  # noqa: SIM115 (where this fails, it is no matter of what is in it)
+        self._members = stored_members(self._file.fileno())
+        self._zip = self._opened() if self._members is None else None
+
+    def _opened(self) -> zipfile.ZipFile:
         try:
-            self._zip = zipfile.ZipFile(self._file)
+            return zipfile.ZipFile(self._file)
         except _UNREADABLE as e:
             with self._file as f:
                 f.seek(0)
                 reason = "it is a web page" if b"<html" in f.read(1024).lower() else _reason(e)
-            raise DataError(f"{path}: not a readable zip ({reason}); copy or download it again") from e
+            raise DataError(f"{self.path}: not a readable zip ({reason}); copy or download it again") from e
+
+    def _names(self) -> Collection[str]:
+        return self._zip.NameToInfo if self._members is None else self._members
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            info = self._zip.getinfo(name)
-        except KeyError as e:
-            raise KeyError(f"not in the zip, which {self._instead()}") from e
-        data = self._stored(info)
-        return self._zip.read(name) if data is None else data  # checks the CRC, too
-
-    def _stored(self, info: zipfile.ZipInfo) -> bytes | None:
-        """Return a member that is stored as it is, in a third of zipfile's time; None where it is not, or damaged."""
-        if info.compress_type != zipfile.ZIP_STORED:
-            return None
-        size = _LOCAL_HEADER.size + len(info.filename.encode()) + _EXTRA + info.file_size
-        data = os.pread(self._file.fileno(), size, info.header_offset)
-        if len(data) < _LOCAL_HEADER.size:
-            return None
-        signature, *_, name, extra = _LOCAL_HEADER.unpack_from(data)
-        start = _LOCAL_HEADER.size + name + extra
-        member = data[start : start + info.file_size]
-        return member if signature == b"PK\3\4" and zlib.crc32(member) == info.CRC else None
+        if name not in self._names():
+            raise KeyError(f"not in the zip, which {self._instead()}")
+        data = read_stored(self._file.fileno(), name, self._members[name]) if self._members else None
+        if data is None:
+            self._zip = self._zip or self._opened()
+            data = self._zip.read(name)  # checks the CRC, too
+        return data
 
     def file_names(self) -> list[str]:
-        return [name for name in self._zip.namelist() if not name.endswith("/") and not is_hidden(name)]
+        return [name for name in self._names() if not name.endswith("/") and not is_hidden(name)]
 
     def _has(self, frame: int) -> bool:
-        return self.clip.picture(frame) in self._zip.NameToInfo
+        return self.clip.picture(frame) in self._names()
 
     def close(self) -> None:
-        self._zip.close()
+        if self._zip is not None:
+            self._zip.close()
         self._file.close()
 
 
