@@ -183,7 +183,6 @@ def train(args: Namespace, process: Process) -> None:
         with config_errors():
             model.freeze_blocks(args.freeze_layers)
     ddp_model = data_parallel(model, process)
-
     progress = Progress(
         epoch=args.start_epoch,
         best=dict.fromkeys(BEST, -math.inf),

@@ -13,6 +13,8 @@ from helpers import session
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from datasets.augment.device import DeviceAugment
+from datasets.augment.randaugment import DRIVING_OPS, NO_OP
 from engine.averages import Averages, WeightAverage
 from engine.checkpoint import Progress
 from engine.dapt import DaptObjective
@@ -107,7 +109,7 @@ def device(monkeypatch):
 def finetuning(loss="crossentropy"):
     model = create_model("vit_tiny_patch16_64", drop_path_rate=0.2).to(GPU)
     batch = {
-        "video": torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8),
+        "video": torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8, device=GPU),
         "boxes": None,
         "seed": None,
         "label": torch.tensor([0, 1]),
@@ -122,7 +124,7 @@ def finetuning(loss="crossentropy"):
 def dapt():
     model = create_model("pretrain_videomae_tiny_patch16_64").to(GPU)
     mask = (torch.arange(32) % 4 > 0).expand(2, 32)
-    batch = {"video": torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8), "mask": mask, "weight": 1.0}
+    batch = {"video": torch.zeros(2, 3, 4, 64, 64, dtype=torch.uint8, device=GPU), "mask": mask, "weight": 1.0}
     return model, batch, DaptObjective(model)
 
 
@@ -163,6 +165,18 @@ def test_a_step_between_reports_waits_for_nothing(device, build, options):
     assert train(device, *build(), **OPTIONS[options]) >= 5  # the reports did read the steps
 
 
+@pytest.mark.parametrize("operation", DRIVING_OPS)
+def test_no_augmentation_waits(device, operation):
+    """Of a clip that is a part of its memory, and cropped; what is drawn is on the host."""
+    draws = {"side": [48] * 2, "ops": [[DRIVING_OPS.index(operation), NO_OP]] * 2, "levels": [[0.3, 0.0]] * 2}
+    draws["crop"] = [[1, 2, 40, 44], [0, 0, 48, 48]]
+    video = torch.zeros(2, 4, 64, 64, 3, dtype=torch.uint8, device=GPU)
+    batch = {name: torch.tensor(values) for name, values in draws.items()}
+    with device.watching(True):
+        result = DeviceAugment(32)(video, batch)
+    assert result.shape == (2, 3, 4, 32, 32) and result.device == GPU
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_loss_waits(device, loss):
     train(device, *finetuning(loss))
@@ -193,7 +207,7 @@ FAULTS = {
     "masked_select": lambda loss, batch: loss.masked_select(loss > 0),
     "unique": lambda loss, batch: loss[None].unique(),
     "equal": lambda loss, batch: torch.equal(loss, loss),
-    "blocking copy": lambda loss, batch: batch["video"].to(GPU),
+    "blocking copy": lambda loss, batch: torch.zeros(3).to(GPU),
     "synchronize": lambda loss, batch: torch.cuda.synchronize(),
 }
 
