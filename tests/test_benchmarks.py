@@ -2,8 +2,8 @@
 
 import json
 import sys
+import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -73,15 +73,21 @@ def test_yardstick_of_training(roots, monkeypatch, decord):
     assert (augmented - plain).abs().mean() > 0.05
 
 
-def test_turns_and_ratios(monkeypatch):
-    clock = iter(np.cumsum([0, 1, 0, 4] * 4).tolist())
-    monkeypatch.setattr(_common.time, "process_time", lambda: next(clock))
-    calls = []
-    ways = {"ours": lambda i: calls.append(("ours", i)) or 1, "yardstick": lambda i: calls.append(("theirs", i)) or 2}
-    seconds = _common.in_turns(ways, [[5, 6], [7, 8]])
-    assert calls == [("ours", 5), ("theirs", 5)] + [(who, i) for i in (5, 6, 7, 8) for who in ("ours", "theirs")]
-    assert seconds == {"ours": [1, 1], "yardstick": [2, 2]}
-    assert _common.against([1, 2, 1], [2, 2, 3]) == {"ours": 1, "yardstick": 0.5, "ratio": 2, "spread": [1, 3]}
+def test_turns_and_ratios():
+    def spend(seconds, items):
+        def way(number):
+            end = time.process_time() + seconds * number
+            while time.process_time() < end:
+                pass
+            return items
+
+        return way
+
+    seconds = _common.in_turns({"ours": spend(0.01, 1), "yardstick": spend(0.08, 2)}, [[1, 3], [2, 2], [1, 1]])
+    assert seconds["ours"] == pytest.approx([0.02, 0.02, 0.01], rel=0.2)
+    assert seconds["yardstick"] == pytest.approx([0.08, 0.08, 0.04], rel=0.2)
+    result = _common.against(seconds["ours"], seconds["yardstick"])
+    assert result["ratio"] == pytest.approx(4, rel=0.3) and result["ours"] == pytest.approx(50, rel=0.2)
 
 
 def test_json_is_the_last_line(folder, monkeypatch, capsys):

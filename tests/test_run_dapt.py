@@ -262,7 +262,7 @@ def test_options_reach_what_they_are_for(roots, tmp_path, monkeypatch):
 
     def spy(model, batches, set_epoch, objective, session, reporting, **kwargs):
         (seen["batch"], *_) = batches
-        seen.update(model=model, optimization=session.state.optimization, dataset=batches.loader.dataset)
+        seen.update(model=model, optimization=session.state.optimization, dataset=batches.loader.loader.dataset)
         session.progress.epoch = 1
 
     monkeypatch.setattr(run_dapt, "train_epochs", spy)

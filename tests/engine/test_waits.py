@@ -150,6 +150,7 @@ def train(device, model, batch, objective, *, opt="adamw", fault=None, average=F
     return device.answers
 
 
+HOST = torch.arange(3)  # on the host
 OPTIONS = {
     "plain": {},
     "clipped": {"clip_grad": 1.0},
@@ -207,7 +208,7 @@ FAULTS = {
     "masked_select": lambda loss, batch: loss.masked_select(loss > 0),
     "unique": lambda loss, batch: loss[None].unique(),
     "equal": lambda loss, batch: torch.equal(loss, loss),
-    "blocking copy": lambda loss, batch: torch.zeros(3).to(GPU),
+    "blocking copy": lambda loss, batch: HOST.to(GPU),
     "synchronize": lambda loss, batch: torch.cuda.synchronize(),
 }
 
@@ -231,9 +232,9 @@ def test_an_optimizer_that_cannot_leave_out_a_step_by_itself_is_noticed(device):
 
 
 HARMLESS = {
-    "mask on the host": lambda loss, batch: batch["video"][batch["video"] > 0],
-    "number on the host": lambda loss, batch: batch["video"].sum().item(),
-    "asynchronous copy": lambda loss, batch: batch["video"].to(GPU, non_blocking=True),
+    "mask on the host": lambda loss, batch: HOST[HOST > 0],
+    "number on the host": lambda loss, batch: HOST.sum().item(),
+    "asynchronous copy": lambda loss, batch: HOST.to(GPU, non_blocking=True),
     "where": lambda loss, batch: torch.where(loss > 0, loss, 0.0),
     "masked_fill": lambda loss, batch: loss.masked_fill(loss > 0, 0.0),
 }
