@@ -29,24 +29,26 @@ def single_thread() -> None:
     cv2.setNumThreads(0)
 
 
-def in_turns(ways: Mapping[str, Way], rounds: Iterable[Sequence[int]]) -> dict[str, list[float]]:
+def in_turns(ways: Mapping[str, Way], rounds: Iterable[Sequence[int]], *, apart: bool = True) -> dict[str, list[float]]:
     """Return the CPU seconds per item of each way in each round, after a call of each that does not count.
 
     Each works in a process of its own, as it does in training: what one way leaves in the memory of a process makes
-    another faster or slower, by half for the arrays of full-size pictures.
+    another faster or slower, by half for the arrays of full-size pictures. Not apart, all work in this one, as a GPU
+    demands.
 
     rounds: of each round what the ways are called with, in turns: first each with the first number, and so on.
     """
     rounds = list(rounds)
-    children = {name: Child(partial(_timed, way), limit=600) for name, way in ways.items()}
-    for child in children.values():
-        list(child.results(rounds[0][0]))
+    children = {name: Child(partial(_timed, way), limit=120) for name, way in ways.items()}
+    calls = {name: child.results if apart else child.function for name, child in children.items()}
+    for call in calls.values():
+        list(call(rounds[0][0]))
     result: dict[str, list[float]] = {name: [] for name in ways}
     for numbers in rounds:
         spent: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
         for number in numbers:
-            for name, child in children.items():
-                spent[name] += child.results(number)
+            for name, call in calls.items():
+                spent[name] += call(number)
         for name, pairs in spent.items():
             result[name].append(sum(seconds for _, seconds in pairs) / sum(items for items, _ in pairs))
     for child in children.values():

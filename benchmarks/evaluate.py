@@ -66,7 +66,7 @@ def main() -> None:
         roots = make(Path(args.data or folder), Recipe(args.video, tuple(args.size)))
         ways, total = evaluation_ways(roots, args.windows)
         ways |= {"whole": scoring(roots, model, args.device)}
-        seconds = in_turns(ways, [[i % total] for i in range(args.rounds)])
+        seconds = in_turns(ways, [[i % total] for i in range(args.rounds)], apart=args.device == "cpu")
     names = {"worker": "evaluation", f"whole, model {args.model}": "whole"}
     results = {shown: against(seconds[name], seconds["yardstick"]) for shown, name in names.items()}
     text = f"Windows per second, {args.rounds} rounds in turns, one thread:\n\n{comparison(results)}"

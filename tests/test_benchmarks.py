@@ -92,7 +92,7 @@ def test_turns_and_ratios():
 
 def test_json_is_the_last_line(folder, monkeypatch, capsys):
     monkeypatch.setattr(data, "Recipe", lambda *_: SMALL)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(data, "single_thread", lambda: None)
     command = ["benchmarks/data.py", "--data", str(folder), "--rounds", "1", "--windows", "1", "--json"]
     monkeypatch.setattr(sys, "argv", command)
     data.main()
