@@ -1,7 +1,9 @@
-"""How far the scores of a model move when it reads a pack in place of the original; a line of JSON for each pack.
+"""How far the scores of a model move when it reads a pack in place of the original, or JPEGs decoded in a hurry.
 
     python -m benchmarks.cut_video VIDEO build/cut
     python -m benchmarks.packed_scores --data_path build/cut --short_side 320 256 --squash 0 320 224
+
+It prints a line of JSON for each --decoding of training and for each pack.
 
 Without weights at hand: ViT-S at 16 x 224 x 224 with random weights (seed 0), and a head fitted to its features of the
 original's training split (logistic regression). Scores and AUC_ROC are of all windows. With a model of your own,
@@ -19,22 +21,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from benchmarks.packing import eval_batches
 from datasets import ClipTable, build_clips
+from datasets.augment.frames import EvalTransform, fit_of
+from datasets.clips import Clip
+from datasets.readers import open_clip
 from datasets.tools.pack import Settings, pack
 from datasets.windows import index_clips
 from engine.metrics import frame_metrics
 from models import create_model
 
-MODEL = "vit_small_patch16_224"
+MODEL, SIZE = "vit_small_patch16_224", 224
 
 
 @torch.inference_mode()
-def features(clips: ClipTable, model: torch.nn.Module) -> Tensor:
-    """Return float64 (windows, D) of all windows, in order."""
-    index = index_clips(clips, num_frames=16, view_fps=10, stride=1)
-    batches = eval_batches(clips, index, batch_size=4)
-    return torch.cat([model.forward_features(model.normalize(batch.video)) for batch in batches]).double()
+def features(clips: ClipTable, model: torch.nn.Module, decoding: str = "exact") -> Tensor:
+    """Return float64 (windows, D) of all windows, in order, of frames decoded as one of frames.DECODINGS."""
+    index, found = index_clips(clips, num_frames=16, view_fps=10, stride=1), []
+    for number, clip in enumerate(clips):
+        ids, video = index.needed_frames(number), pictures(clip, index.needed_frames(number), decoding)
+        places = torch.from_numpy(np.searchsorted(ids, index.frames(number, index.last_frames(number))))
+        for rows in places.split(4):
+            found.append(model.forward_features(model.normalize(video[rows].transpose(1, 2))).double())
+    return torch.cat(found)
+
+
+def pictures(clip: Clip, ids: np.ndarray, decoding: str) -> Tensor:
+    """Return frames of a clip as evaluation sees them, uint8 (n, 3, 224, 224)."""
+    with open_clip(clip) as reader:
+        return EvalTransform(SIZE)(reader.frames(ids, fit_of(decoding, SIZE)))
+
+
+def pixel_difference(clips: ClipTable, decoding: str) -> dict[str, float]:
+    """Return the mean difference in levels, and the PSNR in dB, of every tenth frame to its exact pixels."""
+    ids = [np.arange(0, clip.num_frames, 10) for clip in clips]
+    pairs = [[pictures(*clip, d).double() for d in (decoding, "exact")] for clip in zip(clips, ids, strict=True)]
+    difference = torch.cat([(a - b).flatten() for a, b in pairs])
+    psnr = 10 * torch.log10(255**2 / difference.square().mean())
+    return {"mean_abs_pixel_difference": round(float(difference.abs().mean()), 3), "psnr": round(float(psnr), 1)}
 
 
 def fit(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,21 +100,26 @@ def main() -> None:
 
     truth, original = torch.cat(labels).numpy(), scores([train, val])
     auroc = frame_metrics(original, truth)["auroc"]
+
+    def change(found: np.ndarray) -> dict[str, float]:
+        return {
+            "windows": len(truth),
+            "anomalous": int(truth.sum()),
+            "auroc_original": round(100 * auroc, 2),
+            "auroc_difference": round(100 * (frame_metrics(found, truth)["auroc"] - auroc), 2),
+            "mean_abs_score_difference": round(float(np.abs(found - original).mean()), 4),
+            "std_of_scores": round(float(original.std()), 4),
+        }
+
+    for decoding in ("full", "small"):
+        found = scores([features(clips, model, decoding) for clips in splits])
+        print(json.dumps({"decoding": decoding} | change(found) | pixel_difference(splits[1], decoding)), flush=True)
     for side, squash in itertools.product(args.short_side, args.squash):
         settings = Settings(side, 10, args.quality, squash)
         with tempfile.TemporaryDirectory() as folder:
             pack("DoTA", args.data_path, folder, settings=settings)
             packed = scores([features(build_clips("DoTA", folder, split), model) for split in ("train", "val")])
-        result = {
-            **asdict(settings),
-            "windows": len(truth),
-            "anomalous": int(truth.sum()),
-            "auroc_original": round(100 * auroc, 2),
-            "auroc_difference": round(100 * (frame_metrics(packed, truth)["auroc"] - auroc), 2),
-            "mean_abs_score_difference": round(float(np.abs(packed - original).mean()), 4),
-            "std_of_scores": round(float(original.std()), 4),
-        }
-        print(json.dumps(result), flush=True)
+        print(json.dumps(asdict(settings) | change(packed)), flush=True)
 
 
 if __name__ == "__main__":
