@@ -56,7 +56,7 @@ class PretrainTransform:
         self.size, self.grid, self.mask_ratio = size, grid, mask_ratio
         self.short_side, self.enlarge, self.aligned, self.here = short_side, enlarge, aligned, here
         self.decoding = decoding
-        self.rand_augment = RandAugment(aa) if aligned and aa != "none" else None
+        self.rand_augment = None if aa == "none" else RandAugment(aa)
 
     def shape(self, frames: int) -> tuple[int, ...]:
         """Return the shape of "video" of a clip of so many frames, (1, frames, side, side, 3)."""
@@ -84,7 +84,7 @@ class PretrainTransform:
                 padding = draw_padding(height, filmed, rng)
                 draws = self._draws(min(height, filmed), rng)
             elif draws is None:
-                draws = Draws.of(None, self.size, None)
+                draws = Draws.of(self.rand_augment, self.size, None)
                 box = draw_crop(height, width, self.size, SCALES, rng)
             if self.aligned:
                 view[t, : draws.side, : draws.side] = resize(padded(frame, padding), draws.side, draws.side)

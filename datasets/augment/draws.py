@@ -28,7 +28,7 @@ class Draws:
 
     @classmethod
     def of(cls, rand_augment: RandAugment | None, side: int, rng: np.random.Generator | None) -> "Draws":
-        """Draw the operations for a square clip that is used whole; none without rng."""
+        """Draw the operations for a square clip that is used whole; without rng as many places, but none in them."""
         layers = rand_augment.layers if rand_augment else 1
         ops, levels = np.full(layers, NO_OP), np.zeros(layers)
         if rand_augment and rng:

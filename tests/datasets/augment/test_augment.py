@@ -366,7 +366,14 @@ def test_seven_clips_of_ten_are_rand_augmented(monkeypatch):
         through(transform, [picture(36, 64)] * 2, seed)
     assert 0.63 < sum(rng is not None for *_, rng in calls) / 300 < 0.77
     assert {(policy, side) for policy, side, _ in calls} == {(transform.rand_augment, 40)}  # on the square, uncropped
-    assert pretrain(aa="none").rand_augment is None and pretrain(aligned=False).rand_augment is None
+    assert pretrain(aa="none").rand_augment is None
+
+
+def test_draws_of_a_mix_have_one_shape():
+    """A batch holds clips of data sets that are aligned and of others that are not."""
+    drawn = [through(pretrain(aligned=a, here=False), moving(), seed)[1] for a in (True, False) for seed in range(9)]
+    assert len({tuple((k, v.shape, v.dtype) for k, v in sorted(d.items())) for d in drawn}) == 1
+    assert all((d["ops"] == NO_OP).all() for d in drawn[9:])
 
 
 def test_small_frames_are_enlarged_or_not():
