@@ -261,6 +261,10 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
         clips = from_main(partial(build_clips, name, path, split, scan, args.assume_fps, leave_out=bad_clips))
         defaults = find_data_set(name)
         aligned = args.transforms_finetune_align
+        aligned = defaults.dapt_aligned if aligned is None else aligned
+        if not aligned and any(clip.aspect for clip in clips):
+            logger.warning(f"{clips}: clips that are not aligned are cropped from frames as filmed, and this pack holds "
+                           "them squashed, so they are stretched and blurred: pack them without --squash")  # fmt: skip
         with config_errors():
             index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=stride)
             transform = PretrainTransform(
@@ -269,7 +273,7 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
                 mask_ratio=args.mask_ratio,
                 short_side=args.short_side,
                 enlarge=defaults.dapt_enlarge,
-                aligned=defaults.dapt_aligned if aligned is None else aligned,
+                aligned=aligned,
                 aa=args.aa,
                 decoding=args.decoding,
                 here=args.augment_on == "worker",

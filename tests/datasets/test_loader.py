@@ -6,6 +6,7 @@ import torch
 from helpers import window_of
 
 from datasets import build_clips, loader
+from datasets.augment.device import DeviceAugment, DeviceLoader
 from datasets.augment.finetune import FinetuneTransform
 from datasets.batches import BatchLoader
 from datasets.clips import ClipTable, DataError
@@ -92,17 +93,19 @@ def test_a_mix_ends_with_its_longest_source():
 # Training batches
 
 
-def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, epoch=0):
+def training(root, *, workers=0, batch_size=4, rank=0, world_size=1, views=1, epoch=0, start_step=0, here=True):
+    """The batches of an epoch; if not here, augmented on the device, for which the CPU stands."""
     clips = build_clips("DoTA", str(root), "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
     sampler = EpochSampler(
         [len(index)], batch_sizes=[batch_size], rank=rank, world_size=world_size, samples_per_epoch=24, seed=7
     )
-    source = Source(clips, index, FinetuneTransform(32, views=views))
+    source = Source(clips, index, FinetuneTransform(32, views=views, here=here))
     dataset = WindowDataset([source], seed=7, targets=True)
-    sampler.set_epoch(epoch)
+    sampler.set_epoch(epoch, start_step)
     loader = BatchLoader(dataset, sampler, num_workers=workers)
-    batches = [batch | {"video": batch["video"].clone()} for batch in loader]
+    augmented = loader if here else DeviceLoader(loader, torch.device("cpu"), DeviceAugment(32))
+    batches = [batch | {"video": batch["video"].clone()} for batch in augmented]
     loader.close()
     return batches
 
@@ -131,6 +134,20 @@ def test_batches_do_not_depend_on_ranks(dota_root):
         joined = {k: torch.cat([first[k], second[k]]) for k in first if k not in NOTES}
         joined |= {"skipped": [], "notes": [], "weight": 1.0, "samples": first["samples"] + second["samples"]}
         assert same(a, joined) and a["samples"] == joined["samples"] and len(a["samples"]) == 4
+
+
+def test_augmentation_on_the_device_is_the_same_whoever_prepares_the_batch(dota_root):
+    """In 0, 1, 3 workers, on 1, 2 ranks, after a resume; and it is what the worker would have done."""
+    whole = training(dota_root, here=False)
+    for workers in (1, 3):
+        assert all(same(a, b) for a, b in zip(whole, training(dota_root, workers=workers, here=False), strict=True))
+    later = training(dota_root, workers=1, start_step=2, here=False)
+    assert len(later) == 4 and all(same(a, b) for a, b in zip(whole[2:], later, strict=True))
+    parts = [training(dota_root, batch_size=2, rank=rank, world_size=2, here=False) for rank in (0, 1)]
+    for a, *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(a["video"], torch.cat([half["video"] for half in halves]))
+    for a, b in zip(whole, training(dota_root), strict=True):
+        assert torch.equal(a["video"], b["video"].permute(0, 4, 1, 2, 3)) and a["ops"].shape == (4, 3)
 
 
 def test_the_same_window_looks_different_in_another_epoch(dota_root):
