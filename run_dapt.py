@@ -263,8 +263,8 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
         aligned = args.transforms_finetune_align
         aligned = defaults.dapt_aligned if aligned is None else aligned
         if not aligned and any(clip.aspect for clip in clips):
-            logger.warning(f"{clips}: clips that are not aligned are cropped from frames as filmed, and this pack holds "
-                           "them squashed, so they are stretched and blurred: pack them without --squash")  # fmt: skip
+            logger.warning(f"{clips}: unaligned clips are cropped from frames as filmed, and this pack holds them "
+                           "squashed, so they are stretched and blurred: pack them without --squash")  # fmt: skip
         with config_errors():
             index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=stride)
             transform = PretrainTransform(
