@@ -5,6 +5,7 @@ float32, all in the worker. It costs what the published dataset classes cost (si
 noise of a machine; it gives no training: labels and masks are left out.
 """
 
+import importlib.util
 import random
 import zipfile
 from collections.abc import Sequence
@@ -20,11 +21,7 @@ from datasets.augment.dapt import ALIGNED_SCALES
 from datasets.augment.frames import draw_crop
 from datasets.video import Video
 
-try:
-    import decord
-except ImportError:
-    decord = None
-
+HAS_DECORD = importlib.util.find_spec("decord") is not None
 SIZE = 224
 SHORT_SIDE = 320
 _MEAN, _STD = (torch.tensor(v).view(3, 1, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -50,8 +47,13 @@ class Yardstick:
         return _normalized([_rgb(_squash(frame, SIZE)) for frame in _pictures(path, names)])
 
     def dapt(self, path: str, ids: Sequence[int]) -> Tensor:
-        """Load a clip from a video, by decord where it is installed, else by PyAV."""
-        if decord:
+        """Load a clip from a video, by decord where it is installed, else by PyAV.
+
+        To be called in a process of its own: decord's FFmpeg gets into the way of PyAV's, which then decodes otherwise.
+        """
+        if HAS_DECORD:
+            import decord
+
             reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
             frames = reader.get_batch(list(ids)).asnumpy()
         else:

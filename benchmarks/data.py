@@ -185,7 +185,7 @@ def main() -> None:
         results = measure(roots, rounds=args.rounds, windows=args.windows)
         text = f"Items per second and core, {args.rounds} rounds of {args.windows} windows in turns, one thread:\n\n"
         text += comparison(results)
-        if not _yardstick.decord:
+        if not _yardstick.HAS_DECORD:
             text += "\n\ndecord is not installed: the yardstick of DAPT decodes with PyAV, at full size."
         if args.workers:
             dataset = training_set(roots, "zips", here=False)
