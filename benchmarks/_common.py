@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,9 +20,8 @@ from typing import Any
 import cv2
 import torch
 
-from datasets.parallel import Child
-
 Way = Callable[[int], int]  # loads the item of this number, or those of this clip; returns how many
+Ways = Mapping[str, Way]
 
 
 def single_thread() -> None:
@@ -29,38 +30,57 @@ def single_thread() -> None:
     cv2.setNumThreads(0)
 
 
-def in_turns(ways: Mapping[str, Way], rounds: Iterable[Sequence[int]], *, apart: bool = True) -> dict[str, list[float]]:
+def in_turns(make: Callable[[], Ways], rounds: Iterable[Sequence[int]]) -> dict[str, list[float]]:
     """Return the CPU seconds per item of each way in each round, after a call of each that does not count.
 
-    Each works in a process of its own, as it does in training: what one way leaves in the memory of a process makes
-    another faster or slower, by half for the arrays of full-size pictures. Not apart, all work in this one, as a GPU
-    demands.
+    Each works in a fresh process of its own: what one way, or the making of its data, leaves in the memory of a process
+    makes another twice as fast or slow, for the arrays of full-size pictures.
 
+    make: returns the ways by name; called in each process, so it must pickle.
     rounds: of each round what the ways are called with, in turns: first each with the first number, and so on.
     """
     rounds = list(rounds)
-    children = {name: Child(partial(_timed, way), limit=120) for name, way in ways.items()}
-    calls = {name: child.results if apart else child.function for name, child in children.items()}
-    for call in calls.values():
-        list(call(rounds[0][0]))
-    result: dict[str, list[float]] = {name: [] for name in ways}
-    for numbers in rounds:
-        spent: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
-        for number in numbers:
-            for name, call in calls.items():
-                spent[name] += call(number)
-        for name, pairs in spent.items():
-            result[name].append(sum(seconds for _, seconds in pairs) / sum(items for items, _ in pairs))
-    for child in children.values():
-        child.kill()
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(_process(make, name)) for name in make()}
+        for call in calls.values():
+            call(rounds[0][0])
+        result: dict[str, list[float]] = {name: [] for name in calls}
+        for numbers in rounds:
+            spent: dict[str, list[tuple[int, float]]] = {name: [] for name in calls}
+            for number in numbers:
+                for name, call in calls.items():
+                    spent[name].append(call(number))
+            for name, pairs in spent.items():
+                result[name].append(sum(seconds for _, seconds in pairs) / sum(items for items, _ in pairs))
     return result
 
 
-def _timed(way: Way, number: int) -> list[tuple[int, float]]:
-    """Return how many items a way loads and the CPU seconds it takes."""
-    started = time.process_time()
-    items = way(number)
-    return [(items, time.process_time() - started)]
+@contextmanager
+def _process(make: Callable[[], Ways], name: str) -> Iterator[Callable[[int], tuple[int, float]]]:
+    """Start a process for a way; yield what calls it and returns how many items it loaded and the CPU seconds."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, name), daemon=True)
+    process.start()
+    there.close()
+
+    def call(number: int) -> tuple[int, float]:
+        here.send(number)
+        return here.recv()  # EOFError where the process died; it has said why
+
+    yield call
+    process.terminate()
+    process.join()
+
+
+def _serve(connection: Connection, make: Callable[[], Ways], name: str) -> None:
+    single_thread()
+    way = make()[name]
+    while True:
+        number = connection.recv()
+        started = time.process_time()
+        items = way(number)
+        connection.send((items, time.process_time() - started))
 
 
 def against(seconds: Sequence[float], yardstick: Sequence[float]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ With --workers also batches per wall second of whole loaders with so many proces
 
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,8 @@ def loading(dataset: WindowDataset, together: int = 1) -> Way:
     return load
 
 
-def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]:
-    """Yield the ways of fine-tuning, then those of DAPT, the yardstick first, and the number of windows of both."""
+def finetune_ways(roots: dict[str, str]) -> dict[str, Way]:
+    """Return the ways of fine-tuning, the yardstick first."""
     yardstick = _yardstick.Yardstick()
     clips, index = table_of(roots, "zips")
 
@@ -100,12 +100,16 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
         ways[f"finetune_zips_{decoding}"] = loading(training_set(roots, "zips", here=False, decoding=decoding))
     ways |= {f"finetune_{name}": loading(training_set(roots, name, here=False)) for name in ("pack", "squashed")}
     ways |= {f"finetune_{name}_cpu": loading(training_set(roots, name, here=True)) for name in ("zips", "pack")}
-    yield ways, len(index)
+    return ways
 
-    videos, clip_index = table_of(roots, "mp4")
+
+def dapt_ways(roots: dict[str, str]) -> dict[str, Way]:
+    """Return the ways of DAPT, the yardstick first."""
+    yardstick = _yardstick.Yardstick()
+    videos, index = table_of(roots, "mp4")
 
     def dapt(window: int) -> int:
-        number, frames = clip_index[window]
+        number, frames = index[window]
         yardstick.dapt(videos[number].source, frames.tolist())
         return 1
 
@@ -113,11 +117,11 @@ def training_ways(roots: dict[str, str]) -> Iterator[tuple[dict[str, Way], int]]
     ways = {"yardstick": dapt}
     ways |= {f"dapt_{name.removeprefix('dapt_')}": loading(training_set(roots, name, here=False)) for name in names}
     ways["dapt_mp4_4windows"] = loading(training_set(roots, "mp4", here=False), together=4)
-    yield ways, len(clip_index)
+    return ways
 
 
-def evaluation_ways(roots: dict[str, str], windows: int) -> tuple[dict[str, Way], int]:
-    """Return the ways of evaluation, the yardstick first, and the number of clips. windows: of the yardstick a clip."""
+def evaluation_ways(roots: dict[str, str], windows: int) -> dict[str, Way]:
+    """Return the ways of evaluation, the yardstick first. windows: of the yardstick a clip."""
     yardstick, rng = _yardstick.Yardstick(), np.random.default_rng(1)
     clips, index = table_of(roots, "zips")
 
@@ -137,18 +141,19 @@ def evaluation_ways(roots: dict[str, str], windows: int) -> tuple[dict[str, Way]
             _dumps(("result", chunk))
         return int(index.counts[number])
 
-    return {"yardstick": alone, "evaluation": streamed}, len(clips)
+    return {"yardstick": alone, "evaluation": streamed}
 
 
 def measure(roots: dict[str, str], *, rounds: int, windows: int) -> dict[str, Any]:
     """Return what `against` says of each way of loading."""
     results: dict[str, Any] = {}
     rng = np.random.default_rng(0)
-    for ways, total in training_ways(roots):
-        seconds = in_turns(ways, rng.integers(total, size=(rounds, windows)).tolist())
-        results |= {name: against(seconds[name], seconds["yardstick"]) for name in list(ways)[1:]}
-    ways, total = evaluation_ways(roots, windows)
-    seconds = in_turns(ways, [[i % total] for i in range(rounds)])
+    for ways, name in ((finetune_ways, "zips"), (dapt_ways, "mp4")):
+        numbers = rng.integers(len(table_of(roots, name)[1]), size=(rounds, windows)).tolist()
+        seconds = in_turns(partial(ways, roots), numbers)
+        results |= {way: against(spent, seconds["yardstick"]) for way, spent in seconds.items() if way != "yardstick"}
+    clips, _ = table_of(roots, "zips")
+    seconds = in_turns(partial(evaluation_ways, roots, windows), [[i % len(clips)] for i in range(rounds)])
     return results | {"evaluation": against(seconds["evaluation"], seconds["yardstick"])}
 
 

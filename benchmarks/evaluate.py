@@ -9,6 +9,7 @@ seconds, in turns, medians over rounds; the host's alone, where --device is a GP
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,12 @@ class NoModel(nn.Module):
         return video[:, :, -1].mean(dim=(1, 2, 3))[:, None] * self.weight
 
 
+def whole_ways(roots: dict[str, str], windows: int, model: str, device: str) -> dict[str, Way]:
+    """Return the ways of `evaluation_ways`, and the whole evaluation with a model of this name, or "none"."""
+    network = (NoModel() if model == "none" else create_model(model)).to(device)
+    return evaluation_ways(roots, windows) | {"whole": scoring(roots, network, device)}
+
+
 def scoring(roots: dict[str, str], model: nn.Module, device: str) -> Way:
     """Return what scores all windows of the zips, whatever clip it is called with."""
     clips, index = table_of(roots, "zips")
@@ -61,12 +68,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where windows are gathered and scored (default: cpu)")
     args = parser.parse_args()
     single_thread()
-    model = (NoModel() if args.model == "none" else create_model(args.model)).to(args.device)
     with tempfile.TemporaryDirectory() as folder:
         roots = make(Path(args.data or folder), Recipe(args.video, tuple(args.size)))
-        ways, total = evaluation_ways(roots, args.windows)
-        ways |= {"whole": scoring(roots, model, args.device)}
-        seconds = in_turns(ways, [[i % total] for i in range(args.rounds)], apart=args.device == "cpu")
+        ways = partial(whole_ways, roots, args.windows, args.model, args.device)
+        clips, _ = table_of(roots, "zips")
+        seconds = in_turns(ways, [[i % len(clips)] for i in range(args.rounds)])
     names = {"worker": "evaluation", f"whole, model {args.model}": "whole"}
     results = {shown: against(seconds[name], seconds["yardstick"]) for shown, name in names.items()}
     text = f"Windows per second, {args.rounds} rounds in turns, one thread:\n\n{comparison(results)}"
