@@ -306,7 +306,7 @@ def _add_dapt_data_flags(parser: Parser) -> None:
     group.fixed("sampling_rate", None, help, **_ONE_FOR_EACH_SET)
     help = "split of each data set (default: all of BDD100K and videos, else train)"
     group.fixed("data_split", None, help, nargs="+", metavar="SPLIT")
-    help = "windows that are read together, one after the other in a video: less decoding, but batches of kin windows"
+    help = "windows read together, each half a window later in a video: less decoding, but batches of kin windows"
     group.fixed("windows_per_read", 1, help, type=positive)
     _add_clip_flags(group)
 
