@@ -35,7 +35,7 @@ MODEL, SIZE = "vit_small_patch16_224", 224
 
 @torch.inference_mode()
 def features(clips: ClipTable, model: torch.nn.Module, decoding: str = "exact") -> Tensor:
-    """Return float64 (windows, D) of all windows, in order, of frames decoded as one of frames.DECODINGS."""
+    """Return float64 (windows, D) of all windows, in order, of frames decoded as one of names.DECODINGS."""
     index, found = index_clips(clips, num_frames=16, view_fps=10, stride=1), []
     for number, clip in enumerate(clips):
         ids, video = index.needed_frames(number), pictures(clip, index.needed_frames(number), decoding)

@@ -24,27 +24,15 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from datasets import ClipTable, DataError, build_clips
-from datasets.augment.frames import EvalTransform
+from datasets import ClipTable, build_clips
 from datasets.formats.packed import read_manifest
-from datasets.stream import SplitWindows, WindowBatch
 from datasets.tools.pack import Settings, pack
-from datasets.windows import WindowIndex
 
 DECODERS = {
     "pillow": lambda data: np.array(Image.open(io.BytesIO(data))),
     "simplejpeg": simplejpeg.decode_jpeg,
 }
 ROUNDS = 15  # of decoding, of which the median counts
-
-
-def eval_batches(clips: ClipTable, index: WindowIndex, batch_size: int = 64) -> Iterator[WindowBatch]:
-    """Yield the windows of a table, uint8, of 224 x 224 pixels. Raises DataError for a clip that cannot be read."""
-    for item in SplitWindows(clips, index, EvalTransform(224), batch_size=batch_size).batches(lambda frames: frames):
-        if isinstance(item, WindowBatch):
-            yield item
-        elif not item.frames:
-            raise DataError(str(item))
 
 
 def stored_jpegs(clips: ClipTable) -> Iterator[bytes]:

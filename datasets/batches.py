@@ -9,11 +9,9 @@ The memory is no file, so a small /dev/shm does not matter.
 import logging
 import math
 import mmap
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from datasets.faults import Fault
 from datasets.loader import EpochSampler, Key, WindowDataset
-from datasets.parallel import READ_TIMEOUT, Child, ReadFailure
+from datasets.parallel import READ_TIMEOUT, Child, ReadFailure, ready
 
 logger = logging.getLogger("tad")
 
@@ -155,10 +153,7 @@ class BatchLoader:
 
     def _receive(self) -> None:
         """Wait for a message of any process and note what it says."""
-        busy = [child for child in self._children if self._tasks[child]]
-        patience = min(child.deadline for child in busy) - time.monotonic()
-        ready = wait([child.connection for child in busy], max(patience, 0))
-        for child in [c for c in busy if c.connection in ready or c.deadline <= time.monotonic()]:
+        for child in ready([child for child in self._children if self._tasks[child]]):
             try:
                 kind, value = child.receive()
             except ReadFailure as e:

@@ -216,6 +216,13 @@ def in_processes(
     yield from progress_bar(results, description=description, total=len(items))
 
 
+def ready(busy: list[Child]) -> list[Child]:
+    """Wait until a child has a message or is overdue; return those of which `receive` returns at once."""
+    patience = min(child.deadline for child in busy) - time.monotonic()
+    spoken = wait([child.connection for child in busy], max(patience, 0))
+    return [c for c in busy if c.connection in spoken or c.deadline <= time.monotonic()]
+
+
 def _results(children: list[Child], items: Iterator, failed: Callable | None) -> Iterator[tuple]:
     idle, busy = list(children), {}
     try:
@@ -226,9 +233,7 @@ def _results(children: list[Child], items: Iterator, failed: Callable | None) ->
                 busy[child] = item
             if not busy:
                 return
-            patience = min(child.deadline for child in busy) - time.monotonic()
-            ready = wait([child.connection for child in busy], max(patience, 0))
-            for child in [c for c in busy if c.connection in ready or c.deadline <= time.monotonic()]:
+            for child in ready(list(busy)):
                 try:
                     kind, value = child.receive()
                 except ReadFailure as e:

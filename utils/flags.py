@@ -228,7 +228,7 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     help = "where RandAugment is done: on the device, which leaves workers free to decode, or in them (auto: on a GPU)"
     group.free("augment_on", "auto", help, choices=["auto", "device", "worker"])
     help = "how training JPEGs are decoded: at a half or less where that is enough, fast at full size, or exactly"
-    group.fixed("decoding", "small", help, choices=["small", "full", "exact"])
+    group.fixed("decoding", "small", help, choices=names.DECODINGS)
     help = "minutes a process waits for the others before the run ends"
     group.free("dist_timeout", 30.0, help, type=positive_float)
     help = "steps in a row with a loss or gradient not finite, at which the run stops"
@@ -306,7 +306,7 @@ def _add_dapt_data_flags(parser: Parser) -> None:
     group.fixed("sampling_rate", None, help, **_ONE_FOR_EACH_SET)
     help = "split of each data set (default: all of BDD100K and videos, else train)"
     group.fixed("data_split", None, help, nargs="+", metavar="SPLIT")
-    help = "windows read together, each half a window later in a video: less decoding, but batches of kin windows"
+    help = "windows read together, each half a window later: less decoding, but kin windows in a batch; not of Kinetics"
     group.fixed("windows_per_read", 1, help, type=positive)
     _add_clip_flags(group)
 

@@ -30,3 +30,4 @@ CLASSIFIERS = (
 MASKED_AUTOENCODERS = tuple(
     "pretrain_" + (name.replace("vit_", "videomae_", 1) if name.startswith("vit_") else name) for name in CLASSIFIERS
 )
+DECODINGS = ("small", "full", "exact")  # of JPEGs, for training

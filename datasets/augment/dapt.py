@@ -33,7 +33,7 @@ class PretrainTransform:
         enlarge: whether smaller frames are enlarged to short_side, or stay.
         aligned: whether clips look as in fine-tuning.
         aa: RandAugment policy of aligned clips, or "none".
-        decoding: how JPEGs are decoded, one of frames.DECODINGS.
+        decoding: how JPEGs are decoded, one of names.DECODINGS.
         here: whether RandAugment and crops of aligned clips are done right here, instead of by `DeviceAugment`.
 
     Raises ValueError for a policy that does not parse or a mask that hides nothing or everything.

@@ -22,7 +22,7 @@ class FinetuneTransform:
         erase_prob: prob of `draw_erasing`, whose boxes are filled on the device.
         erase_count: count of `draw_erasing`.
         erase_max_area: max_area of `draw_erasing`.
-        decoding: how JPEGs are decoded, one of frames.DECODINGS.
+        decoding: how JPEGs are decoded, one of names.DECODINGS.
         here: whether RandAugment is done right here, instead of by `DeviceAugment`.
 
     Raises ValueError for a policy that does not parse.

@@ -13,7 +13,6 @@ from datasets.clips import DataError
 
 cv2.setNumThreads(1)  # a reading process works in one thread, and one made before a fork would be missing after it
 PADDINGS = ("none",) * 5 + ("black",) * 2 + ("colour",) + ("reflect",) * 2 + ("replicate",) * 2  # drawn uniformly
-DECODINGS = ("small", "full", "exact")  # of JPEGs: at a half or less where that is enough; chroma repeated; no savings
 _canvas = np.empty(0, np.uint8)
 CROP_PLACES = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
 
@@ -35,7 +34,11 @@ class Fit:
 
 
 def fit_of(decoding: str, least: int) -> Fit | None:
-    """Return the Fit of one of DECODINGS, for sides of at least so many pixels; None stands for exact pictures."""
+    """Return the Fit of one of names.DECODINGS, for sides of at least so many pixels; None stands for exact pictures.
+
+    JPEGs are decoded "small", at a half or less where that is enough, or at "full" size, both without interpolating
+    their colours, or "exact".
+    """
     return {"small": Fit(least), "full": Fit(), "exact": None}[decoding]
 
 
