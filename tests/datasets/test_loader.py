@@ -234,6 +234,9 @@ def test_a_grouped_order_holds_every_window_once_and_groups_together(number, tog
     orders = [grouped_order(number, together, apart, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert all(sorted(order.tolist()) == list(range(number)) for order in orders)
     assert np.array_equal(orders[0], orders[1]) and (number < 8 or not np.array_equal(orders[0], orders[2]))
+    if number == 1000:  # pairs begin with an even number or with an odd one: that is drawn
+        pairs = [grouped_order(number, 2, 1, np.random.default_rng(seed)) for seed in range(9)]
+        assert {bool((order[np.flatnonzero(np.diff(order) == 1)] % 2).mean() < 0.5) for order in pairs} == {True, False}
     if number >= 50:
         followed = np.mean(np.diff(orders[0]) == apart)
         assert followed > 0.8 * (together - 1) / together
@@ -242,7 +245,7 @@ def test_a_grouped_order_holds_every_window_once_and_groups_together(number, tog
 def test_windows_read_together_are_those_read_alone(dota_root, monkeypatch):
     clips = build_clips("DoTA", str(dota_root), "train")
     index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
-    dataset = WindowDataset([Source(clips, index, FinetuneTransform(32))], seed=7, targets=True)
+    dataset = WindowDataset([Source(clips, index, FinetuneTransform(16))], seed=7, targets=True)  # reads at a half
     sampler = EpochSampler([len(index)], batch_sizes=[6], samples_per_epoch=24, together=3, apart=[index.windows_apart])
     assert index.windows_apart == 4
     found, opened = [], []

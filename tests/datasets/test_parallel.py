@@ -70,6 +70,20 @@ def test_a_child_killed_between_two_items_is_replaced():
     child.kill()
 
 
+def test_items_in_line_do_not_put_off_the_end_of_one_that_hangs():
+    child = Child(misbehave, limit=0.6)
+    started = time.monotonic()
+    child.send("hang")
+    for number in range(4):
+        time.sleep(0.1)
+        child.send(number)
+    with pytest.raises(ReadFailure, match="nothing could be read of it for 0.6 seconds"):
+        child.receive()
+    assert time.monotonic() - started < 0.9
+    assert [child.receive()[1] for _ in range(12)][::3] == [0, 1, 2, 3]  # the others are done
+    child.kill()
+
+
 def test_an_error_in_a_child_says_where_it_arose():
     child = Child(misbehave, limit=5)
     with pytest.raises(DataError) as raised:

@@ -340,11 +340,20 @@ def test_jpegs_are_pillow_s_pixels(options):
     data = jpeg(np.stack([x, 2 * y, (x * y) // 80], -1).astype(np.uint8), **options)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(readers._decode(data, None).numpy(), expected)
+    full = readers._decode(data, lambda height, width: (height, width)).numpy().astype(int)
+    assert np.square(full - expected).mean() < 1  # 48 dB: the exact DCT, if not the colours between the samples
     half = readers._decode(data, lambda height, width: (height // 2, width // 2))
     assert half.shape == ((101, 203, 3) if options.get("mode") == "CMYK" else (51, 102, 3))
     if len(half) == 51:
         small = np.asarray(Image.fromarray(expected).resize((102, 51), Image.BOX), dtype=int)
         assert np.abs(half.numpy() - small).mean() < 2
+
+
+def test_a_jpeg_that_claims_to_be_huge_is_left_to_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for fit in (None, lambda height, width: (1, 1)):
+        with pytest.raises(Image.DecompressionBombError):
+            readers._decode(jpeg(np.zeros((101, 203, 3), np.uint8)), fit)
 
 
 def test_pictures_are_read_as_small_as_the_reader_is_told(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from datasets.augment.dapt import ALIGNED_SCALES, SCALES, PretrainTransform
 from datasets.augment.device import DeviceAugment, NormalizeAndErase
-from datasets.augment.draws import Draws
+from datasets.augment.draws import Draws, augmented
 from datasets.augment.erasing import draw_erasing
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import (
@@ -157,7 +157,7 @@ def test_frames_stored_squashed_are_padded_as_filmed():
                 for f, a in ((wide, None), (squashed, 64 / 36))]  # fmt: skip
         assert torch.equal(*rows)
         a, b = (
-            through(pretrain(aa="none"), [f] * 2, seed, aspect=a)[1]["crop"]
+            through(pretrain(aa="none", here=False), [f] * 2, seed, aspect=a)[1]["crop"]
             for f, a in ((wide, None), (squashed, 64 / 36))
         )
         assert torch.equal(a, b)
@@ -231,6 +231,12 @@ def test_the_device_does_what_the_worker_would_have_done(kind):
         assert torch.equal(a, b) and a.shape[1:] == (3, 4, 32, 32)
         assert torch.equal(a, done[:, :, :32, :32].permute(0, 4, 1, 2, 3))
     assert (left > 10) == (kind != "VideoMAE")
+
+
+def test_what_was_drawn_is_done_in_order_then_cropped():
+    clip = torch.stack(moving(2, 50, 50))
+    drawn = Draws(40, np.array([DRIVING_OPS.index("Invert"), NO_OP]), np.zeros(2), (3, 5, 30, 32))
+    assert torch.equal(augmented(clip, drawn, 24, "bicubic"), crop(255 - clip[:, :40, :40], (3, 5, 30, 32), 24))
 
 
 def test_short_side_scales_frames_before_padding():
