@@ -10,6 +10,8 @@ One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the s
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
@@ -71,7 +73,7 @@ from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
-from engine.resume import resume_together
+from engine.resume import agreed_state
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
@@ -174,8 +176,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
     free = dapt_parser("").free_on_resume
-    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
-    resumed = resume_together(output_dir, **resuming, record=vars(args), free=free)
+    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
     keep_weights_source(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout

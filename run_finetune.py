@@ -9,6 +9,8 @@ One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see j
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_finetune.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Evaluate a checkpoint, on any number of processes; the file says which model it is of and how that is fed:
     python run_finetune.py --eval --finetune runs/videomae_s_dota/checkpoint-best_auroc.pth \\
@@ -77,7 +79,7 @@ from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
-from engine.resume import resume_together
+from engine.resume import agreed_state
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
@@ -180,8 +182,7 @@ def train(args: Namespace, process: Process) -> None:
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
     free = finetune_parser("").free_on_resume
-    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
-    resumed = resume_together(output_dir, **resuming, record=vars(args), free=free)
+    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
     keep_weights_source(args, resumed)
     loader, sampler = training_data(args, process)
     augment = DeviceAugment(args.input_size, args.train_interpolation)

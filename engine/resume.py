@@ -27,7 +27,7 @@ class _Choice:
     plain: dict[str, Any] = field(default_factory=dict)
 
 
-def resume_together(
+def agreed_state(
     output_dir: str | Path, *, auto_resume: bool, resume: str | None, **compared: Any
 ) -> dict[str, Any] | None:
     """Return, on every rank, the state that `find_resume` chooses on rank 0; every rank calls it.

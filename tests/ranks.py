@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from engine import checkpoint, resume
 from engine.checkpoint import Progress, RunState, find_last
-from engine.resume import resume_together
+from engine.resume import agreed_state
 from models import create_model
 from utils.cli import ConfigError
 from utils.distributed import (
@@ -87,7 +87,7 @@ def states(process, folder):
         options = {"auto_resume": True, "resume": None, "record": {"lr": 1}, "free": set()} | options
         dist.barrier()
         try:
-            state = resume_together(where, **options)
+            state = agreed_state(where, **options)
         except ConfigError as e:
             return str(e)
         return state and [state["epoch"], int(sum(v.double().abs().sum() for v in state["model"].values()))]
@@ -159,7 +159,7 @@ def memory(process, folder):
         torch.save({"model": model.state_dict()} | dict.fromkeys(names, {}), folder / "checkpoint-last" / "state.pth")
     dist.barrier()
     before = private()
-    state = resume_together(folder, auto_resume=True, resume=None, record={}, free=set())
+    state = agreed_state(folder, auto_resume=True, resume=None, record={}, free=set())
     total = float(state["model"]["weight"].sum())
     return {"MiB": private() - before, "read": total != 0}
 
