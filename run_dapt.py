@@ -254,7 +254,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
-        require_same_weights(model, f"--from_ckpt {args.from_ckpt}")
+        require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")

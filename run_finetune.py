@@ -361,7 +361,7 @@ def build_model(
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
-        require_same_weights(model, f"--finetune {args.finetune}")
+        require_same_weights(model, report.loaded, f"--finetune {args.finetune}")
         logger.info(report)
         if trained_head and report.missing:
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")

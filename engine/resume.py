@@ -53,7 +53,7 @@ def agreed_state(
     if state is None:
         try:
             state = _same_state(where, choice)
-        except ConfigError as e:
+        except (ConfigError, OSError) as e:
             problem = f"{socket.gethostname()} {e}"
     problems = gather(problem) or []
     if first := broadcast(next((f"rank {rank} on {text}" for rank, text in enumerate(problems) if text), None)):

@@ -118,16 +118,18 @@ def states(process, folder):
 
 
 def weights(process, folder):
-    """Weights that differ between ranks: not at all, by a rounding, by a training step."""
-    torch.manual_seed(0)
+    """Weights that differ between ranks: where they were drawn, by a rounding, by a training step, in what there is."""
+    torch.manual_seed(process.rank)
     model, said = create_model("vit_tiny_patch16_64"), {}
-    said["equal"] = refusal(require_same_weights, model, "--finetune x.pth")
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 1e-7 * process.rank)
-        said["rounding"] = refusal(require_same_weights, model, "--finetune x.pth")
-        model.blocks[1].norm1.weight.add_(1e-4 * process.rank)
-    said["step"] = refusal(require_same_weights, model, "--finetune x.pth")
+        for name, parameter in model.named_parameters():
+            if not name.startswith("head."):
+                parameter.fill_(0.1 * (1 + 1e-7 * process.rank))
+        loaded = [name for name in model.state_dict() if not name.startswith("head.")]
+        said["rounding"] = refusal(require_same_weights, model, loaded, "--finetune x.pth")
+        said["keys"] = refusal(require_same_weights, model, loaded[process.rank :], "--finetune x.pth")
+        model.blocks[1].norm1.weight.add_(1e-5 * process.rank)
+    said["step"] = refusal(require_same_weights, model, loaded, "--finetune x.pth")
     said["values"] = refusal(require_same, {"epoch": process.rank, "step": 5})
     return said
 

@@ -163,17 +163,20 @@ def _difference(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
     return None
 
 
-def require_same_weights(model: nn.Module, source: str) -> None:
-    """Compare the parameters of a model, on the CPU, with those on the other ranks; every rank calls it.
+def require_same_weights(model: nn.Module, loaded: Sequence[str], source: str) -> None:
+    """Compare what of a model, on the CPU, was loaded from a file with that on the other ranks; every rank calls it.
 
-    A rounding more or less does not count: what no file held is drawn on each node, by its own kind of CPU.
+    loaded: keys of its state dict. A rounding more or less, of tables fitted by other kinds of CPU, does not count.
 
     Raises ConfigError, on every rank, that names the source and where it differs.
     """
-    norms = [float(torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64)) for p in model.parameters()]
+    state = model.state_dict()
+    norms = {key: float(torch.linalg.vector_norm(state[key], 1, dtype=torch.float64)) for key in loaded}
     rows, message = gather((socket.gethostname(), norms)), None
     for rank, (host, others) in enumerate(rows or ()):
-        if not np.allclose(norms, others, rtol=1e-6, atol=0, equal_nan=True):
+        if norms.keys() != others.keys() or not np.allclose(
+            [norms[key] for key in others], list(others.values()), rtol=1e-6, atol=0
+        ):
             message = (
                 f"{source} holds other weights on {host}, for rank {rank}, than on {rows[0][0]}, for rank 0: give "
                 "every node the same file"
