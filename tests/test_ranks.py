@@ -2,12 +2,19 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from background import Run, finetune, log
+from background import Run, dapt, finetune, log
 from helpers import ROOT, run
+
+import run_dapt
+import run_finetune
+from utils import lock
+from utils.cli import ConfigError
+from utils.flags import dapt_parser, finetune_parser
 
 SHORT = ["--epochs", 2, "--warmup_epochs", 0, "--nb_samples_per_epoch", 40, "--disable_eval_during_finetuning"]
 
@@ -112,3 +119,19 @@ def test_ranks_end_with_a_torchrun_that_is_killed_and_the_same_command_goes_on_a
     assert "resuming at epoch" in again.output and [record["epoch"] for record in log(tmp_path / "run")] == [0, 1]
     assert not any(Path(f"/proc/{pid}").exists() for pid in orphans)
     assert "error: torchrun has ended without ending this process; leaving at once" in attempt.output
+
+
+@pytest.mark.parametrize("script", ["training", "DAPT", "evaluation"])
+def test_no_run_starts_in_the_folder_of_another(data, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(lock, "_ENDING", 0.0)
+    words = dapt(data) if script == "DAPT" else finetune(data, *["--eval"][: script == "evaluation"])
+    (main, parser) = (run_dapt.main, dapt_parser) if script == "DAPT" else (run_finetune.main, finetune_parser)
+    code = "import sys\nfrom utils.lock import folder_lock\nwith folder_lock(sys.argv[1]): print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, **pipes) as other:
+        other.stdout.readline()
+        (tmp_path / "REQUEUE").touch()
+        with pytest.raises(ConfigError, match=f"{tmp_path} is in use by the run of process {other.pid} on .* since 20"):
+            main(parser("").parse_args([str(word) for word in words[1:]] + ["--output_dir", str(tmp_path)]))
+        assert sorted(os.listdir(tmp_path)) == [".lock", "REQUEUE"]  # all of it is the other's
+        other.kill()
