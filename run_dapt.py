@@ -10,6 +10,8 @@ One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the s
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
@@ -20,8 +22,10 @@ import sys
 
 from utils.cli import ConfigError, config_errors
 from utils.flags import dapt_parser
+from utils.lock import end_with_torchrun, folder_lock
 from utils.resolve import (
     INPUT,
+    common_flags,
     fill_unset,
     keep_weights_source,
     refuse_contradictions,
@@ -32,11 +36,13 @@ from utils.resolve import (
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
+    end_with_torchrun()
     ARGS = dapt_parser(__doc__).parse_args()
     catch_signals()
 
 import logging
 from argparse import Namespace
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -58,7 +64,6 @@ from engine.checkpoint import (
     CheckpointWriteError,
     Progress,
     RunState,
-    find_resume,
     is_kept,
     recorded_arguments,
     save_weights,
@@ -68,11 +73,21 @@ from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
+from engine.resume import agreed_state
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
-from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
+from utils.distributed import (
+    Process,
+    data_parallel,
+    from_main,
+    local_main_first,
+    process_group,
+    require_same,
+    require_same_weights,
+    seed_everything,
+)
 from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
@@ -84,10 +99,14 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Pre-train."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
+    timeout = timedelta(minutes=args.dist_timeout)
+    joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
+    with joined as process, ExitStack() as held:
         setup_logging(process.rank)
+        from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         resolve_spec(args, process)
         resolve(args, process.world_size)
+        require_same(common_flags(args))
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         pretrain(args, process)
@@ -157,7 +176,7 @@ def pretrain(args: Namespace, process: Process) -> None:
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
     free = dapt_parser("").free_on_resume
-    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
+    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
     keep_weights_source(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
@@ -235,6 +254,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
+        require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")

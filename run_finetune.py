@@ -9,6 +9,8 @@ One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see j
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_finetune.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Evaluate a checkpoint, on any number of processes; the file says which model it is of and how that is fed:
     python run_finetune.py --eval --finetune runs/videomae_s_dota/checkpoint-best_auroc.pth \\
@@ -21,9 +23,11 @@ import sys
 
 from utils.cli import ConfigError, config_errors
 from utils.flags import finetune_parser
+from utils.lock import end_with_torchrun, folder_lock
 from utils.record import write_run_record
 from utils.resolve import (
     INPUT,
+    common_flags,
     fill_unset,
     keep_weights_source,
     refuse_contradictions,
@@ -34,6 +38,7 @@ from utils.resolve import (
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
+    end_with_torchrun()
     ARGS = finetune_parser(__doc__).parse_args()
     if not ARGS.eval:
         catch_signals()
@@ -41,6 +46,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 import logging
 import math
 from argparse import Namespace
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,7 +68,6 @@ from engine.checkpoint import (
     CheckpointWriteError,
     Progress,
     RunState,
-    find_resume,
     is_kept,
     recorded_arguments,
     save_weights,
@@ -74,6 +79,7 @@ from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures, save_figures
+from engine.resume import agreed_state
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
@@ -84,6 +90,8 @@ from utils.distributed import (
     from_main,
     local_main_first,
     process_group,
+    require_same,
+    require_same_weights,
     seed_everything,
 )
 from utils.logging import setup_logging
@@ -97,10 +105,14 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Train, or evaluate with --eval."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
+    timeout = timedelta(minutes=args.dist_timeout)
+    joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
+    with joined as process, ExitStack() as held:
         setup_logging(process.rank)
+        from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         resolve_spec(args, process)
         resolve(args, process.world_size)
+        require_same(common_flags(args))
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         if args.eval:
@@ -170,7 +182,7 @@ def train(args: Namespace, process: Process) -> None:
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
     free = finetune_parser("").free_on_resume
-    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
+    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
     keep_weights_source(args, resumed)
     loader, sampler = training_data(args, process)
     augment = DeviceAugment(args.input_size, args.train_interpolation)
@@ -349,6 +361,7 @@ def build_model(
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
+        require_same_weights(model, report.loaded, f"--finetune {args.finetune}")
         logger.info(report)
         if trained_head and report.missing:
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")

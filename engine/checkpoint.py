@@ -40,7 +40,7 @@ from utils.record import differing, read_run_record, write_run_record
 from utils.text import short_reason
 
 LAST = "checkpoint-last"
-_STATE = "state.pth"
+STATE = "state.pth"
 logger = logging.getLogger("tad")
 
 
@@ -117,9 +117,15 @@ def find_last(output_dir: str | Path) -> Path | None:
     """Return the checkpoint-last folder of a run, or None."""
     for name in (LAST, f"{LAST}.old"):
         folder = Path(output_dir, name)
-        if (folder / _STATE).is_file():
+        if (folder / STATE).is_file():
             return folder
     return None
+
+
+def state_folder(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> Path | None:
+    """Return the checkpoint-last folder that would be continued: output_dir's own, else `resume`; None without one."""
+    folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
+    return folder if folder and (folder / STATE).is_file() else None
 
 
 def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> dict[str, Any]:
@@ -127,8 +133,8 @@ def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str
 
     Raises ConfigError where the state is damaged.
     """
-    folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
-    return load_last(folder)["args"] if folder and (folder / _STATE).is_file() else {}
+    folder = state_folder(output_dir, auto_resume=auto_resume, resume=resume)
+    return load_last(folder)["args"] if folder else {}
 
 
 def find_resume(
@@ -149,8 +155,8 @@ def find_resume(
         known.append((output_dir, read_run_record(record_file)))
     if folder is None and resume:
         folder = Path(resume)
-        if not (folder / _STATE).is_file():
-            raise ConfigError(f"--resume {resume}: no {_STATE} in it; it takes a checkpoint-last folder")
+        if not (folder / STATE).is_file():
+            raise ConfigError(f"--resume {resume}: no {STATE} in it; it takes a checkpoint-last folder")
         state = load_last(folder)
         state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
     else:
@@ -179,7 +185,7 @@ def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -
     drop_records_from(folder / "log.txt", progress.epoch)
     drop_records_from(folder / "nonfinite.jsonl", progress.epoch, progress.step)
     shutil.rmtree(folder / f"{LAST}.new", ignore_errors=True)  # what a killed process was writing
-    if (folder / LAST / _STATE).is_file():
+    if (folder / LAST / STATE).is_file():
         shutil.rmtree(folder / f"{LAST}.old", ignore_errors=True)
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
@@ -209,8 +215,8 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     try:
         with _explained(last):
             new.mkdir(parents=True)
-            torch.save(content, new / _STATE)
-            sync(new / _STATE)
+            torch.save(content, new / STATE)
+            sync(new / STATE)
             sync(new)
     except CheckpointWriteError:
         shutil.rmtree(new, ignore_errors=True)  # the disk may be full of it
@@ -239,7 +245,7 @@ def load_last(folder: str | Path) -> dict[str, Any]:
 
     Its tensors stay in the file until they are read: the ranks of a node share what they read in memory.
     """
-    path = Path(folder, _STATE)
+    path = Path(folder, STATE)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong

@@ -11,6 +11,9 @@
 #   NPROC_PER_NODE    processes on each node; default: the GPUs of the job there, 1 where there are none
 #   OMP_NUM_THREADS   threads of each process; default: 1 beside a GPU, else its share of the CPUs
 #   RDZV_PORT         port of the first node on which several nodes meet; default: by the job's number
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME
+#                     network interfaces (ip addr names them) by which the processes of several nodes talk; default: for
+#                     gloo that towards the first node, for NCCL its own choice, InfiniBand first
 #   DRY_RUN=1         print the command instead
 # For the job files: WORKERS, the loading processes for which a training process has CPUs.
 

@@ -5,7 +5,8 @@
 Like a job file it starts one torchrun per node (jobs/_launch.sh), stops --signal_delay seconds before its time is over
 or when it is preempted, and is requeued if and only if its state was saved; a crash is not requeued, nor is a job that
 was cancelled. Partition, account and others: --sbatch partition=gpu, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the
-environment; what is given here wins over those.
+environment; what is given here wins over those. Nodes that do not find each other: GLOO_SOCKET_IFNAME and
+NCCL_SOCKET_IFNAME in the environment name the network interface to use (jobs/_launch.sh).
 --cluster local runs it in the background of this machine, --cluster debug in the foreground; both wait for its end.
 A local run goes on after a signal up to five times (submitit's limit); then the same command continues it.
 """

@@ -10,7 +10,13 @@ from utils.cli import ConfigError
 INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
 OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
 WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix")  # flags that say what the weights came from
+LOCAL = ("output_dir", "log_dir", "scan_cache", "num_workers", "read_timeout", "pin_mem")  # see common_flags
 logger = logging.getLogger("tad")
+
+
+def common_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return {"--name": value} of the arguments that must be equal in all processes of a run."""
+    return {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL}
 
 
 def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Sequence[str]) -> None:
