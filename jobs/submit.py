@@ -85,7 +85,7 @@ def option(text: str) -> tuple[str, str]:
 
 def submit_parser() -> Parser:
     """The flags before `--`."""
-    parser = Parser(__doc__, retired={})
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("script", choices=SCRIPTS, help="what to run; its flags follow after --")
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="where it runs (default: %(default)s)")

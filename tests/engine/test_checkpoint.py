@@ -20,6 +20,7 @@ from models import create_model
 from models.weights import load_pretrained
 from utils.cli import ConfigError
 from utils.distributed import Process
+from utils.record import Changeable
 
 
 def optimization(model, **kwargs):
@@ -217,7 +218,7 @@ def record(**changes):
 
 
 def find(folder, **kwargs):
-    options = {"auto_resume": True, "resume": None, "record": record(), "free": frozenset()} | kwargs
+    options = {"auto_resume": True, "resume": None, "record": record(), "changeable": Changeable()} | kwargs
     return checkpoint.find_resume(folder, **options)
 
 
