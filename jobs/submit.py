@@ -70,8 +70,8 @@ def minutes(text: str) -> int:
         parts = [int(part) for part in found[2].split(":")]
         parts = (parts if found[1] or len(parts) == 3 else [0, *parts]) + [0, 0]
         seconds = 86400 * int(found[1] or 0) + 3600 * parts[0] + 60 * parts[1] + parts[2]
-    if not found or not seconds:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time like 90, 24:00:00 or 2-12:00:00")
+    if not found or not 0 < seconds < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a time like 90, 24:00:00 or 2-12:00:00")
     return -(-seconds // 60)
 
 
