@@ -47,7 +47,7 @@ class Launch:
         command = ["bash", "-c", 'set -euo pipefail; source "$0"; launch "$@"', str(ROOT / "jobs" / "_launch.sh")]
         environment = os.environ | {
             "NPROC_PER_NODE": str(self.processes_per_node),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # torchrun of this Python
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",  # torchrun of this Python
         }
         process = subprocess.Popen([*command, *self.words], cwd=self.folder, env=environment, start_new_session=True)
 
