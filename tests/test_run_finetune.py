@@ -451,7 +451,7 @@ def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_
     """A copy of checkpoint-last has no args.json beside it; a folder that holds another run is not taken over."""
     shutil.copytree(odd.parent / "checkpoint-last", tmp_path / "copy" / "checkpoint-last")
     words = ["--data_set", "DoTA", "--data_path", dota_root, "--device", "cpu", "--num_workers", "0", *SHORT]
-    words += ["--epochs", "1", "--warmup_epochs", "0", "--init_scale", 9]
+    words += ["--override", "epochs", "--warmup_epochs", "0", "--init_scale", 9]
     words = [str(word) for word in (*words, "--resume", tmp_path / "copy" / "checkpoint-last", "--output_dir")]
     in_process(*words, str(tmp_path / "b"))
     assert json.loads((tmp_path / "b" / "args.json").read_text())["args"]["gelu"] == "tanh"
