@@ -145,8 +145,8 @@ def find_resume(
 
     record: the arguments of this run. Those of the run that output_dir belongs to must equal them but for what is free,
     those of the run in `resume` but for what is free or overridden; without auto_resume, output_dir must not hold a
-    run. Beside what `load_last` returns a state has "overridden", {name: [before, now]}, and "reordered", whether
-    windows come in another order then.
+    run. What is overridden, now or before, stands in the arguments of the state as "overridden", {name: [before, now]};
+    where windows come in another order then, its num_windows is empty and its steps_per_epoch 0.
 
     Raises ConfigError, also where the run in `resume` has nothing left to do.
     """
@@ -159,16 +159,15 @@ def find_resume(
     if folder:
         state = load_last(folder)
         changeable.same(folder, state["args"], record, folder)
-        state |= {"overridden": {}, "reordered": False}
     elif resume:
         state = _load_other(Path(resume), record, changeable)
     else:
         if record_file.exists():
             logger.info(f"{output_dir} holds a run that ended before a state was saved: starting from the beginning")
         return None
-    before, now = (arguments.get("precision") for arguments in (state["args"], record))
-    if before != now and "precision" not in state["overridden"]:
-        logger.info(f"the run goes on in {now}, not in {before}: it moves to another kind of device")
+    before, now = ((run.get("device"), run.get("precision")) for run in (state["args"], record))
+    if before[0] != now[0]:
+        logger.info(f"the run goes on in {now[1]} on {now[0]}, after {before[1]} on {before[0]}")
     return state
 
 
@@ -191,9 +190,12 @@ def _load_other(folder: Path, record: Mapping[str, Any], changeable: Changeable)
             f"--resume {folder}: {place.epoch} epochs are done, and this command ends after {stop}: for more, {more}"
         )
     if changes:
-        logger.info(f"{folder} goes on with other arguments: {in_words(changes)}")
-    best = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
-    return state | {"best": best, "overridden": changes, "reordered": bool(reordering)}
+        logger.info(f"{folder} goes on with other arguments: {'; '.join(in_words(changes))}")
+    if reordering:
+        state |= {"num_windows": [], "steps_per_epoch": 0}
+    state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
+    overridden = state["args"].get("overridden", {}) | changes
+    return state | {"args": state["args"] | ({"overridden": overridden} if overridden else {})}
 
 
 def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -> None:
@@ -289,12 +291,13 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
 
     On another number of ranks, what ranks have of their own is shared out anew, and a rank that did not exist keeps its
     fresh random states. An average of the weights that the run did not keep starts from its weights. Raises ConfigError
-    where the run had other numbers of windows, or of steps in an epoch, unless windows come in another order.
+    where the run had other numbers of windows, or of steps in an epoch.
     """
-    progress, optimization, reordered = state.progress, state.optimization, saved.get("reordered", False)
+    progress, optimization = state.progress, state.optimization
+    expected = progress.num_windows, progress.steps_per_epoch
     for name, what in (("num_windows", "windows to draw from"), ("steps_per_epoch", "steps in an epoch")):
         before, now = saved[name], getattr(progress, name)
-        if now and now != before and not reordered:
+        if now and before and now != before:
             raise ConfigError(
                 f"the run to continue had {before} {what}, now there are {now}: the data has changed; restore it or "
                 "start in another --output_dir"
@@ -306,10 +309,10 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
     if optimization.ema:
         optimization.ema.module.load_state_dict(saved["model_ema"] or saved["model"])
     for item in fields(progress):
-        if not (reordered and item.name in ("num_windows", "steps_per_epoch")):
-            setattr(progress, item.name, saved[item.name])
-    if reordered and progress.step:  # what is trained and not yet evaluated stays so
-        progress.step = progress.steps_per_epoch
+        setattr(progress, item.name, saved[item.name])
+    if expected[1] and not progress.steps_per_epoch:  # windows come in another order
+        progress.num_windows, progress.steps_per_epoch = expected
+        progress.step = progress.step and progress.steps_per_epoch  # what is trained and not yet evaluated stays so
     ranks = saved["ranks"]
     for name, part in state.parts.items():
         part.load_state_dicts([ranks[r][name] for r in range(process.rank, len(ranks), process.world_size)])

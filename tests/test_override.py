@@ -155,7 +155,7 @@ def test_a_scaler_comes_and_goes_with_the_precision(halfway, go_on, dota_root, t
 def test_a_number_format_follows_the_device_and_no_other_change(halfway, go_on, tmp_path, capsys):
     moved = edited(halfway, tmp_path / "cuda" / "checkpoint-last", arguments={"device": "cuda", "precision": "bf16"})
     assert epochs(go_on(moved)) == [1] and "overridden" not in arguments(tmp_path / "on")
-    assert "the run goes on in fp32, not in bf16: it moves to another kind of device" in capsys.readouterr().out
+    assert "the run goes on in fp32 on cpu, after bf16 on cuda" in capsys.readouterr().out
     same = edited(halfway, tmp_path / "cpu" / "checkpoint-last", arguments={"precision": "bf16"})
     shutil.rmtree(tmp_path / "on")
     with pytest.raises(ConfigError, match="precision: bf16 -> fp32.*--override precision"):

@@ -223,7 +223,7 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
         "warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off", type=Number(-1, whole=True)
     )
     group.fixed("opt", "adamw", "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest")
-    group.overridable("opt_eps", 1e-8, "epsilon of Adam", type=not_negative)
+    group.overridable("opt_eps", 1e-8, "epsilon of Adam", type=share)
     group.overridable("opt_betas", betas, "betas of Adam", nargs=2, type=share_below_1)
     group.overridable("weight_decay", 0.05, "weight decay", type=not_negative)
     group.overridable(
@@ -324,7 +324,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
     group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all")
     help = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
     group.overridable("sampling_rate_val", None, help, type=positive)
-    group.free("eval_batch_size", 64, "windows per process and forward pass", type=positive)
+    group.free("eval_batch_size", 64, "windows per process and forward pass", type=from_to(1, 65536))
     group.free(
         "allow_missing", False, "score the clips that can be read and say how many they are, instead of refusing"
     )
@@ -375,4 +375,4 @@ def _add_dapt_augmentation_flags(parser: Parser) -> None:
     group.pair("transforms_finetune_align", help, "VideoMAE's multi-scale crop of the wide frame alone")
     group.overridable("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
     help = "short side of frames before the crop, in pixels (default: 320 at --input_size 224)"
-    group.overridable("short_side", None, help, type=pixels)
+    group.overridable("short_side", None, help, type=from_to(16, 4096))

@@ -17,15 +17,20 @@ from utils.files import replaced
 _FOLLOWING = {"weight_decay": ("weight_decay_end",), "data_set": ("data_split", "sampling_rate", "sampling_rate_val")}
 
 
-def differing(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> dict[str, list[Any]]:
+def changed(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> dict[str, list[Any]]:
     """Return the arguments both know, not among `free`, that differ: {name: [saved, current]}."""
     keys = sorted((saved.keys() & current.keys()) - free)
     return {k: [saved[k], current[k]] for k in keys if saved[k] != current[k]}
 
 
-def in_words(changes: Mapping[str, Sequence[Any]]) -> str:
-    """Return what `differing` found as "name: saved -> current; ..."."""
-    return "; ".join(f"{name}: {before} -> {now}" for name, (before, now) in changes.items())
+def differing(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> list[str]:
+    """Return the arguments both know, not among `free`, that differ: ["name: saved -> current", ...]."""
+    return in_words(changed(saved, current, free))
+
+
+def in_words(changes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return what `changed` found as ["name: saved -> current", ...]."""
+    return [f"{name}: {before} -> {now}" for name, (before, now) in changes.items()]
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,14 @@ class Changeable:
                 )
 
     def unlike(self, saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Return what `differing` does of arguments that are not free. Precision may follow a device that changes."""
-        moved = saved.get("device") != current.get("device")
-        return differing(saved, current, self.free | ({"precision"} if moved else set()))
+        """Return what `changed` does of arguments that are not free. Precision may follow a device that changes."""
+        moved = saved.get("device") != current.get("device") and "precision" not in self.override
+        return changed(saved, current, self.free | ({"precision"} if moved else set()))
 
     def same(self, where: str | Path, saved: Mapping[str, Any], current: Mapping[str, Any], state: Path | None) -> None:
         """Raise ConfigError where the run in the folder `where` has other arguments; state: its checkpoint-last."""
         if changes := self.unlike(saved, current):
-            what = f"{where} belongs to a run with other arguments ({in_words(changes)})"
+            what = f"{where} belongs to a run with other arguments ({'; '.join(in_words(changes))})"
             raise ConfigError(f"{what}: use those or another --output_dir{self._way_on(changes, state)}")
 
     def overridden(self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -82,7 +87,7 @@ class Changeable:
         changes = self.unlike(saved, current)
         named = set(self.override).union(*(_FOLLOWING.get(name, ()) for name in self.override))
         if others := {name: change for name, change in changes.items() if name not in named}:
-            what = f"{folder} is of a run with other arguments ({in_words(others)}): use those"
+            what = f"{folder} is of a run with other arguments ({'; '.join(in_words(others))}): use those"
             raise ConfigError(what + self._way_on(changes, folder))
         for name in self.override:
             if name not in changes:

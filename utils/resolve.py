@@ -43,13 +43,11 @@ def refuse_contradictions(
 def keep_history(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
     """Set the arguments that say what the weights came from to those of a state to continue from; log what changes.
 
-    What --override changed, of it and of runs before it, is added to args as `overridden`: {name: [before, now]}.
+    What --override has changed is added to args, too, as `overridden`: {name: [before, now]}.
     """
-    if resumed is None:
-        return
-    saved = resumed["args"]
-    if overridden := saved.get("overridden", {}) | resumed["overridden"]:
-        args.overridden = overridden
+    saved = resumed["args"] if resumed else {}
+    if "overridden" in saved:
+        args.overridden = saved["overridden"]
     for name in (name for name in WEIGHTS_SOURCE if name in saved and getattr(args, name) != saved[name]):
         logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
         setattr(args, name, saved[name])

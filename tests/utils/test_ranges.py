@@ -23,7 +23,7 @@ COMMANDS += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "benchmarks").glob(
 OUTSIDE = ["nan", "inf", "-inf", "1e400", "-1e400", "-1", "1" + "0" * 30, "1" + "0" * 5000, "-0.5", "", "x"]
 OFF = {"--warmup_steps -1"}
 # A share has no value above 1. What is no share is named here, so that a new flag is a decision.
-ABOVE_1 = {"--lr", "--min_lr", "--opt_eps", "--weight_decay", "--weight_decay_end", "--clip_grad", "--init_scale"}
+ABOVE_1 = {"--lr", "--min_lr", "--weight_decay", "--weight_decay_end", "--clip_grad", "--init_scale"}
 ABOVE_1 |= {"--view_fps", "--assume_fps", "--fps", "--read_timeout", "--dist_timeout", "--save_every_minutes"}
 HUGE = {*ABOVE_1} - {"--view_fps", "--assume_fps", "--fps", "--read_timeout", "--dist_timeout"}  # 1e30 harms nobody
 
