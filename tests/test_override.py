@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -233,3 +234,26 @@ def test_pre_training_goes_on_with_other_settings_too(dota_root, go_on, tmp_path
     folder = go_on(run, *words, "--override", *names, script=dapt)
     assert epochs(folder) == [2] and state(folder)["steps_per_epoch"] == 2
     assert arguments(folder)["overridden"]["total_batch_size"] == [[4], [8]]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (finetune, ["--input_size", 60], "input_size 60 must be a multiple of the patch size 16"),
+        (finetune, ["--num_frames", 6, "--tubelet_size", 4], "num_frames 6 of tubelet_size 4"),
+        (finetune, ["--freeze_layers", 5], "cannot freeze 5 of 4 blocks"),
+        (finetune, ["--min_lr", 0.1, "--lr", 0.01], "--min_lr 0.1, the final rate, must not be above --lr 0.01"),
+        (finetune, ["--warmup_epochs", 2], "--warmup_epochs 2 must be below --epochs 2"),
+        (finetune, ["--stop_epoch", 3], "--stop_epoch 3 <= --epochs 2 must hold"),
+        (finetune, ["--start_epoch", 2], "--start_epoch 2 < --stop_epoch 2"),
+        (finetune, ["--eval", "--input_size", 60], "input_size 60 must be a multiple of the patch size 16"),
+        (dapt, ["--mask_ratio", 0.05], "mask_ratio 0.05 of the 16 tokens of a frame: some must be masked and some not"),
+        (dapt, ["--input_size", 60], "input_size 60 must be a multiple of the patch size 16"),
+        (dapt, ["--min_lr", 0.1], "--min_lr 0.1, the final rate, must not be above --lr 0.0003"),
+        (dapt, ["--warmup_epochs", 3], "--warmup_epochs 3 must be below --epochs 2"),
+    ],
+    ids=lambda v: "_".join(map(str, v)) if isinstance(v, list) else "",
+)
+def test_flags_that_do_not_go_together_are_refused_before_data_is_read(script, words, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        script("--data_path", tmp_path / "nowhere", "--output_dir", tmp_path / "run", *words)

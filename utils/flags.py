@@ -87,17 +87,18 @@ class FlagGroup:
         reorders: whether that changes which windows an epoch has, or their order, so that it has to wait for its start.
         """
         self.fixed(name, default, help, **options)
-        self._parser.overridable[name] = reorders
+        self._parser.overridable[options.get("dest", name)] = reorders
 
     def free(self, name: str, default: Any, help: str, **options: Any) -> None:
         """Declare a flag as `fixed` does, but one that may change when a run is resumed."""
         self.fixed(name, default, help, **options)
         self._parser.free_on_resume.add(name)
 
-    def pair(self, name: str, help: str, opposite: str) -> None:
-        """Declare --<name> and --no_<name>, of which neither is the default; a resumed run must repeat them."""
-        self.fixed(name, None, help, action="store_true")
-        self.fixed(f"no_{name}", None, opposite, dest=name, action="store_false")
+    def pair(self, name: str, help: str, opposite: str, *, overridable: bool = False) -> None:
+        """Declare --<name> and --no_<name>, of which neither is the default, as `fixed` or `overridable` does."""
+        declare = self.overridable if overridable else self.fixed
+        declare(name, None, help, action="store_true")
+        declare(f"no_{name}", None, opposite, dest=name, action="store_false")
 
     def _switch(self, name: str, default: bool, help: str) -> None:
         self._group.add_argument(
@@ -372,7 +373,8 @@ def _add_dapt_model_flags(parser: Parser) -> None:
 def _add_dapt_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
     help = "pad or squash, RandAugment and crop as fine-tuning sees clips (default, but for Kinetics)"
-    group.pair("transforms_finetune_align", help, "VideoMAE's multi-scale crop of the wide frame alone")
+    opposite = "VideoMAE's multi-scale crop of the wide frame alone"
+    group.pair("transforms_finetune_align", help, opposite, overridable=True)
     group.overridable("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
     help = "short side of frames before the crop, in pixels (default: 320 at --input_size 224)"
     group.overridable("short_side", None, help, type=from_to(16, 4096))
