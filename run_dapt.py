@@ -23,11 +23,12 @@ import sys
 from utils.cli import ConfigError, config_errors
 from utils.flags import dapt_parser
 from utils.lock import end_with_torchrun, folder_lock
+from utils.record import Changeable
 from utils.resolve import (
     INPUT,
     common_flags,
     fill_unset,
-    keep_weights_source,
+    keep_history,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -56,6 +57,7 @@ from torch import nn
 from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
 from datasets.augment.device import DeviceAugment, DeviceLoader
+from datasets.augment.masks import masked_places
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
@@ -175,9 +177,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     """Run the DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    free = dapt_parser("").free_on_resume
-    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_weights_source(args, resumed)
+    changeable = Changeable.by(dapt_parser(""), args.override)
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    resumed = agreed_state(output_dir, **resuming, record=vars(args), changeable=changeable)
+    keep_history(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -242,6 +245,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             mean=args.mean,
             std=args.std,
         )
+        masked_places(model.grid, args.mask_ratio)
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.from_ckpt and not resumed:

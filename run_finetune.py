@@ -24,12 +24,12 @@ import sys
 from utils.cli import ConfigError, config_errors
 from utils.flags import finetune_parser
 from utils.lock import end_with_torchrun, folder_lock
-from utils.record import write_run_record
+from utils.record import Changeable, write_run_record
 from utils.resolve import (
     INPUT,
     common_flags,
     fill_unset,
-    keep_weights_source,
+    keep_history,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -181,19 +181,17 @@ def train(args: Namespace, process: Process) -> None:
     """Run the fine-tuning recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    free = finetune_parser("").free_on_resume
-    resumed = agreed_state(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_weights_source(args, resumed)
+    changeable = Changeable.by(finetune_parser(""), args.override)
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    resumed = agreed_state(output_dir, **resuming, record=vars(args), changeable=changeable)
+    keep_history(args, resumed)
+    model = build_model(args, process, resumed=resumed)
+    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     loader, sampler = training_data(args, process)
     augment = DeviceAugment(args.input_size, args.train_interpolation)
     batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
-    model = build_model(args, process, resumed=resumed)
-    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
-    if args.freeze_layers is not None:
-        with config_errors():
-            model.freeze_blocks(args.freeze_layers)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch,
@@ -246,9 +244,9 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
         raise ConfigError(f"{output_dir}/predictions.csv exists: choose another --output_dir or remove it")
     if process.is_main:
         write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
+    model = build_model(args, process, trained_head=True)
     windows = evaluation_windows(args, process)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
-    model = build_model(args, process, trained_head=True)
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
         return
@@ -370,6 +368,9 @@ def build_model(
     if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
         with config_errors():
             model.learn_pos_embed()
+    if args.freeze_layers is not None:
+        with config_errors():
+            model.freeze_blocks(args.freeze_layers)
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:
