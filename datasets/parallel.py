@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,7 @@ READ_TIMEOUT = 60.0  # seconds without a picture read
 _ALIVE_EVERY = 1.0  # seconds between two signs of life
 _LONGEST = 1e6  # seconds that the system can wait, or so
 _TO_END = 5.0  # seconds that the system may take to end a process
+_PIPE, _OVERHEAD = 1 << 16, 1 << 10  # bytes that a pipe holds for sure, and what a message takes of them besides
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _to_parent: Connection | None = None  # in a child: where signs of life go
 _last_sign = 0.0
@@ -66,6 +68,7 @@ class Child:
         self.function, self.limit, self.deadline = function, min(limit, _LONGEST), 0.0
         self._pid: int | None = None
         self._waiting: deque[bytes] = deque()  # items that are not done
+        self._sent = 0  # how many of them are with the process, or on the way
         self.connection: Connection | None = None
 
     def send(self, item: Any) -> None:
@@ -75,14 +78,9 @@ class Child:
         self._waiting.append(_dumps(item))
         if self._pid is None:
             self._start()
-            return
-        try:
-            self.connection.send_bytes(self._waiting[-1])
-        except OSError:  # it was killed, or takes nothing, whereupon a part of a message may be on the way
-            self._signal()
-            if len(self._waiting) == 1:
-                self._end()
-                self._start()
+        elif not self._pass_on() and len(self._waiting) == 1:  # it was killed while it had nothing to do
+            self._end()
+            self._start()
 
     def receive(self) -> tuple[str, Any]:
         """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after an item's last result.
@@ -103,6 +101,8 @@ class Child:
         self.deadline = time.monotonic() + self.limit
         if kind in ("error", "done"):
             self._waiting.popleft()
+            self._sent -= 1
+            self._pass_on()
         if kind == "error":
             error, trace = value
             raise error from RuntimeError(f"in the reading process:\n{trace}")
@@ -149,11 +149,27 @@ class Child:
         if pid == 0:
             self.connection.close()
             _live(other, self.function, parent)
-        self._pid = pid
         other.close()
-        with suppress(OSError):  # it has died: `receive` says so
-            for message in self._waiting:
+        self._pid, self._sent = pid, 0
+        self._pass_on()
+
+    def _pass_on(self) -> bool:
+        """Send of what is waiting as much as the pipe holds, so that nobody waits here while the process works.
+
+        Return whether the process could be reached; where not, `receive` tells.
+        """
+        on_the_way = sum(len(message) + _OVERHEAD for message in islice(self._waiting, self._sent))
+        for message in list(islice(self._waiting, self._sent, None)):
+            on_the_way += len(message) + _OVERHEAD
+            if self._sent and on_the_way > _PIPE:
+                break
+            self._sent += 1
+            try:
                 self.connection.send_bytes(message)
+            except OSError:  # it has died, or takes nothing and has got a part of the message
+                self._signal()
+                return False
+        return True
 
     def _end(self) -> str:
         """Say how the process, which has ended or is about to, has ended."""
