@@ -78,9 +78,8 @@ class Child:
         self._waiting.append(_dumps(item))
         if self._pid is None:
             self._start()
-        elif not self._pass_on() and len(self._waiting) == 1:  # it was killed while it had nothing to do
-            self._end()
-            self._start()
+        else:
+            self._pass_on()
 
     def receive(self) -> tuple[str, Any]:
         """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after an item's last result.
@@ -97,6 +96,10 @@ class Child:
             self._replace()
             raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds") from e
         except (EOFError, OSError) as e:
+            if not self._sent and time.monotonic() < self.deadline:  # it died while it had nothing to do
+                self._end()
+                self._start()
+                return "alive", None
             raise ReadFailure(f"the process that read it {self._replace()}") from e
         self.deadline = time.monotonic() + self.limit
         if kind in ("error", "done"):
@@ -147,29 +150,24 @@ class Child:
             remedy = "use fewer --num_workers, or raise the limits of processes and open files (ulimit -u, -n)"
             raise DataError(f"a reading process cannot start ({e.strerror}): {remedy}") from e
         if pid == 0:
-            self.connection.close()
-            _live(other, self.function, parent)
+            _live(*ends, self.function, parent)
         other.close()
         self._pid, self._sent = pid, 0
         self._pass_on()
 
-    def _pass_on(self) -> bool:
-        """Send of what is waiting as much as the pipe holds, so that nobody waits here while the process works.
-
-        Return whether the process could be reached; where not, `receive` tells.
-        """
+    def _pass_on(self) -> None:
+        """Send of what is waiting as much as the pipe holds, so that nobody waits here while the process works."""
         on_the_way = sum(len(message) + _OVERHEAD for message in islice(self._waiting, self._sent))
         for message in list(islice(self._waiting, self._sent, None)):
             on_the_way += len(message) + _OVERHEAD
             if self._sent and on_the_way > _PIPE:
                 break
-            self._sent += 1
             try:
                 self.connection.send_bytes(message)
-            except OSError:  # it has died, or takes nothing and has got a part of the message
+            except OSError:  # it has died, or takes nothing and has got a part of the message; `receive` sees its end
                 self._signal()
-                return False
-        return True
+                break
+            self._sent += 1
 
     def _end(self) -> str:
         """Say how the process, which has ended or is about to, has ended."""
@@ -210,11 +208,12 @@ def _status(pid: int) -> int | None:
     return None
 
 
-def _live(connection: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> NoReturn:
-    """Be the child, and end with code 0 once the parent has closed its end."""
+def _live(theirs: Connection, ours: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> NoReturn:
+    """Be the child, and end with code 0 once the parent has closed its end of the pipe."""
     code = 1
     try:
-        _serve(connection, function, parent)
+        theirs.close()
+        _serve(ours, function, parent)
         code = 0
     except OSError:  # of the connection: the parent is gone
         pass
