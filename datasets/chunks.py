@@ -169,6 +169,8 @@ class ClipStream:
         Runs where reading is done, which keeps the clip open for its next chunk. Nothing follows what cannot be read.
         """
         ids, fault = _NONE, None
+        if task.number == 0:
+            self._broken = None
         try:
             if task.clip != self._broken:
                 opened = self._opened(task.clip)
@@ -225,8 +227,11 @@ class _Line:
 
     def receive(self) -> tuple[_Task, np.ndarray, Fault | None]:
         """Wait for the first of `tasks`; return it, the ids of its frames and what is wrong with the clip."""
+        known = self.tasks[0].clip == self._unreadable
         ids, fault = self._answer()
         task = self.tasks.popleft()
+        if known:
+            return task, _NONE, None
         if fault and not fault.frames:
             self._unreadable = task.clip
         return task, ids, fault

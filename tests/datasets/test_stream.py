@@ -198,8 +198,7 @@ DIES = (lambda: os.kill(os.getpid(), signal.SIGKILL), "the process that read it 
 
 
 @pytest.mark.parametrize(("how", "reason"), [HANGS, DIES], ids=["hangs", "dies"])
-@pytest.mark.parametrize("at", [0, 24, 39])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "at"), [(1, 0), (2, 24), (1, 39)])
 def test_a_clip_that_ends_its_process_is_named_once_and_the_others_are_scored(
     dota_root, misread, below, workers, at, how, reason
 ):
@@ -218,6 +217,19 @@ def test_a_clip_that_ends_its_process_is_named_once_and_the_others_are_scored(
     faults = [item for item in refusing.batches(lambda frames: frames) if isinstance(item, Fault)]
     with pytest.raises(DataError, match="1 of 5 clips cannot be read; repair them, or evaluate the others with"):
         refusing.agree(faults)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_clip_is_named_once_in_every_evaluation(dota_root, misread, workers):
+    def fail(clip, number):
+        if clip[-1] == "2" and number == 9:
+            raise OSError("a bad sector")
+
+    misread(fail)
+    windows = split(dota_root, allow_missing=True, num_workers=workers, batch_size=4)
+    for _ in range(2):
+        faults = [item for item in windows.batches(lambda frames: frames) if isinstance(item, Fault)]
+        assert [(fault.number, "a bad sector" in fault.reason) for fault in faults] == [(2, True)]
 
 
 def test_clips_that_hang_cost_a_timeout_each(dota_root, misread):
