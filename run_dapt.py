@@ -61,6 +61,7 @@ from datasets.augment.masks import masked_places
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.slots import reserve
 from datasets.windows import index_clips
 from engine.checkpoint import (
     CheckpointWriteError,
@@ -323,7 +324,7 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
 
 
 def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler, device: torch.device) -> DeviceLoader:
-    """Return the batches of the sampler, augmented on the device."""
+    """Return the batches of the sampler, augmented on the device, with the memory that they take."""
     loader = BatchLoader(
         dataset,
         sampler,
@@ -332,6 +333,7 @@ def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler,
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
+    reserve(loader.slots)
     return DeviceLoader(loader, device, DeviceAugment(args.input_size))
 
 

@@ -62,6 +62,7 @@ from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine.checkpoint import (
@@ -303,6 +304,7 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
+    reserve(loader.slots)
     return loader, sampler
 
 
@@ -311,7 +313,7 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
     clips = labelled_clips(args, args.eval_split)
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val)
-    return SplitWindows(
+    windows = SplitWindows(
         clips,
         index,
         EvalTransform(args.input_size),
@@ -324,6 +326,8 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
         allow_missing=args.allow_missing,
         read_timeout=args.read_timeout,
     )
+    reserve(windows.slots)
+    return windows
 
 
 def build_model(

@@ -38,10 +38,10 @@ from datasets.augment.dapt import PretrainTransform
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
+from datasets.chunks import ClipStream
 from datasets.faults import Fault
 from datasets.loader import EpochSampler, Source, Transform, WindowDataset
 from datasets.parallel import _dumps
-from datasets.stream import ClipStream
 from datasets.windows import WindowIndex, index_clips
 from utils.cli import processes
 
@@ -139,7 +139,6 @@ def evaluation_ways(roots: dict[str, str], windows: int) -> dict[str, Way]:
         for chunk in stream:
             if isinstance(chunk, Fault):
                 raise DataError(str(chunk))
-            _dumps(("result", chunk))
         return int(index.counts[number])
 
     return {"yardstick": alone, "evaluation": streamed}

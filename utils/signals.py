@@ -15,7 +15,6 @@ The contract with whatever started the run (a Slurm job file, say):
 torchrun passes TERM on; for USR1 and USR2 it needs --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -69,23 +68,6 @@ def _listen(pipe: int) -> None:
             if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _THIRD_WITHIN:
                 os.write(2, b"the third signal within 5 seconds: leaving at once\n")
                 os._exit(128 + number[0])
-
-
-def shield_worker(_number: int = 0) -> None:
-    """Let the SIGNALS end a loading process only if they come from its training process; it calls this first.
-
-    Slurm sends them to every process of a job, and a run whose workers die cannot reach the end of its step.
-    """
-    training = multiprocessing.parent_process()
-    signal.set_wakeup_fd(-1)  # that of the training process
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def wait() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != training.pid and training.is_alive():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def remove_marker(output_dir: str | Path) -> None:

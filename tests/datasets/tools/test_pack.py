@@ -22,9 +22,10 @@ from PIL import Image
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
+from datasets.chunks import ClipStream
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, SplitWindows
+from datasets.stream import SplitWindows
 from datasets.tools.check import check
 from datasets.tools.pack import Settings, file_of, pack
 from datasets.tools.synthetic import render_dota
