@@ -24,6 +24,7 @@ from utils.distributed import (
     require_same,
     require_same_weights,
 )
+from utils.record import Changeable
 
 
 def steps(parallel, optimizer, numbers, rank, passes):
@@ -84,7 +85,7 @@ def states(process, folder):
         checkpoint.gather = gather
 
     def found(where, **options):
-        options = {"auto_resume": True, "resume": None, "record": {"lr": 1}, "free": set()} | options
+        options = {"auto_resume": True, "resume": None, "record": {"lr": 1}, "changeable": Changeable()} | options
         dist.barrier()
         try:
             state = agreed_state(where, **options)
@@ -161,7 +162,7 @@ def memory(process, folder):
         torch.save({"model": model.state_dict()} | dict.fromkeys(names, {}), folder / "checkpoint-last" / "state.pth")
     dist.barrier()
     before = private()
-    state = agreed_state(folder, auto_resume=True, resume=None, record={}, free=set())
+    state = agreed_state(folder, auto_resume=True, resume=None, record={}, changeable=Changeable())
     total = float(state["model"]["weight"].sum())
     return {"MiB": private() - before, "read": total != 0}
 
