@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import ConfigError, Parser, positive
+from utils.exits import report_uncaught
 from utils.flags import dapt_parser, finetune_parser
 from utils.signals import EXIT_CODE, MARKER
 
@@ -158,6 +159,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    report_uncaught()
     try:
         main(sys.argv[1:])
     except ConfigError as e:

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import ConfigError
+from utils.exits import report, say_cause
 
 # What gloo and NCCL say when another process is gone or late.
 _LOST = r"timed out|timeout|connection (closed|reset)|broken pipe|ncclRemoteError"
@@ -86,20 +86,19 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
 
 
 def _report(error: Exception, process: Process, expected: tuple[type[Exception], ...]) -> None:
-    """Say on stderr why this process ends: an expected error, the loss of the others, or a traceback."""
+    """Say why this process ends: an expected error, the loss of the others, or a traceback."""
     prefix = "" if process.is_main else f"[rank {process.rank}] "
-    lines = traceback.format_exception(error)
     if isinstance(error, expected):
-        lines = [f"error: {error}\n"]
+        say_cause(f"error: {error}")
     elif isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE):
         reason = str(error).strip().splitlines()[0]
-        lines = [
-            "error: lost the other processes: one has ended, and says why in its own message, or did not come within "
-            f"--dist_timeout {process.timeout.total_seconds() / 60:g} minutes ({reason})\n"
-        ]
-    sys.stdout.flush()
-    sys.stderr.write("".join(prefix + line for line in "".join(lines).splitlines(keepends=True)))
-    sys.stderr.flush()
+        say_cause(
+            "error: lost the other processes: one has ended, or did not come within --dist_timeout "
+            f"{process.timeout.total_seconds() / 60:g} minutes ({reason})",
+            consequence=True,
+        )
+    else:
+        report(error, prefix)
 
 
 def _leave(together: bool) -> None:
