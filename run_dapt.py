@@ -18,9 +18,13 @@ Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth
 The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
 """
 
-import sys
+from utils.exits import fail, report_uncaught
+
+if __name__ == "__main__":  # first, so that what follows is answered in a line
+    report_uncaught()
 
 from utils.cli import ConfigError, config_errors
+from utils.files import replaced
 from utils.flags import dapt_parser
 from utils.lock import end_with_torchrun, folder_lock
 from utils.record import Changeable
@@ -37,9 +41,9 @@ from utils.resolve import (
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
-    end_with_torchrun()
     ARGS = dapt_parser(__doc__).parse_args()
     catch_signals()
+    end_with_torchrun()
 
 import logging
 from argparse import Namespace
@@ -384,13 +388,17 @@ class Pictures:
         video = model.normalize(self.video.to(device))
         picture = reconstruction_picture(model.reconstruct(video, self.mask))
         model.train()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"epoch-{epoch:03d}.png")
         self.tensorboard.picture("reconstruction", picture, step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced(self.folder / f"epoch-{epoch:03d}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+        except OSError as e:  # no reason to end a run
+            logger.warning(f"{e.filename}: cannot be written ({e.strerror}); the run goes on")
 
 
 if __name__ == "__main__":
     try:
         main(ARGS)
     except ERRORS as e:
-        sys.exit(f"error: {e}")
+        fail(f"error: {e}")

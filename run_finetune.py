@@ -19,14 +19,19 @@ Evaluate a checkpoint, on any number of processes; the file says which model it 
 The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
 """
 
-import sys
+from utils.exits import fail, report_uncaught
+
+if __name__ == "__main__":  # first, so that what follows is answered in a line
+    report_uncaught()
 
 from utils.cli import ConfigError, config_errors
+from utils.files import check_writable
 from utils.flags import finetune_parser
 from utils.lock import end_with_torchrun, folder_lock
 from utils.record import Changeable, write_run_record
 from utils.resolve import (
     INPUT,
+    WEIGHTS_SOURCE,
     common_flags,
     fill_unset,
     keep_history,
@@ -38,10 +43,10 @@ from utils.resolve import (
 from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
-    end_with_torchrun()
     ARGS = finetune_parser(__doc__).parse_args()
     if not ARGS.eval:
         catch_signals()
+    end_with_torchrun()
 
 import logging
 import math
@@ -73,13 +78,14 @@ from engine.checkpoint import (
     recorded_arguments,
     save_weights,
 )
-from engine.evaluate import EvaluationError, Scorer, coverage, summary, write_metrics, write_predictions
+from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
-from engine.plots import evaluation_figures, save_figures
+from engine.outputs import BYTES_OF_A_ROW, finish_evaluation, keep_scores, unfinished_evaluation
+from engine.plots import evaluation_figures
 from engine.resume import agreed_state
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
@@ -240,25 +246,32 @@ def train(args: Namespace, process: Process) -> None:
 
 def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     """Score --finetune on the evaluation split, for --eval, and write everything about it."""
-    output_dir = Path(args.output_dir)
-    if (output_dir / "predictions.csv").exists():
-        raise ConfigError(f"{output_dir}/predictions.csv exists: choose another --output_dir or remove it")
+    output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
+    free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
+    known = from_main(lambda: unfinished_evaluation(output_dir, vars(args), free, weights))
+    if known:
+        logger.info(f"{output_dir}/predictions.csv is there: nothing is scored, metrics and plots are made of it")
+    else:
+        known = score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
+        content = finish_evaluation(output_dir, known)
+        logger.info(f"{summary(content)}  {content['coverage']}")
+        logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
+
+
+def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
+    """Write predictions.csv; returns on rank 0 what is known of it."""
+    from_main(lambda: write_run_record(output_dir / "eval_args.json", vars(args), process.world_size))
     model = build_model(args, process, trained_head=True)
     windows = evaluation_windows(args, process)
+    from_main(lambda: check_writable(output_dir, BYTES_OF_A_ROW * len(windows.locations()[0])))
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
-        return
-    metrics = predictions.metrics()
+        return None
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
     about |= coverage(predictions, windows.clips)
-    write_predictions(output_dir / "predictions.csv", predictions, windows.clips)
-    write_metrics(output_dir / "metrics.json", about | metrics)
-    save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
-    logger.info(f"{summary(metrics)}  {about['coverage']}")
-    logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
+    return keep_scores(output_dir, predictions, windows.clips, about, weights)
 
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
@@ -440,4 +453,4 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except ERRORS as e:
-        sys.exit(f"error: {e}")
+        fail(f"error: {e}")

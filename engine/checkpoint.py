@@ -34,8 +34,9 @@ from engine.averages import Averages
 from engine.optim import Optimization
 from utils.cli import ConfigError
 from utils.distributed import Process, gather
-from utils.files import replaced, sync
+from utils.files import check_writable, disk_error, replaced, sync
 from utils.logging import drop_records_from
+from utils.pickles import refused_code
 from utils.record import Changeable, in_words, read_run_record, write_run_record
 from utils.text import short_reason
 
@@ -221,6 +222,18 @@ def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -
         path.unlink(missing_ok=True)
 
 
+def check_room(output_dir: str | Path, state: RunState) -> None:
+    """Find out whether a folder takes the state of a run, beside the one that is there. Raises ConfigError."""
+    optimization = state.optimization
+    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    moments = 2 if isinstance(optimization.optimizer, torch.optim.Adam) else 0  # AdamW is one
+    shutil.rmtree(Path(output_dir, f"{LAST}.new"), ignore_errors=True)  # its room counts
+    try:
+        check_writable(output_dir, weights * (1 + moments + bool(optimization.ema)))
+    except OSError as e:
+        raise ConfigError(f"{output_dir}: cannot be written ({e.strerror}); choose another --output_dir") from e
+
+
 def save_last(output_dir: str | Path, state: RunState) -> None:
     """Replace checkpoint-last/ by the present state; every rank calls it.
 
@@ -243,7 +256,7 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
-        with _explained(last):
+        with explained(last, writing=new / STATE):
             new.mkdir(parents=True)
             torch.save(content, new / STATE)
             sync(new / STATE)
@@ -251,23 +264,24 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     except CheckpointWriteError:
         shutil.rmtree(new, ignore_errors=True)  # the disk may be full of it
         raise
-    if last.exists():
-        shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
-        os.rename(last, old)
-    os.rename(new, last)
-    sync(Path(output_dir))
+    with explained(last):
+        if last.exists():
+            shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
+            os.rename(last, old)
+        os.rename(new, last)
+        sync(Path(output_dir))
     shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    """Turn what a full disk raises into a CheckpointWriteError."""
+def explained(path: str | Path, writing: Path | None = None) -> Iterator[None]:
+    """Turn what a full disk raises into a CheckpointWriteError. writing: the file that is half-written by then."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises either
-        raise CheckpointWriteError(
-            f"{path}: cannot be written ({short_reason(e)}); what was there before is intact"
-        ) from e
+        known = e if isinstance(e, OSError) else writing and disk_error(writing)
+        reason = (known and known.strerror) or short_reason(e)
+        raise CheckpointWriteError(f"{path}: cannot be written ({reason}); what was there before is intact") from e
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
@@ -279,6 +293,8 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
+        if refusal := refused_code(path, e):
+            raise ConfigError(f"{path}: {refusal}") from e
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
     expected = {"model", "optimizer", "scaler", "model_ema", "ranks", "args", *(item.name for item in fields(Progress))}
@@ -355,7 +371,7 @@ def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
     unwrap "model", so the file goes both ways. Raises CheckpointWriteError where it cannot be written.
     """
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    with _explained(path), replaced(path) as temporary:
+    with explained(path), replaced(path) as temporary:
         torch.save({"model": weights, "spec": model.spec | about}, temporary)
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import ConfigError, Parser, positive
+from utils.exits import report_uncaught
 from utils.flags import dapt_parser, finetune_parser
 from utils.signals import EXIT_CODE, MARKER
 
@@ -159,6 +160,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    report_uncaught()
     try:
         main(sys.argv[1:])
     except ConfigError as e:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from utils.exits import fail
+
 
 class ConfigError(ValueError):
     """Arguments that do not go together; the message names them and the way out."""
@@ -53,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
+        fail(f"{self.prog}: error: {message}\n(--help lists every flag)", code=2)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import re
 import socket
 import struct
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import ConfigError
+from utils.exits import report, say_cause
 from utils.text import first_few
 
 _PATIENCE = timedelta(days=1)  # of ranks that wait for one that scans or downloads
@@ -187,20 +187,19 @@ def require_same_weights(model: nn.Module, loaded: Sequence[str], source: str) -
 
 
 def _report(error: Exception, process: Process, expected: tuple[type[Exception], ...]) -> None:
-    """Say on stderr why this process ends: an expected error, the loss of the others, or a traceback."""
+    """Say why this process ends: an expected error, the loss of the others, or a traceback."""
     prefix = "" if process.is_main else f"[rank {process.rank}] "
-    lines = traceback.format_exception(error)
     if isinstance(error, expected):
-        lines = [f"error: {error}\n"]
+        say_cause(f"error: {error}")
     elif isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE):
         reason = str(error).strip().splitlines()[0]
-        lines = [
-            "error: lost the other processes: one has ended, and says why in its own message, or did not come within "
-            f"--dist_timeout {process.timeout.total_seconds() / 60:g} minutes ({reason})\n"
-        ]
-    sys.stdout.flush()
-    sys.stderr.write("".join(prefix + line for line in "".join(lines).splitlines(keepends=True)))
-    sys.stderr.flush()
+        say_cause(
+            "error: lost the other processes: one has ended, or did not come within --dist_timeout "
+            f"{process.timeout.total_seconds() / 60:g} minutes ({reason})",
+            consequence=True,
+        )
+    else:
+        report(error, prefix)
 
 
 def _leave(together: bool) -> None:

@@ -43,7 +43,7 @@ from datasets.scan import probe
 from datasets.tools.check_video import look_deep
 from datasets.windows import WindowIndex
 from utils.cli import Parser, frame_count, frame_rate, processes
-from utils.files import replaced
+from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
 from utils.text import first_few
@@ -363,8 +363,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     try:
         with data_errors(folder, "written, choose another --output_dir"):  # known before the work
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            check_writable(folder)
         findings, numbers = check(
             args.data_set, args.root, splits=args.split, deep=args.deep, workers=args.workers, **window
         )

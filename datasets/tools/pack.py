@@ -105,7 +105,8 @@ def pack(
         _check_space(to_do, out, workers)
         failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
-            (out / BAD_CLIPS).write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
+            with replaced(out / BAD_CLIPS) as temporary:
+                temporary.write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
             raise DataError(
                 f"{len(failed)} clips cannot be packed: {first_few(failed.values(), 3, '; ')}; {len(done)} are. Repair "
                 f"them and run this again, or leave them out with --bad_clips {out / BAD_CLIPS}"

@@ -11,6 +11,7 @@ that reads DoTA reads it. --videos adds unlabelled ones, ROOT/videos/*.mp4, of t
 import io
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -312,6 +313,8 @@ def main() -> None:
             render_videos(Path(args.root, "videos"), count=args.videos, seed=args.seed, size=size)
     except FileExistsError as e:
         parser.error(f"{e.filename} exists already; remove it or choose another folder")
+    except OSError as e:
+        sys.exit(f"error: {e.filename or args.root}: {e.strerror}")
     except ImportError as e:
         parser.error(f"--videos needs PyAV ({e}): pip install av")
     counts = f"{args.train} training and {args.val} validation clips and {args.videos} videos"
