@@ -260,6 +260,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def gather(value: Any) -> list | None:
     """Return [value of rank 0, of rank 1, ...] on rank 0, None on the others. Values are pickled."""
     if not dist.is_initialized():
