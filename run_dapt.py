@@ -67,20 +67,13 @@ from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
 from datasets.windows import index_clips
-from engine.checkpoint import (
-    CheckpointWriteError,
-    Progress,
-    RunState,
-    is_kept,
-    recorded_arguments,
-    save_weights,
-)
+from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.dapt import DaptObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
-from engine.resume import agreed_state
+from engine.resume import agreed_state, recorded_arguments
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder

@@ -70,14 +70,7 @@ from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
-from engine.checkpoint import (
-    CheckpointWriteError,
-    Progress,
-    RunState,
-    is_kept,
-    recorded_arguments,
-    save_weights,
-)
+from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
@@ -86,7 +79,7 @@ from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.outputs import BYTES_OF_A_ROW, finish_evaluation, keep_scores, unfinished_evaluation
 from engine.plots import evaluation_figures
-from engine.resume import agreed_state
+from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec

@@ -16,7 +16,6 @@ rename. Files hold tensors and plain types only, so `torch.load(..., weights_onl
 """
 
 import logging
-import math
 import os
 import random
 import shutil
@@ -37,7 +36,7 @@ from utils.distributed import Process, gather
 from utils.files import check_writable, disk_error, replaced, sync
 from utils.logging import drop_records_from
 from utils.pickles import refused_code
-from utils.record import Changeable, in_words, read_run_record, write_run_record
+from utils.record import write_run_record
 from utils.text import short_reason
 
 LAST = "checkpoint-last"
@@ -123,86 +122,6 @@ def find_last(output_dir: str | Path) -> Path | None:
         if (folder / STATE).is_file():
             return folder
     return None
-
-
-def state_folder(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> Path | None:
-    """Return the checkpoint-last folder that would be continued: output_dir's own, else `resume`; None without one."""
-    folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
-    return folder if folder and (folder / STATE).is_file() else None
-
-
-def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> dict[str, Any]:
-    """Return the arguments of the run whose state would be continued; {} where there is none.
-
-    Raises ConfigError where the state is damaged.
-    """
-    folder = state_folder(output_dir, auto_resume=auto_resume, resume=resume)
-    return load_last(folder)["args"] if folder else {}
-
-
-def find_resume(
-    output_dir: str | Path,
-    *,
-    auto_resume: bool,
-    resume: str | None,
-    record: Mapping[str, Any],
-    changeable: Changeable,
-) -> dict[str, Any] | None:
-    """Return the state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
-
-    record: the arguments of this run. Those of the run that output_dir belongs to must equal them but for what is free,
-    those of the run in `resume` but for what is free or overridden; without auto_resume, output_dir must not hold a
-    run. What is overridden, now or before, stands in the arguments of the state as "overridden", {name: [before, now]};
-    where windows come in another order then, its num_windows is empty and its steps_per_epoch 0.
-
-    Raises ConfigError, also where the run in `resume` has nothing left to do.
-    """
-    changeable.check(resume)
-    folder, record_file = find_last(output_dir) if auto_resume else None, Path(output_dir, "args.json")
-    if record_file.exists() and not auto_resume:
-        raise ConfigError(f"{output_dir} holds a run: choose another --output_dir, remove it, or leave auto_resume on")
-    if folder is None and record_file.exists():
-        changeable.same(output_dir, read_run_record(record_file), record, None)
-    if folder:
-        state = load_last(folder)
-        changeable.same(folder, state["args"], record, folder)
-    elif resume:
-        state = _load_other(Path(resume), record, changeable)
-    else:
-        if record_file.exists():
-            logger.info(f"{output_dir} holds a run that ended before a state was saved: starting from the beginning")
-        return None
-    before, now = ((run.get("device"), run.get("precision")) for run in (state["args"], record))
-    if before[0] != now[0]:
-        logger.info(f"the run goes on in {now[1]} on {now[0]}, after {before[1]} on {before[0]}")
-    return state
-
-
-def _load_other(folder: Path, record: Mapping[str, Any], changeable: Changeable) -> dict[str, Any]:
-    """Return the state of a run to continue in another folder. Raises ConfigError."""
-    if not (folder / STATE).is_file():
-        raise ConfigError(f"--resume {folder}: no {STATE} in it; it takes a checkpoint-last folder")
-    state = load_last(folder)
-    changes = changeable.overridden(folder, state["args"], record)
-    reordering, place = changeable.reorders(changes), Progress(**{f.name: state[f.name] for f in fields(Progress)})
-    if reordering and 0 < place.step < place.steps_per_epoch:
-        raise ConfigError(
-            f"--override {' '.join(reordering)}: windows come in another order then, so only at the start of an epoch, "
-            f"and {folder} stands at {place}: let that run end the epoch first, with --stop_epoch {place.epoch + 1}"
-        )
-    stop, epochs = (record.get(name, math.inf) for name in ("stop_epoch", "epochs"))
-    if place.epoch >= stop:
-        more = f"--stop_epoch up to {epochs}" if place.epoch < epochs else "--override epochs with larger --epochs"
-        raise ConfigError(
-            f"--resume {folder}: {place.epoch} epochs are done, and this command ends after {stop}: for more, {more}"
-        )
-    if changes:
-        logger.info(f"{folder} goes on with other arguments: {'; '.join(in_words(changes))}")
-    if reordering:
-        state |= {"num_windows": [], "steps_per_epoch": 0}
-    state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
-    overridden = state["args"].get("overridden", {}) | changes
-    return state | {"args": state["args"] | ({"overridden": overridden} if overridden else {})}
 
 
 def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -> None:

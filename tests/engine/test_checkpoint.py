@@ -17,6 +17,7 @@ from engine.averages import WeightAverage
 from engine.checkpoint import Progress, RunState, find_last, load_last, restore, save_weights
 from engine.guard import step_if_finite
 from engine.optim import FUSED, Optimization, build_optimizer, parameter_groups
+from engine.resume import find_resume
 from models import create_model
 from models.weights import load_pretrained
 from utils.cli import ConfigError
@@ -220,7 +221,7 @@ def record(**changes):
 
 def find(folder, **kwargs):
     options = {"auto_resume": True, "resume": None, "record": record(), "changeable": Changeable()} | kwargs
-    return checkpoint.find_resume(folder, **options)
+    return find_resume(folder, **options)
 
 
 def test_best_values_stay_with_their_files(tmp_path):
