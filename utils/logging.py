@@ -79,7 +79,8 @@ def _place(line: bytes) -> tuple[int, float] | None:
     if not isinstance(record, dict):
         return None
     place = record.get("epoch"), record.get("step", math.inf)
-    return place if type(place[0]) is int and (type(place[1]) is int or place[1] == math.inf) else None
+    are_numbers = type(place[0]) is int and (type(place[1]) is int or place[1] == math.inf)
+    return place if are_numbers and min(place) >= 0 else None
 
 
 def jsonable(value: Any) -> Any:

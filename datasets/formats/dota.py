@@ -13,7 +13,7 @@ import numpy as np
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats.text import first_repeated, read_split
 from utils.damage import parse_json
-from utils.text import printable, short_reason
+from utils.text import short_reason, unicode_name
 
 FPS = 10.0
 CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
@@ -109,7 +109,7 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
     if metadata is not None:
-        category = printable(metadata["anomaly_class"].split(":")[-1].strip())  # "ego: leave_to_right"
+        category = unicode_name(metadata["anomaly_class"].split(":")[-1].strip())  # "ego: leave_to_right"
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),

@@ -18,7 +18,7 @@ from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, da
 from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
-from utils.text import printable
+from utils.text import unicode_name
 
 logger = logging.getLogger("tad")
 
@@ -116,6 +116,8 @@ def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection) 
             videos.append(f"{split}/{label}/{video}_{int(start):06d}_{int(end):06d}.mp4")
         except ValueError as e:
             raise DataError(f"{path}: line {line}: {e}") from e
+    if not videos:
+        raise DataError(f"{path}: no rows")
     return _table("Kinetics", split, Path(root), videos, scan, selection, one_clip_per_video=True)
 
 
@@ -127,7 +129,7 @@ def _table(
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
     folder = os.path.abspath(root)
-    sources = {printable(video): os.path.join(folder, video) for video in videos}
+    sources = {unicode_name(video): os.path.join(folder, video) for video in videos}
     other_names = sources.keys() - set(videos)
     left_out = other_names.union(selection.leave_out)
     to_scan = [source for video, source in sources.items() if video not in left_out]
@@ -136,7 +138,7 @@ def _table(
 
     def clip(video: str) -> Clip:
         if video in other_names:
-            raise Unreadable("its name is not in UTF-8, so no list or table can hold it: rename the file")
+            raise Unreadable(f"{video}: its name is not in UTF-8, so no list can hold it: rename the file")
         info = found[sources[video]]
         if info.problem:
             raise Unreadable(info.problem)
