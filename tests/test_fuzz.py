@@ -11,7 +11,7 @@ import shutil
 import time
 import traceback
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import av
@@ -190,20 +190,20 @@ def make_frames(root):
     """Kinds of zips, folders and videos."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, (24, 40, 3), dtype=np.uint8)) for _ in range(4)]
-    for suffix, method in ((".jpg", zipfile.ZIP_STORED), (".png", zipfile.ZIP_DEFLATED)):
+    for suffix in (".jpg", ".png"):
         folder = root / f"folder{suffix}"
         folder.mkdir()
-        path = root / f"zipped{suffix}.zip"
-        with zipfile.ZipFile(path, "w", method) as z:
-            for i, image in enumerate(images):
-                image.save(folder / f"{i:06d}{suffix}")
-                z.write(folder / f"{i:06d}{suffix}", f"{i:06d}{suffix}")
-        name = f"{{:06d}}{suffix}"
-        clip = Clip("a", str(path).removesuffix(".zip"), 4, 10.0, name)
-        yield f"zip of {suffix}", Kind(path, lambda _, clip=clip: read_frames(clip, [0, 1, 2, 3]), exact=True)
-        clip = Clip("a", str(folder), 4, 10.0, name)
-        read = lambda _, clip=clip: read_frames(clip, [0, 1, 2, 3])  # noqa: E731
-        yield f"folder of {suffix}", Kind(folder / f"000001{suffix}", read)
+        for i, image in enumerate(images):
+            image.save(folder / f"{i:06d}{suffix}")
+        clip = Clip("a", str(folder), 4, 10.0, f"{{:06d}}{suffix}")
+        yield f"folder of {suffix}", Kind(folder / f"000001{suffix}", lambda _, clip=clip: read_frames(clip, range(4)))
+        for what, method in (("zip", zipfile.ZIP_STORED), ("deflated zip", zipfile.ZIP_DEFLATED)):
+            path = root / f"{what}{suffix}.zip"
+            with zipfile.ZipFile(path, "w", method) as z:
+                for picture in sorted(folder.iterdir()):
+                    z.write(picture, picture.name)
+            zipped = replace(clip, source=str(path).removesuffix(".zip"))
+            yield f"{what} of {suffix}", Kind(path, lambda _, clip=zipped: read_frames(clip, range(4)), exact=True)
     for suffix, codec in ((".mp4", "libx264"), (".mkv", "libx264"), (".ts", "libx264"), (".avi", "mpeg4")):
         path = root / f"video{suffix}"
         with av.open(str(path), "w") as container:
@@ -291,7 +291,18 @@ def kinds(dota_root, tmp_path_factory):
 NAMES = (
     *("dota annotation", "dota metadata", "dota split", "dada sheet", "dada split", "csv", "kinetics", "video list"),
     *("scan", "bad clips", "pack.json", "clips.jsonl", "pack frames", "zip of .jpg", "folder of .jpg", "zip of .png"),
-    *("folder of .png", ".mp4", ".mkv", ".ts", ".avi", "args.json", "log.txt", "nonfinite.jsonl"),
+    *(
+        "deflated zip of .jpg",
+        "deflated zip of .png",
+        "folder of .png",
+        ".mp4",
+        ".mkv",
+        ".ts",
+        ".avi",
+        "args.json",
+        "log.txt",
+        "nonfinite.jsonl",
+    ),
     *("state", "weights", "legacy weights", "safetensors", "flax"),
 )
 

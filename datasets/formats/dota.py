@@ -102,7 +102,8 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
     try:
         rows = sorted((int(Path(row["image_path"]).stem), _id(row["accident_id"]) > 0) for row in annotation["labels"])
         ego, night = (bool(_id(annotation[key])) for key in ("ego_involve", "night"))
-        category = CATEGORIES.get(_id(annotation.get("accident_id") or 0))
+        kind = annotation.get("accident_id")
+        category = None if kind is None else CATEGORIES.get(_id(kind))
     except (KeyError, TypeError, ValueError) as e:
         reason = f"{type(e).__name__}: {short_reason(e)}"
         raise DataError(f"{path}: not a DoTA annotation: {reason}; take it from the archive again") from e
