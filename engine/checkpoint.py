@@ -12,7 +12,8 @@
         checkpoint-best_auc_mcc.pth
 
 A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, and weights files are replaced in one
-rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them.
+rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them, and the
+CRC-32 of each part, by which damage is found when they are read.
 """
 
 import logging
@@ -32,6 +33,7 @@ from torch import nn
 from engine.averages import Averages
 from engine.optim import Optimization
 from utils.cli import ConfigError
+from utils.damage import zip_damage
 from utils.distributed import Process, gather
 from utils.files import check_writable, disk_error, replaced, sync
 from utils.logging import drop_records_from
@@ -177,7 +179,7 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     try:
         with explained(last, writing=new / STATE):
             new.mkdir(parents=True)
-            torch.save(content, new / STATE)
+            _write(content, new / STATE)
             sync(new / STATE)
             sync(new)
     except CheckpointWriteError:
@@ -192,6 +194,11 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _write(content: Mapping[str, Any], path: Path) -> None:
+    torch.serialization.set_crc32_options(True)  # whatever the program around us has set: readers look for damage
+    torch.save(content, path)
+
+
 @contextmanager
 def explained(path: str | Path, writing: Path | None = None) -> Iterator[None]:
     """Turn what a full disk raises into a CheckpointWriteError. writing: the file that is half-written by then."""
@@ -204,18 +211,21 @@ def explained(path: str | Path, writing: Path | None = None) -> Iterator[None]:
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
-    """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it cannot be read.
+    """Return the state in a checkpoint-last/ folder, on the CPU. Raises ConfigError where it is damaged or none.
 
-    Its tensors stay in the file until they are read: the ranks of a node share what they read in memory.
+    The file is read once for its sums, 5 GB in some seconds. Its tensors stay in it until they are read again: the
+    ranks of a node share what they read in memory.
     """
     path = Path(folder, STATE)
+    if damage := zip_damage(path):
+        raise ConfigError(f"{path} is damaged ({damage}); {_way_on(path.parent)}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         if refusal := refused_code(path, e):
             raise ConfigError(f"{path}: {refusal}") from e
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
-        raise ConfigError(f"{path} is damaged ({reason}); remove its folder to start over") from e
+        raise ConfigError(f"{path} is damaged ({reason}); {_way_on(path.parent)}") from e
     expected = {"model", "optimizer", "scaler", "model_ema", "ranks", "args", *(item.name for item in fields(Progress))}
     if not isinstance(state, dict) or not {"model", "optimizer", "args"} <= state.keys():
         raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")
@@ -225,6 +235,15 @@ def load_last(folder: str | Path) -> dict[str, Any]:
             "give --finetune or --from_ckpt a checkpoint-<epoch>.pth of it and start in another --output_dir"
         )
     return state
+
+
+def _way_on(damaged: Path) -> str:
+    """Say what to do about a damaged folder of a run."""
+    old = damaged.with_name(f"{LAST}.old")
+    if damaged.name == LAST and (old / STATE).is_file():
+        return f"remove its folder, and the same command goes on from {old}"
+    weights = "; --finetune or --from_ckpt can start another run from its checkpoint-<epoch>.pth"
+    return f"copy it again where it is a copy, or remove its folder to start over{weights}"
 
 
 def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None:
@@ -291,7 +310,7 @@ def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
     """
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     with explained(path), replaced(path) as temporary:
-        torch.save({"model": weights, "spec": model.spec | about}, temporary)
+        _write({"model": weights, "spec": model.spec | about}, temporary)
 
 
 def is_kept(epoch: int, *, stop_epoch: int, every: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import ConfigError, Parser
+from utils.damage import parse_json, with_sum
 from utils.files import replaced
 
 # Arguments that --override changes together with another: by default they follow it.
@@ -125,7 +126,7 @@ def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            temporary.write_text(json.dumps(with_sum(record), indent=2) + "\n")
     except OSError as e:
         raise ConfigError(f"{path}: cannot be written ({e.strerror}); choose another --output_dir") from e
 
@@ -133,7 +134,7 @@ def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) 
 def read_run_record(path: Path) -> dict[str, Any]:
     """Return the arguments in an args.json. Raises ConfigError where it is damaged."""
     try:
-        arguments = json.loads(path.read_text())["args"]
+        arguments = parse_json(path.read_bytes())["args"]
         if not isinstance(arguments, dict):
             raise TypeError("its arguments are no dictionary")
         return arguments

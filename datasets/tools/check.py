@@ -339,7 +339,7 @@ def write_report(
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with replaced(paths[1]) as temporary:
         lines = [f"{clip}\t{f.kind}: {f.message}\n" for clip, f in reversed(bad.items())]
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     return paths
 
 

@@ -48,6 +48,7 @@ from datasets.formats.packed import (
 from datasets.parallel import available_cores, in_processes
 from datasets.tools.pack_clip import Job, Settings, pack_clip, sample_bytes, stamp
 from utils.cli import Parser, frame_rate, frame_rate_or_0, percent, pixels_or_0, processes
+from utils.damage import with_sum
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
@@ -96,17 +97,18 @@ def pack(
         }
         warn_unmatched(leave_out, tables.values())
         jobs = _jobs(tables, out, settings)
-        done = {entry.clip["name"]: entry for entry in read_manifest(out)}
+        done = {entry.clip["name"]: entry for entry in read_manifest(out, skip_damaged=True)}
         _refuse_other_originals(name, os.path.abspath(root), out, jobs, done)
-        with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
+        with replaced(out / MANIFEST) as temporary:  # without lines that a kill cut short or that are damaged
             _write_manifest(temporary, done.values())
         to_do = [job for job in jobs.values() if not _is_done(job, done.get(job.clip.name))]
         logger.info(f"{name}: {len(jobs)} clips, {len(jobs) - len(to_do)} of them packed already")
         _check_space(to_do, out, workers)
         failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
+            text = "".join(f"{clip}\t{why}\n" for clip, why in failed.items())
             with replaced(out / BAD_CLIPS) as temporary:
-                temporary.write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             raise DataError(
                 f"{len(failed)} clips cannot be packed: {first_few(failed.values(), 3, '; ')}; {len(done)} are. Repair "
                 f"them and run this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
@@ -128,8 +130,9 @@ def _locked(out: Path, settings: Settings) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise DataError(f"{out}: another process is packing into it") from e
-        refuse_outdated(out, read_manifest(out))
-        for entry in read_manifest(out):
+        entries = list(read_manifest(out, skip_damaged=True))
+        refuse_outdated(out, entries)
+        for entry in entries:
             if (held := Settings(**entry.settings)) != settings:  # of older packs, --squash 0
                 raise DataError(f"{out}: a pack with {held}; choose another folder, or remove it")
         for half_written in out.rglob(".*.tmp"):
@@ -248,10 +251,10 @@ def _finish(
         clip, anomalous = describe(replace(job.clip, aspect=done[clip_name].clip.get("aspect")))
         done[clip_name] = replace(done[clip_name], clip=clip, anomalous=anomalous)
     listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
-    with replaced(out / MANIFEST) as temporary:
-        _write_manifest(temporary, (done[clip] for clip in listed))
+    with replaced(out / MANIFEST) as temporary:  # a clip of another table whose line was damaged is not there
+        _write_manifest(temporary, (done[clip] for clip in listed if clip in done))
     with replaced(out / INDEX) as temporary:
-        temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(with_sum(index)) + "\n", encoding="utf-8")
     (out / BAD_CLIPS).unlink(missing_ok=True)
     _say_what_is_packed([done[clip] for clip in jobs], settings)
     logger.info(f"use it with --data_set {name} --data_path {out}")
@@ -272,7 +275,7 @@ def _write_manifest(path: Path, entries: Iterable[PackedClip]) -> None:
 
 
 def _line(entry: PackedClip) -> str:
-    return json.dumps(asdict(entry)) + "\n"
+    return json.dumps(with_sum(asdict(entry))) + "\n"
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from datasets.chunks import ClipStream
 from datasets.clips import Clip, DataError
 from datasets.loader import Source, WindowDataset
 from datasets.readers import open_clip
+from datasets.tools import synthetic
 from datasets.tools.check import check
 from datasets.tools.check_video import look_deep
 from datasets.tools.pack import Settings, pack
@@ -275,3 +276,12 @@ def test_what_is_no_video_is_refused(tmp_path):
         assert probe(str(path)).problem, path
         with pytest.raises(DataError, match=f"{path.name}: not a readable video"):
             Video(str(path))
+
+
+def test_pictures_of_a_size_that_takes_gigabytes_are_refused(tmp_path, monkeypatch):
+    """As stated by the container, and where the size changes on the way."""
+    synthetic.write_video(tmp_path / "a.ts", [np.zeros((48, 64, 3), np.uint8)] * 10, size=(64, 48), fps=10)
+    monkeypatch.setattr(video_index, "_MOST_PIXELS", 64 * 48)
+    assert probe(str(tmp_path / "a.ts")).frames == 10
+    monkeypatch.setattr(video_index, "_MOST_PIXELS", 64 * 48 - 1)
+    assert "pictures of 64 x 48 pixels, up to 3071 are read" in probe(str(tmp_path / "a.ts")).problem

@@ -19,7 +19,7 @@ from engine.guard import step_if_finite
 from engine.optim import FUSED, Optimization, build_optimizer, parameter_groups
 from engine.resume import find_resume
 from models import create_model
-from models.weights import load_pretrained
+from models.weights import CheckpointError, load_pretrained
 from utils.cli import ConfigError
 from utils.distributed import Process
 from utils.record import Changeable
@@ -250,6 +250,24 @@ def test_damaged_or_foreign_states_are_named(tmp_path):
     shutil.rmtree(folder)
     (tmp_path / "args.json").write_text("")
     with pytest.raises(ConfigError, match="args.json is damaged .*; remove it"):
+        find(tmp_path)
+
+
+def test_a_flipped_bit_is_found_and_the_way_on_is_said(tmp_path):
+    """Also where the program around us has told torch.save to write no sums."""
+    torch.serialization.set_crc32_options(False)
+    model, state = trained()
+    save_last(tmp_path, model, state, Progress(3))
+    save_weights(tmp_path / "w.pth", model)
+    path = tmp_path / "checkpoint-last" / "state.pth"
+    for file, error, read in ((path, ConfigError, lambda: find(tmp_path)), (tmp_path / "w.pth", CheckpointError, None)):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(error, match=r"pth(:| is) damaged \(Bad CRC-32 for file '[.\w]+/data/\d+'\); .*copy"):
+            read() if read else load_pretrained(model, str(file))
+    shutil.copytree(path.parent, tmp_path / "checkpoint-last.old")
+    with pytest.raises(ConfigError, match="remove its folder, and the same command goes on from .*checkpoint-last.old"):
         find(tmp_path)
 
 
