@@ -43,6 +43,7 @@ from datasets.faults import Fault
 from datasets.loader import EpochSampler, Source, Transform, WindowDataset
 from datasets.parallel import _dumps
 from datasets.windows import WindowIndex, index_clips
+from utils.cli import processes
 
 CHUNK = 64  # frames that evaluation reads at a time
 VIDEO_STEP = 3  # from 30 frames per second to 10
@@ -181,7 +182,7 @@ def main() -> None:
     """Run the command line."""
     parser = parser_of(__doc__)
     add_data_flags(parser)
-    parser.add_argument("--workers", type=int, nargs="+", default=[], help="processes, e.g. 1 2 (default: none)")
+    parser.add_argument("--workers", type=processes, nargs="+", default=[], help="processes, e.g. 1 2 (default: none)")
     args = parser.parse_args()
     single_thread()
     with tempfile.TemporaryDirectory() as folder:

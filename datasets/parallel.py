@@ -226,8 +226,7 @@ def _live(theirs: Connection, ours: Connection, function: Callable[[Any], Iterab
 def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> None:
     """Work on items until the parent closes its end. Runs in the child."""
     global _to_parent
-    signal.set_wakeup_fd(-1)  # that of the parent
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # the parent's threads do not live through the fork
     cv2.setNumThreads(0)

@@ -101,8 +101,11 @@ class NonFinite:
         not_finite = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
         samples = [sample for rank in not_finite for sample in rank["samples"]]
         place = {name: ranks[0][name] for name in ("epoch", "step")}
-        if self.file:
-            append_json_line(self.file, place | {"losses": losses, "samples": samples})
+        try:
+            if self.file:
+                append_json_line(self.file, place | {"losses": losses, "samples": samples})
+        except OSError as e:  # what it would keep is said below
+            logger.warning(f"{self.file}: cannot be written ({e.strerror})")
         logger.warning(
             f"epoch {place['epoch']}, step {place['step']} left out: the loss is {', '.join(map(str, losses))}, the "
             f"gradient not finite; samples: {first_few(samples, 3)}"

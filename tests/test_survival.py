@@ -90,14 +90,16 @@ def steps_of(folder):
 
 @pytest.mark.slow
 def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(data, tmp_path):
-    """USR2 to torchrun, then TERM to torchrun, then USR1 to one rank alone, then the end."""
+    """USR2 to torchrun, then TERM, then INT to all processes, then USR1 to one rank alone, then the end."""
     folder, marker = tmp_path / "run", tmp_path / "run" / "REQUEUE"
-    seen = []
-    for number in [signal.SIGUSR2] * USR2_PASSES + [signal.SIGTERM, signal.SIGUSR1]:
+    seen, places = [], [f"epoch {epoch}  step {step}/" for epoch, step in ((0, 14), (1, 14), (2, 14), (2, 56))]
+    for number in [signal.SIGUSR2] * USR2_PASSES + [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]:
         attempt = Run(finetune(data), folder)
-        attempt.until_said(f"epoch {len(seen)}  step 14/")
+        attempt.until_said(places[len(seen)])
         assert not marker.exists()
-        os.kill(attempt.ranks()[1] if number == signal.SIGUSR1 else attempt.process.pid, number)
+        pids = {signal.SIGUSR1: attempt.ranks()[1:], signal.SIGINT: attempt.tree()}.get(number, [attempt.process.pid])
+        for pid in pids:
+            os.kill(pid, number)
         asked = time.monotonic()
         attempt.until(marker.exists, seconds=10)
         assert time.monotonic() - asked < 10 and marker.exists()
@@ -133,9 +135,9 @@ def test_signals_to_a_single_process(data, tmp_path):
 
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 0  step 21/")
-    for _ in range(4):  # by Slurm itself, by srun, by torchrun
+    for number in 4 * [signal.SIGTERM] + [signal.SIGINT]:  # by Slurm itself, by srun, by torchrun, by an impatient user
         for pid in attempt.tree():
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
     assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 96 and marker.exists()
 
     attempt = Run(words, folder, processes=0)
