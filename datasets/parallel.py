@@ -147,7 +147,7 @@ class Child:
         except OSError as e:
             for end in ends:
                 end.close()
-            remedy = "use fewer --num_workers, or raise the limits of processes and open files (ulimit -u, -n)"
+            remedy = "use fewer workers (--num_workers), or allow more processes and open files (ulimit -u, -n)"
             raise DataError(f"a reading process cannot start ({e.strerror}): {remedy}") from e
         if pid == 0:
             _live(*ends, self.function, parent)

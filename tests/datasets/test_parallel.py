@@ -228,7 +228,8 @@ def test_whatever_is_raised_in_a_child_arrives(function, text):
 def test_a_child_that_cannot_be_forked_is_explained(monkeypatch, number):
     monkeypatch.setattr(os, "fork", lambda: raise_(OSError(number, os.strerror(number))))
     child, files = Child(misbehave, limit=5), len(os.listdir("/proc/self/fd"))
-    with pytest.raises(DataError, match=rf"cannot start \({os.strerror(number)}\): use fewer --num_workers, or raise"):
+    message = rf"cannot start \({os.strerror(number)}\): use fewer workers \(--num_workers\), or allow more processes"
+    with pytest.raises(DataError, match=message):
         child.send(0)
     assert len(os.listdir("/proc/self/fd")) == files
     child.kill()
