@@ -162,7 +162,8 @@ def _leave_to_torchrun(file: Path, cause: str, consequence: bool) -> bool:
     Of several failures torchrun takes the one with the earliest time, in seconds, for the root.
     """
     moment = int(time.time()) + (1 if consequence else -1)
-    message = {"message": cause, "extraInfo": {"py_callstack": cause, "timestamp": str(moment)}}
+    text = cause.replace("\n  ", "\n")  # torchrun indents what follows the first line
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(moment)}}
     try:
         file.write_text(json.dumps({"message": message}))
     except OSError:
