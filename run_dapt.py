@@ -10,6 +10,8 @@ One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the s
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
@@ -24,10 +26,13 @@ if __name__ == "__main__":  # first, so that what follows is answered in a line
 from utils.cli import ConfigError, config_errors
 from utils.files import replaced
 from utils.flags import dapt_parser
+from utils.lock import end_with_torchrun, folder_lock
+from utils.record import Changeable
 from utils.resolve import (
     INPUT,
+    common_flags,
     fill_unset,
-    keep_weights_source,
+    keep_history,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -38,9 +43,11 @@ from utils.signals import catch_signals, remove_marker
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
     catch_signals()
+    end_with_torchrun()
 
 import logging
 from argparse import Namespace
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,15 +61,16 @@ from torch import nn
 from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
 from datasets.augment.device import DeviceAugment, DeviceLoader
+from datasets.augment.masks import masked_places
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.slots import reserve
 from datasets.windows import index_clips
 from engine.checkpoint import (
     CheckpointWriteError,
     Progress,
     RunState,
-    find_resume,
     is_kept,
     recorded_arguments,
     save_weights,
@@ -72,11 +80,21 @@ from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
+from engine.resume import agreed_state
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
-from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
+from utils.distributed import (
+    Process,
+    data_parallel,
+    from_main,
+    local_main_first,
+    process_group,
+    require_same,
+    require_same_weights,
+    seed_everything,
+)
 from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
@@ -88,10 +106,14 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Pre-train."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
+    timeout = timedelta(minutes=args.dist_timeout)
+    joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
+    with joined as process, ExitStack() as held:
         setup_logging(process.rank)
+        from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         resolve_spec(args, process)
         resolve(args, process.world_size)
+        require_same(common_flags(args))
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         pretrain(args, process)
@@ -160,9 +182,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     """Run the DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    free = dapt_parser("").free_on_resume
-    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_weights_source(args, resumed)
+    changeable = Changeable.by(dapt_parser(""), args.override)
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    resumed = agreed_state(output_dir, **resuming, record=vars(args), changeable=changeable)
+    keep_history(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -227,6 +250,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             mean=args.mean,
             std=args.std,
         )
+        masked_places(model.grid, args.mask_ratio)
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.from_ckpt and not resumed:
@@ -239,6 +263,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
+        require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")
@@ -303,7 +328,7 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
 
 
 def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler, device: torch.device) -> DeviceLoader:
-    """Return the batches of the sampler, augmented on the device."""
+    """Return the batches of the sampler, augmented on the device, with the memory that they take."""
     loader = BatchLoader(
         dataset,
         sampler,
@@ -312,6 +337,7 @@ def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler,
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
+    reserve(loader.slots)
     return DeviceLoader(loader, device, DeviceAugment(args.input_size))
 
 

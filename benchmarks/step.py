@@ -37,6 +37,7 @@ from engine.losses import LOSSES
 from engine.optim import DTYPES, Schedule, build_optimization
 from engine.session import Session
 from models import create_model, masked_autoencoder_of, model_defaults
+from utils.cli import from_to, positive
 from utils.distributed import Process
 from utils.logging import TensorBoard
 
@@ -206,8 +207,8 @@ def main() -> None:
     parser.add_argument("--device", choices=MODELS, default=default, help="(default: cuda where there is one)")
     parser.add_argument("--models", nargs="+", help="classifiers (default: S, B, L on CUDA, a tiny one on the CPU)")
     parser.add_argument("--precision", choices=DTYPES, help="(default: bf16 on CUDA, fp32 on the CPU)")
-    parser.add_argument("--batch_size", type=int, default=16, help="clips of a step, 2 or more (default: 16)")
-    parser.add_argument("--steps", type=int, default=10, help="of a measurement (default: 10)")
+    parser.add_argument("--batch_size", type=from_to(2, 4096), default=16, help="clips of a step (default: 16)")
+    parser.add_argument("--steps", type=positive, default=10, help="of a measurement (default: 10)")
     parser.add_argument("--compile", action="store_true", help="measure compiled models, too")
     args = parser.parse_args()
     device, precision = torch.device(args.device), args.precision or {"cuda": "bf16", "cpu": "fp32"}[args.device]

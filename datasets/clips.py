@@ -13,6 +13,8 @@ from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
+MOST_FRAMES = 10**7  # of a clip: 46 hours at 60 per second; a number beyond is damage
+
 
 class DataError(RuntimeError):
     """Input data cannot be used; the message names the file, what was expected and the remedy."""
@@ -28,11 +30,14 @@ class BeyondEnd(DataError):
 
 @contextmanager
 def data_errors(path: str | Path, what: str = "read") -> Iterator[None]:
-    """Turn an OSError of the body into a DataError: path cannot be `what`, for the reason the system gives."""
+    """Turn an OSError of the body into a DataError: path cannot be `what`, for the reason the system gives.
+
+    So is a ValueError, which is Python's for a path that no file can have.
+    """
     try:
         yield
-    except OSError as e:
-        raise DataError(f"{path}: cannot be {what} ({e.strerror or e})") from e
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path}: cannot be {what} ({getattr(e, 'strerror', None) or e})") from e
 
 
 @dataclass(frozen=True, eq=False)

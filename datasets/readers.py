@@ -18,6 +18,7 @@ not live through a fork (see datasets/video.py).
 import io
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -43,11 +44,13 @@ OTHER_PICTURE_SUFFIXES = (  # which are not read, so that a message can say so
     *(".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 
-# What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as is that for a picture which claims
-# to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
-_UNREADABLE = (
-    *(OSError, EOFError, KeyError, ValueError, SyntaxError, RuntimeError),
-    *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
+LARGEST_FILE = 1 << 28  # bytes of a picture, unpacked: more than any camera's; a zip's member may claim gigabytes
+# What a damaged zip or picture raises. SyntaxError is Pillow's, for a broken PNG, as are those for a picture which
+# claims to be huge; RuntimeError is zipfile's, for an encrypted member or a version or compression it does not know.
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, ValueError, SyntaxError, RuntimeError, TypeError, AttributeError, AssertionError),
+    *(MemoryError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
 Fit = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width)
@@ -124,7 +127,9 @@ def is_hidden(name: str) -> bool:
 
 def _open_picture(data: bytes) -> Image.Image:
     """Read the header of a picture. Raises ValueError for one of 32 bits a value, and what Pillow raises."""
-    image = Image.open(io.BytesIO(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data))
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # as an older Pillow has 16-bit PNGs
         kind = "float" if image.mode == "F" else "32-bit integer"
         raise ValueError(f"a {kind} picture, whose range is unknown: convert it to 8 or 16 bit")
@@ -138,7 +143,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (*_UNREADABLE, TypeError):
+    except UNREADABLE:
         return None
 
 
@@ -216,11 +221,26 @@ class PictureReader(Reader):
                     if not data:
                         raise ValueError("the picture is empty, 0 bytes")
                     picture = decode(data, fit)
-                except _UNREADABLE as e:
+                except UNREADABLE as e:
                     raise DataError(f"{self.path}: frame {name}: {_reason(e)}") from e
                 previous = i
                 alive()
             yield picture
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise ValueError(f"{size} bytes, unpacked, are no picture; up to {LARGEST_FILE} are read")
+
+
+def _unpacked(z: zipfile.ZipFile, name: str) -> bytes:
+    """Return the bytes of a member, checked by its CRC, in as much memory as it claims to need, whatever it holds."""
+    info = z.getinfo(name)
+    _check_size(info.file_size)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile sets no limit to others
+        raise ValueError("a member that is neither stored nor deflated; pictures are packed with zip -0")
+    with z.open(info) as f:
+        return f.read(info.file_size) + f.read(1)  # which looks for the end, and checks the CRC
 
 
 class ZipReader(PictureReader):
@@ -235,7 +255,7 @@ class ZipReader(PictureReader):
     def _opened(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self._file)
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             with self._file as f:
                 f.seek(0)
                 reason = "it is a web page" if b"<html" in f.read(1024).lower() else _reason(e)
@@ -247,10 +267,12 @@ class ZipReader(PictureReader):
     def _bytes(self, name: str) -> bytes:
         if name not in self._names():
             raise KeyError(f"not in the zip, which {self._instead()}")
+        if self._members:
+            _check_size(self._members[name].size)
         data = read_stored(self._file.fileno(), name, self._members[name]) if self._members else None
         if data is None:
             self._zip = self._zip or self._opened()
-            data = self._zip.read(name)  # checks the CRC, too
+            data = _unpacked(self._zip, name)
         return data
 
     def file_names(self) -> list[str]:
@@ -274,7 +296,9 @@ class FolderReader(PictureReader):
 
     def _bytes(self, name: str) -> bytes:
         try:
-            return Path(self.path, name).read_bytes()
+            with Path(self.path, name).open("rb") as f:
+                _check_size(os.fstat(f.fileno()).st_size)
+                return f.read()
         except FileNotFoundError as e:
             raise KeyError(f"no such file; the folder {self._instead()}") from e
 
@@ -310,7 +334,7 @@ class VideoReader(Reader):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return error.args[0]
+        return str(error.args[0]) if error.args else "KeyError"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return f"{type(error).__name__}: {short_reason(error, 160)}"

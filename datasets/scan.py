@@ -13,10 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
-from datasets.clips import DataError
+from datasets.clips import MOST_FRAMES, DataError
 from datasets.parallel import READ_TIMEOUT, ReadFailure, in_processes
 from datasets.video import VideoInfo, probe
+from utils.damage import parse_json, with_sum
 from utils.files import replaced
 from utils.text import first_few
 
@@ -24,6 +26,7 @@ logger = logging.getLogger("tad")
 
 SAVE_EVERY = 60.0  # seconds between saves of a scan in progress
 VERSION = 2  # of what an entry means; entries of others are found out anew
+_TYPES = tuple(map(type, astuple(VideoInfo(0, 0.0))))
 
 
 class VideoScan:
@@ -55,16 +58,16 @@ class VideoScan:
         if not self.cache.exists():
             return {}
         try:
-            content = json.loads(self.cache.read_text())
+            content = parse_json(self.cache.read_bytes())
             if "version" not in content and all(isinstance(e, list) and len(e) == 4 for e in content.values()):
                 return {}  # of before there were versions
             if not isinstance(content["version"], int):
                 raise ValueError(f"version {content['version']!r}")
             if content["version"] != VERSION:
                 return {}
-            known, fields = content["videos"], len(astuple(VideoInfo(0, 0.0)))
-            if not all(len(entry) == 1 + fields for entry in known.values()):
-                raise ValueError("entries of another shape")
+            known = content["videos"]
+            if odd := next((path for path, entry in known.items() if not _is_entry(entry)), None):
+                raise ValueError(f"what it says of {odd[:60]!r}")
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as e:
             raise DataError(f"{self.cache}: not a scan of videos ({e}); remove it to scan again") from e
         return known
@@ -74,7 +77,7 @@ class VideoScan:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with replaced(self.cache) as temporary:  # another run may have written meanwhile
                 content = {"version": VERSION, "videos": self._load() | known}
-                temporary.write_text(json.dumps(content, sort_keys=True))
+                temporary.write_text(json.dumps(with_sum(content), sort_keys=True))
         except OSError as e:
             raise DataError(f"{self.cache}: cannot be written ({e.strerror}); choose another --scan_cache") from e
 
@@ -98,6 +101,14 @@ class VideoScan:
         finally:
             self._save(known)
         return failed
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether this is [stamp, *fields of VideoInfo], of values that a video can have."""
+    if not isinstance(entry, list) or tuple(map(type, entry[1:])) != _TYPES:
+        return False
+    stamp, frames, fps, *_ = entry
+    return isinstance(stamp, list) and 0 <= frames < MOST_FRAMES and 0 <= fps < 1000
 
 
 def log_notes(name: str, found: Mapping[str, VideoInfo]) -> None:

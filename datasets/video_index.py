@@ -17,6 +17,7 @@ _KEPT: dict[tuple[str, int, int], "Index"] = {}  # by path, size and time, the l
 _KEEP = 2_000_000  # packets of all of them, 8 to 60 bytes each: 1,600 videos of 40 seconds at 30 fps
 _RATE = 5e-4  # a rate so close to the container's is the container's; 29.97 and 30 are twice as far apart
 _TAIL = 16  # pictures at the end that may come late, and by how many frames
+_MOST_PIXELS = 8192 * 8192  # of a picture, 200 MB as RGB; a damaged or hostile file may claim any size
 _GAP = 10.0  # seconds without a picture in a transport stream: another recording begins
 # FFmpeg opens text, pictures and playlists as videos, too; of playlists it may never come back.
 _CONTAINERS = (
@@ -46,7 +47,12 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
     if stream.codec_context is None:
         container.close()
         raise Unreadable("FFmpeg has no decoder for its codec")
-    stream.codec_context.thread_count, stream.codec_context.thread_type = 1, "NONE"
+    context = stream.codec_context
+    if context.width * context.height > _MOST_PIXELS:
+        container.close()
+        raise Unreadable(f"pictures of {context.width} x {context.height} pixels, up to {_MOST_PIXELS} are read")
+    context.options = {"max_pixels": str(_MOST_PIXELS)}  # where its size changes on the way
+    context.thread_count, context.thread_type = 1, "NONE"
     return container, stream
 
 

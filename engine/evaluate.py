@@ -186,7 +186,10 @@ def gather_predictions(
             f"foreign is clip {first[0]}, frame {first[1]}"
         )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
-        raise EvaluationError(f"{len(broken)} of {len(clip)} windows have NaN or infinite logits; use --precision fp32")
+        raise EvaluationError(
+            f"{len(broken)} of {len(clip)} windows have NaN or infinite logits: the weights have diverged, as "
+            "at too high a rate, or bf16 or fp16 overflows, where --precision fp32 does not"
+        )
     label = None
     if all(clips[c].labels is not None for c in np.unique(clip)):
         label = np.concatenate([np.asarray(clips[c].labels)[frame[clip == c]] for c in np.unique(clip)])

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from engine.checkpoint import Progress, RunState, check_room, explained, restore, rewind_folder, save_last
 from engine.guard import NonFinite
-from utils.distributed import Agreement, Process
+from utils.distributed import Agreement, Process, require_same
 from utils.logging import TensorBoard, append_json_line
 from utils.signals import EXIT_CODE, MARKER, Preempted, first_signal, stop_requested
 
@@ -126,10 +126,13 @@ def start_session(
         max_nonfinite: steps in a row, with a loss or gradient that is not finite, that end the run.
         options: save_ckpt, auto_resume and save_every_minutes of Session.
 
-    Raises ConfigError where the data is not that of the state, or a folder cannot be written.
+    Raises ConfigError where the data is not that of the state, ranks stand at different places, or a folder cannot be
+    written.
     """
     if resumed:
         restore(resumed, state, process)
+    progress = state.progress
+    require_same({name: getattr(progress, name) for name in ("epoch", "step", "num_windows", "steps_per_epoch")})
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
         if options.get("save_ckpt", True):
             check_room(output_dir, state)

@@ -1,6 +1,7 @@
 """What a run writes: console lines, log.txt, TensorBoard, progress bars."""
 
 import atexit
+import io
 import json
 import logging
 import math
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import ConfigError
+from utils.damage import parse_json
 from utils.files import replaced
-from utils.text import short_reason
+from utils.text import first_few, short_reason
+
+logger = logging.getLogger("tad")
 
 
 def setup_logging(rank: int) -> None:
@@ -22,7 +26,8 @@ def setup_logging(rank: int) -> None:
 
     What the others would warn of, rank 0 warns of too. Lines that cannot be written, to a full disk say, are missed.
     """
-    logger = logging.getLogger("tad")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     handler = _Console()
     prefix = "" if rank == 0 else f"[rank {rank}] "
@@ -81,21 +86,36 @@ def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
 def drop_records_from(path: str | Path, epoch: int, step: int = 0) -> None:
     """Remove the records of (epoch, step) and later ones from a file of JSON lines: a resumed run writes them again.
 
-    Records without a step are of the end of their epoch.
+    Records without a step are of the end of their epoch. A line that is no record is left out, and logged unless it is
+    the last, as where the kill came in the middle of it.
     """
     path = Path(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-            if (record["epoch"], record.get("step", math.inf)) < (epoch, step):
-                kept.append(line + "\n")
-        except ValueError:  # the kill came in the middle of the line
-            continue
+    kept, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        place = _place(line)
+        if place is None and line.endswith(b"\n"):
+            damaged.append(number)
+        elif place is not None and place < (epoch, step):
+            kept.append(line.rstrip() + b"\n")
+    if damaged:
+        logger.warning(f"{path}: lines that are damaged are left out: {first_few(damaged)}")
     with replaced(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
+
+
+def _place(line: bytes) -> tuple[int, float] | None:
+    """Return (epoch, step) of a record, infinity for a step that it does not say; None where it is none."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    place = record.get("epoch"), record.get("step", math.inf)
+    are_numbers = type(place[0]) is int and (type(place[1]) is int or place[1] == math.inf)
+    return place if are_numbers and min(place) >= 0 else None
 
 
 def jsonable(value: Any) -> Any:

@@ -17,7 +17,6 @@ torchrun passes TERM and INT on; for USR1 and USR2 it needs
 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -77,22 +76,6 @@ def _note(number: int) -> None:
             f"{first_signal()}: this stops after the step, with its state saved; the third within 5 seconds ends it\n"
         )
         os.write(2, text.encode())
-
-
-def shield_worker(_number: int = 0) -> None:
-    """Let the SIGNALS end a loading process only if they come from its training process; it calls this first.
-
-    Slurm sends them to every process of a job, and a run whose workers die cannot reach the end of its step.
-    """
-    training = multiprocessing.parent_process()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-    def wait() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != training.pid and training.is_alive():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def remove_marker(output_dir: str | Path) -> None:

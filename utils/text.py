@@ -1,12 +1,17 @@
-"""Pieces of messages: the first few of many names, the short reason of an error."""
+"""Pieces of messages: the first few of many names, the short reason of an error, names that can be written."""
 
 from collections.abc import Iterable
 
 
 def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
     """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)"."""
-    items = [str(item) for item in items]
+    items = [unicode_name(str(item)) for item in items]
     return sep.join(items[:limit]) + (f"{sep}... ({len(items)} in all)" if len(items) > limit else "")
+
+
+def unicode_name(name: str) -> str:
+    """Return a name with escapes for what is not Unicode, as the names of files may have: "a\\udcff.mp4"."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def short_reason(error: BaseException, limit: int = 120) -> str:

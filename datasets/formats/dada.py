@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, Selection
+from datasets.clips import MOST_FRAMES, Clip, ClipTable, DataError, Selection
 from datasets.formats.text import first_repeated, read_csv, read_lines, read_split, whole_number
 
 logger = logging.getLogger("tad")
@@ -151,7 +151,7 @@ def _read_sheet(path: Path) -> dict[Key, dict[str, int]]:
 
 def _clip(name: str, root: Path, clip_name: str, row: dict[str, int], sheet: Path, fps: float) -> Clip:
     start, end, total = row["abnormal start frame"], row["abnormal end frame"], row["total frames"]
-    if not 0 < total < 10**7:
+    if not 0 < total < MOST_FRAMES:
         raise DataError(f"{sheet}: {clip_name} has {total} frames; correct the row")
     labels = np.zeros(total, dtype=np.uint8)
     if start > -1 and end > -1:

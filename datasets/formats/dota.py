@@ -6,13 +6,14 @@ ROOT/dataset/annotations/<clip>.json                                 a label for
 ROOT/frames/<clip>/images.zip  or  ROOT/frames/<clip>/images/        000000.jpg, 000001.jpg, ... at 10 fps
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats.text import first_repeated, read_split
+from utils.damage import parse_json
+from utils.text import short_reason, unicode_name
 
 FPS = 10.0
 CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
@@ -77,7 +78,7 @@ def read_metadata(root: str) -> dict[str, dict]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
     except OSError as e:
         remedy = "DoTA_annotations.zip goes into dataset/annotations/"
         raise DataError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
@@ -88,19 +89,28 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _id(value: object) -> int:
+    """Return an accident_id, or a flag. Raises ValueError for what is neither a whole number nor true or false."""
+    if not isinstance(value, int | str) and not (isinstance(value, float) and value.is_integer()):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
     path = root / "dataset" / "annotations" / f"{name}.json"
     annotation = _read_json(path)
     try:
-        rows = sorted((int(Path(row["image_path"]).stem), int(row["accident_id"]) > 0) for row in annotation["labels"])
-        ego, night = bool(annotation["ego_involve"]), bool(annotation["night"])
+        rows = sorted((int(Path(row["image_path"]).stem), _id(row["accident_id"]) > 0) for row in annotation["labels"])
+        ego, night = (bool(_id(annotation[key])) for key in ("ego_involve", "night"))
+        kind = annotation.get("accident_id")
+        category = None if kind is None else CATEGORIES.get(_id(kind))
     except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{path}: not a DoTA annotation: {type(e).__name__}: {e}") from e
+        reason = f"{type(e).__name__}: {short_reason(e)}"
+        raise DataError(f"{path}: not a DoTA annotation: {reason}; take it from the archive again") from e
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
-    category = CATEGORIES.get(annotation.get("accident_id"))
     if metadata is not None:
-        category = metadata["anomaly_class"].split(":")[-1].strip()  # "ego: leave_to_right"
+        category = unicode_name(metadata["anomaly_class"].split(":")[-1].strip())  # "ego: leave_to_right"
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),

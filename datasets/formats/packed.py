@@ -6,6 +6,9 @@ ROOT/clips.jsonl        a line for each clip: what it is, its labels, where it c
                         and the version of the code that packed it
 ROOT/frames/<clip>.zip  JPEGs, each named by the number of its frame in the original: 000000.jpg, 000003.jpg, ...
 
+Damage is found wherever it is read: the zips hold a CRC-32 of each JPEG; a line of the manifest, and the index, one of
+itself, but for those of older packs, whose values are looked at alone.
+
 Frames may be squashed to a width; their clip then has the `aspect` they were filmed in.
 
 A pack at a lower rate keeps every n-th frame, counted back from the clip's last one. A packed Clip has the frame count,
@@ -17,8 +20,9 @@ clips of videos are refused. Those of zips and folders of pictures are as good a
 """
 
 import hashlib
-import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +30,17 @@ from typing import Any
 
 import numpy as np
 
-from datasets.clips import Clip, ClipTable, DataError, Selection, data_errors
+from datasets.clips import MOST_FRAMES, Clip, ClipTable, DataError, Selection, data_errors
 from datasets.formats.numbered import SteppedClip
-from utils.text import first_few
+from utils.damage import check_types, parse_json
+from utils.text import first_few, short_reason
+
+logger = logging.getLogger("tad")
 
 VERSION = 2
 INDEX, MANIFEST = "pack.json", "clips.jsonl"
+COMMAND = "python -m datasets.tools.pack"
+_FRAME_NAME = re.compile(r"([^{}]|\{\{|\}\})*\{:0\d{1,3}d\}([^{}]|\{\{|\}\})*", re.DOTALL)
 UNPACKABLE = ("labels", "source")  # fields of a Clip that its entry holds in another form
 
 
@@ -84,6 +93,16 @@ class PackedClip:
         return make(source=str(root / self.file.removesuffix(".zip")), labels=labels, **self.clip)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """What the index says of a split."""
+
+    root: str
+    clips: list[str]
+    left_out: list[str]
+    one_clip_per_video: bool
+
+
 def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
     """Return (clip, anomalous) of the PackedClip of a clip that has its pack_step."""
     fields = {k: v for k, v in asdict(clip).items() if k not in UNPACKABLE}
@@ -107,14 +126,49 @@ def is_packed(root: str | Path) -> bool:
     return Path(root, INDEX).is_file() or Path(root, MANIFEST).is_file()
 
 
-def read_manifest(root: Path) -> Iterator[PackedClip]:
-    """Yield the entries of the manifest; of a line that a kill cut short, nothing."""
+def read_manifest(root: Path, *, skip_damaged: bool = False) -> Iterator[PackedClip]:
+    """Yield the entries of the manifest; of a line that a kill cut short, nothing.
+
+    Raises DataError for a damaged line, or logs it where they are skipped, and where the file cannot be read.
+    """
     path = root / MANIFEST
-    if path.is_file():
-        with path.open(encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("\n"):
-                    yield PackedClip(**json.loads(line))
+    if not path.is_file():
+        return
+    with data_errors(path), path.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                entry = _entry(parse_json(line))
+            except (KeyError, TypeError, ValueError) as e:
+                what = f"{path}: line {number} is damaged ({short_reason(e)})"
+                if not skip_damaged:
+                    raise DataError(f"{what}; run {COMMAND} again, which packs its clip anew") from e
+                logger.warning(f"{what}: its clip is packed anew")
+                continue
+            yield entry
+
+
+def _entry(content: Any) -> PackedClip:
+    """Return an entry of the manifest. Raises KeyError, TypeError or ValueError where it is none."""
+    entry = PackedClip(**content)
+    make = SteppedClip if "number_step" in entry.clip else Clip
+    check_types(make, {"source": "", "labels": None} | entry.clip)
+    check_types(PackedClip, asdict(entry))
+    clip, frames = entry.clip, entry.clip["num_frames"]
+    if not (0 < frames < MOST_FRAMES and 0 < clip["fps"] < 1000 and 0 < entry.frames <= frames and entry.bytes >= 0):
+        raise ValueError(f"{frames} frames at {clip['fps']} per second, {entry.frames} of them packed")
+    for name, low in (("first_frame", 0), ("pack_step", 1), ("number_step", 1), ("aspect", 1)):
+        if clip.get(name) is not None and not low <= clip[name] < 10**9:
+            raise ValueError(f"{name} is {clip[name]}")
+    for first, end in entry.anomalous or ():
+        if not 0 <= first < end <= frames:
+            raise ValueError(f"frames {first} to {end} are anomalous, of {frames}")
+    if "frame_name" in clip and not _FRAME_NAME.fullmatch(clip["frame_name"]):
+        raise ValueError(f"frame_name is {clip['frame_name']!r}")
+    if not isinstance(entry.original.get("path"), str) or "\0" in entry.file + entry.original["path"]:
+        raise ValueError("a path is none")
+    return entry
 
 
 def refuse_outdated(root: str | Path, entries: Iterable[PackedClip]) -> None:
@@ -127,9 +181,23 @@ def refuse_outdated(root: str | Path, entries: Iterable[PackedClip]) -> None:
 
 
 def read_index(root: Path) -> dict[str, Any] | None:
-    """Return the content of pack.json; None where there is none."""
+    """Return the content of pack.json; None where there is none. Raises DataError where it is damaged."""
     path = root / INDEX
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        with data_errors(path):
+            data = path.read_bytes()
+        index = parse_json(data)
+        for splits in index["tables"].values():
+            for table in splits.values():
+                check_types(_Table, table)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise DataError(
+            f"{path}: damaged ({short_reason(e)}); remove it and run {COMMAND} again for each data set in it, which "
+            "keeps what is packed"
+        ) from e
+    return index
 
 
 def load_packed(name: str, root: str, split: str, splits: Sequence[str], selection: Selection) -> ClipTable:
@@ -138,19 +206,18 @@ def load_packed(name: str, root: str, split: str, splits: Sequence[str], selecti
     Raises DataError: packing is not finished, another data set or split, a clip without an entry, clips of videos in a
     pack of version 1.
     """
-    command = "python -m datasets.tools.pack"
     index = read_index(Path(root))
     if index is None:
-        raise DataError(f"{root}: packing is not finished; the same {command} command again goes on")
+        raise DataError(f"{root}: packing is not finished; the same {COMMAND} command again goes on")
     if name not in index["tables"]:
         known = ", ".join(index["tables"])
-        raise DataError(f"{root}: a pack of {known}; {command} {name} ROOT {root} adds {name} to it")
+        raise DataError(f"{root}: a pack of {known}; {COMMAND} {name} ROOT {root} adds {name} to it")
     tables = index["tables"][name]
     parts = splits if split == "all" and split not in tables else [split]
     if missing := " ".join(part for part in parts if part not in tables):
         raise DataError(
             f"{root}: split {split!r} of {name} is not packed, only {', '.join(tables)}; "
-            f"{command} {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
+            f"{COMMAND} {name} ROOT {root} --split {missing} adds {'it' if missing == split else missing}"
         )
     tables = [tables[part] for part in parts]
     names = dict.fromkeys(clip for table in tables for clip in table["clips"])
@@ -160,7 +227,7 @@ def load_packed(name: str, root: str, split: str, splits: Sequence[str], selecti
 
     def clip(clip_name: str) -> Clip:
         if clip_name not in entries:
-            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {clip_name}; run {command} again")
+            raise DataError(f"{Path(root, MANIFEST)}: no line of clip {clip_name}; run {COMMAND} again")
         return entries[clip_name].to_clip(Path(root))
 
     table = selection.table(name, split, names, clip, one_clip_per_video=tables[0]["one_clip_per_video"])

@@ -10,11 +10,16 @@ from datasets.clips import DataError, data_errors
 
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, without byte-order mark. Raises DataError where it cannot be read as such."""
+    with data_errors(path):
+        data = path.read_bytes()
     try:
-        with data_errors(path):
-            return path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a text file in UTF-8 ({e.reason}); save it as UTF-8") from e
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}: line {line} has a NUL character, as no text has; write it anew, as UTF-8")
+    return text
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -21,7 +21,6 @@ that none is missing: fps is then 10, and frames 0, 1, ... are the pictures ther
 import logging
 import math
 import os
-import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np
 from datasets.clips import BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
 from datasets.formats.numbered import SteppedClip, find_numbered
 from datasets.formats.text import read_csv, whole_number
-from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES
+from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, UNREADABLE
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES, VideoInfo
 
@@ -210,7 +209,7 @@ def _of_pictures(path: Path, entry: _Entry) -> _Frames:
     """Find the numbered pictures of a zip or folder."""
     try:
         found = find_numbered(_absolute(path, entry), whole_number(entry.values.get("step", "1")))
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as e:  # RuntimeError: a zip version it does not know
+    except UNREADABLE as e:
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
     return _Frames(found.count, name=found.name, first=found.first, step=found.step)
 

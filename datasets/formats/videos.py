@@ -18,6 +18,7 @@ from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, da
 from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
+from utils.text import unicode_name
 
 logger = logging.getLogger("tad")
 
@@ -126,15 +127,19 @@ def _table(
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
     folder = os.path.abspath(root)
-    sources = {video: os.path.join(folder, video) for video in videos}
-    to_scan = [source for video, source in sources.items() if video not in selection.leave_out]
+    sources = {unicode_name(video): os.path.join(folder, video) for video in videos}
+    other_names = sources.keys() - set(videos)
+    left_out = other_names.union(selection.leave_out)
+    to_scan = [source for video, source in sources.items() if video not in left_out]
     found = dict(zip(to_scan, scan(to_scan), strict=True))
     log_notes(f"{name} {split}", {os.path.relpath(path, folder): info for path, info in found.items()})
 
     def clip(video: str) -> Clip:
+        if video in other_names:
+            raise Unreadable(f"{video}: its name is not in UTF-8, so no list can hold it: rename the file")
         info = found[sources[video]]
         if info.problem:
             raise Unreadable(info.problem)
         return Clip(name=video, source=sources[video], num_frames=info.frames, fps=info.fps)
 
-    return selection.table(name, split, videos, clip, **options)
+    return selection.table(name, split, sources, clip, **options)

@@ -42,7 +42,7 @@ from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip,
 from datasets.scan import probe
 from datasets.tools.check_video import look_deep
 from datasets.windows import WindowIndex
-from utils.cli import Parser, positive, positive_float
+from utils.cli import Parser, frame_count, frame_rate, processes
 from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
@@ -339,22 +339,22 @@ def write_report(
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with replaced(paths[1]) as temporary:
         lines = [f"{clip}\t{f.kind}: {f.message}\n" for clip, f in reversed(bad.items())]
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     return paths
 
 
 def main() -> None:
     """Run the command line."""
-    parser = Parser(__doc__, {})
+    parser = Parser(__doc__)
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file, or a pack of it")
     parser.add_argument("--split", nargs="+", help="splits to check (default: all of the data set)")
     parser.add_argument("--deep", action="store_true", help="decode every frame")
-    parser.add_argument("--num_frames", type=positive, default=16, help="frames of a window (default: 16)")
-    parser.add_argument("--view_fps", type=positive_float, default=10.0, help="and their rate (default: 10)")
-    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--num_frames", type=frame_count, default=16, help="frames of a window (default: 16)")
+    parser.add_argument("--view_fps", type=frame_rate, default=10.0, help="and their rate (default: 10)")
+    parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
-    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
     setup_logging(0)
     logging.getLogger("tad").setLevel(logging.WARNING)

@@ -47,7 +47,8 @@ from datasets.formats.packed import (
 )
 from datasets.parallel import available_cores, in_processes
 from datasets.tools.pack_clip import Job, Settings, pack_clip, sample_bytes, stamp
-from utils.cli import Parser, natural, positive, positive_float
+from utils.cli import Parser, frame_rate, frame_rate_or_0, percent, pixels_or_0, processes
+from utils.damage import with_sum
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
@@ -96,17 +97,18 @@ def pack(
         }
         warn_unmatched(leave_out, tables.values())
         jobs = _jobs(tables, out, settings)
-        done = {entry.clip["name"]: entry for entry in read_manifest(out)}
+        done = {entry.clip["name"]: entry for entry in read_manifest(out, skip_damaged=True)}
         _refuse_other_originals(name, os.path.abspath(root), out, jobs, done)
-        with replaced(out / MANIFEST) as temporary:  # without a line that a kill cut short
+        with replaced(out / MANIFEST) as temporary:  # without lines that a kill cut short or that are damaged
             _write_manifest(temporary, done.values())
         to_do = [job for job in jobs.values() if not _is_done(job, done.get(job.clip.name))]
         logger.info(f"{name}: {len(jobs)} clips, {len(jobs) - len(to_do)} of them packed already")
         _check_space(to_do, out, workers)
         failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
+            text = "".join(f"{clip}\t{why}\n" for clip, why in failed.items())
             with replaced(out / BAD_CLIPS) as temporary:
-                temporary.write_text("".join(f"{clip}\t{why}\n" for clip, why in failed.items()))
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             raise DataError(
                 f"{len(failed)} clips cannot be packed: {first_few(failed.values(), 3, '; ')}; {len(done)} are. Repair "
                 f"them and run this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
@@ -128,8 +130,9 @@ def _locked(out: Path, settings: Settings) -> Iterator[None]:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise DataError(f"{out}: another process is packing into it") from e
-        refuse_outdated(out, read_manifest(out))
-        for entry in read_manifest(out):
+        entries = list(read_manifest(out, skip_damaged=True))
+        refuse_outdated(out, entries)
+        for entry in entries:
             if (held := Settings(**entry.settings)) != settings:  # of older packs, --squash 0
                 raise DataError(f"{out}: a pack with {held}; choose another folder, or remove it")
         for half_written in out.rglob(".*.tmp"):
@@ -248,10 +251,10 @@ def _finish(
         clip, anomalous = describe(replace(job.clip, aspect=done[clip_name].clip.get("aspect")))
         done[clip_name] = replace(done[clip_name], clip=clip, anomalous=anomalous)
     listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
-    with replaced(out / MANIFEST) as temporary:
-        _write_manifest(temporary, (done[clip] for clip in listed))
+    with replaced(out / MANIFEST) as temporary:  # a clip of another table whose line was damaged is not there
+        _write_manifest(temporary, (done[clip] for clip in listed if clip in done))
     with replaced(out / INDEX) as temporary:
-        temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(with_sum(index)) + "\n", encoding="utf-8")
     (out / BAD_CLIPS).unlink(missing_ok=True)
     _say_what_is_packed([done[clip] for clip in jobs], settings)
     logger.info(f"use it with --data_set {name} --data_path {out}")
@@ -272,30 +275,28 @@ def _write_manifest(path: Path, entries: Iterable[PackedClip]) -> None:
 
 
 def _line(entry: PackedClip) -> str:
-    return json.dumps(asdict(entry)) + "\n"
+    return json.dumps(with_sum(asdict(entry))) + "\n"
 
 
 def main() -> None:
     """Run the command line."""
-    parser = Parser(__doc__, {})
+    parser = Parser(__doc__)
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file")
     parser.add_argument("out", help="folder to make, or to go on with")
     parser.add_argument("--split", nargs="+", help="splits to pack (default: all of the data set)")
-    parser.add_argument("--short_side", type=natural, default=320, help="pixels; 0: as it is (default: 320)")
-    parser.add_argument("--fps", type=float, default=10, help="frames per second to keep; 0: all (default: 10)")
+    parser.add_argument("--short_side", type=pixels_or_0, default=320, help="pixels; 0: as it is (default: 320)")
     parser.add_argument(
-        "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
+        "--fps", type=frame_rate_or_0, default=10, help="frames per second to keep; 0: all (default: 10)"
     )
+    parser.add_argument("--quality", type=percent, default=92, help="of the JPEGs (default: 92)")
     help = "squash wider frames to this width: 224 (--input_size) for fine-tuning and evaluation, 320 (--short_side) "
     help += "for DAPT, which fine-tuning can read too; 0: none (default: 0)"
-    parser.add_argument("--squash", type=natural, default=0, metavar="WIDTH", help=help)
-    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--squash", type=pixels_or_0, default=0, metavar="WIDTH", help=help)
+    parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
     parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
-    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
-    if not 0 <= args.fps < 1000:
-        parser.error(f"--fps: {args.fps:g} is not a rate; 0 keeps every frame")
     setup_logging(0)
     try:
         pack(

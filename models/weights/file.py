@@ -1,5 +1,8 @@
 """Checkpoint files: downloaded once, unpickled safely, unwrapped to a state dict, or refused with the remedy.
 
+What torch.save writes holds a CRC-32 of each part, which is checked. Older pickles, safetensors and flax checkpoints
+hold no sums: of these, damage is found in their structure alone, not within the values of a tensor.
+
 A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}.
 """
 
@@ -7,6 +10,7 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,11 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.registry import SPEC_VERSION
+from utils.damage import zip_damage
 from utils.exits import explain
 from utils.pickles import refused_code
 from utils.text import first_few, short_reason
 
 MODEL_KEYS = "model|module|state_dict|model_state"
+_LONGEST_NAME = 200  # characters of a file name; systems allow 255 with what is put before and behind
 CONVERT_VIVIT = "convert it with other_models/ViViT/ckpt_vivit.py"
 
 
@@ -60,8 +66,10 @@ def fetch(path_or_url: str) -> str:
     """
     if not path_or_url.startswith(("http://", "https://")):
         return path_or_url
-    digest = hashlib.sha256(path_or_url.encode()).hexdigest()[:8]  # files of the same name are told apart
-    target = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{path_or_url.partition('?')[0].split('/')[-1]}")
+    encoded = path_or_url.encode(errors="surrogateescape")
+    digest = hashlib.sha256(encoded).hexdigest()[:8]  # files of the same name are told apart
+    name = re.sub(r"[^ -~]", "", path_or_url.partition("?")[0].split("/")[-1])[-_LONGEST_NAME:]
+    target = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{name}")
     if target.exists():
         return str(target)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -116,17 +124,22 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
         return refusal
     advice = "weights_only" in str(error)  # to unpickle all, and no reason
     reason = type(error).__name__ if advice else short_reason(error)
-    return f"truncated, or not a PyTorch checkpoint ({reason}); download or copy it again"
+    has_end = head[:2] == b"PK" and "not a zip file" not in reason
+    what = "damaged" if has_end else "truncated, or not a PyTorch checkpoint"
+    return f"{what} ({reason}); download or copy it again"
 
 
 def _load(file: Path, *, mapped: bool) -> object:
-    """Return the content of a PyTorch or safetensors file. mapped: tensors stay in the file where they can."""
+    """Return the content of a PyTorch or safetensors file. mapped: tensors stay in the file, unread, where they can."""
     with file.open("rb") as f:
         head = f.read(9)
     if is_safetensors(head):
         return load_file(file)
+    is_zip = head[:2] == b"PK"
+    if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):
+        raise ValueError(damage)
     with torch.serialization.safe_globals(_safe_types()):
-        return torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped and head[:2] == b"PK")
+        return torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped and is_zip)
 
 
 def _read(path: str, *, mapped: bool = False) -> dict:

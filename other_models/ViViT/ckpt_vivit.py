@@ -32,7 +32,7 @@ from torch import Tensor
 
 from models.weights.file import CheckpointError, is_flax, read_checkpoint
 from utils.files import replaced
-from utils.text import first_few
+from utils.text import first_few, short_reason
 
 SLOTS, SIDE = 16, 14  # the position table: slots of 2 frames, 16-pixel patches of 224
 
@@ -75,7 +75,10 @@ def read_source(path: str) -> dict[str, Tensor]:
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
     if is_flax(head):
-        return from_scenic(read_flax(path), path)
+        try:
+            return from_scenic(read_flax(path), path)
+        except (AttributeError, LookupError, TypeError, ValueError) as e:  # an array of another shape, or none
+            raise CheckpointError(f"{path}: not the arrays of a ViViT ({short_reason(e)}); download it again") from e
     return {key.removeprefix("vivit."): tensor for key, tensor in read_checkpoint(path).state.items()}
 
 
@@ -87,8 +90,10 @@ def read_flax(path: str) -> dict:
     """Return the tree of dictionaries and arrays in flax.serialization's msgpack. Raises CheckpointError."""
     try:
         return _joined(msgpack.unpackb(Path(path).read_bytes(), ext_hook=_array, strict_map_key=False))
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
-        raise CheckpointError(f"{path}: truncated, or not a flax checkpoint ({e}); download it again") from e
+    except Exception as e:  # msgpack and NumPy raise a dozen types, depending on where the bytes go wrong
+        raise CheckpointError(
+            f"{path}: truncated, or not a flax checkpoint ({short_reason(e)}); download it again"
+        ) from e
 
 
 def _array(kind: int, data: bytes) -> np.ndarray | complex:
@@ -215,12 +220,15 @@ def main() -> None:
     parser.add_argument("output", help="file to write, e.g. vivit_b_k400.pth")
     args = parser.parse_args()
     try:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         state = convert(read_source(args.source), args.source)
-        with replaced(args.output) as temporary:
-            torch.save({"model": state, "family": "ViViT"}, temporary)
     except CheckpointError as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        sys.exit(f"error: {args.source}: its tensors do not fit together ({short_reason(e)}); download it again")
+    try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with replaced(args.output) as temporary:
+            torch.save({"model": state, "family": "ViViT"}, temporary)
     except (OSError, RuntimeError) as e:  # torch.save raises either
         sys.exit(f"error: {args.output}: cannot be written ({str(e).splitlines()[0]})")
     print(f"{len(state)} tensors, float32: {args.output}, for --model vit_base_patch16_224")

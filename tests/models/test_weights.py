@@ -2,6 +2,7 @@ import argparse
 import functools
 import http.server
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,18 @@ def test_url_is_downloaded_once(tmp_path, monkeypatch):
     assert read_checkpoint(f"{url}/published.pth").state  # from the cache
 
 
+def test_files_without_sums_are_read(tmp_path):
+    """As torch.save writes them where it is told to."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tiny().state_dict(), tmp_path / "no_sums.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "no_sums.pth") as z:
+        assert not any(info.CRC for info in z.infolist())
+    assert load_pretrained(tiny(1), str(tmp_path / "no_sums.pth")).loaded
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What readers tried in order to break it
 
@@ -339,8 +352,10 @@ def test_downloads_are_whole_and_not_mixed_up(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    files = [fetch(f"{url}/{path}") for path in ("a/checkpoint.pth", "b/checkpoint.pth")]
-    assert [Path(f).read_text() for f in files] == ["A", "B"]
+    files = [
+        fetch(f"{url}/{path}") for path in ("a/checkpoint.pth", "b/checkpoint.pth", "x" * 300, "y" * 300 + ".pth?z")
+    ]
+    assert [Path(f).read_text() for f in files] == ["A", "B", "A", "A"] and len(set(files)) == 4
     for bad in (f"{url}/short.pth", f"{url}/has space.pth", "https://[bad"):
         with pytest.raises(CheckpointError, match="download failed .*; fetch it by hand"):
             fetch(bad)

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,6 +25,19 @@ def test_log_lines_survive_a_kill_in_the_middle(tmp_path):
         {"epoch": 0, "train_loss": 0.1 + 0.2},
         {"epoch": 1, "train_loss": None},
     ]
+
+
+DAMAGED = [b"\xff", b"\0", b"[]", b"{}", b"null", b"[" * 9999]
+DAMAGED += [b'{"epoch": "0"}', b'{"epoch": NaN}', b'{"epoch": -1}', b'{"epoch": 0, "step": []}']
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:20]))
+def test_a_damaged_line_is_left_out_and_said(tmp_path, line, caplog):
+    path, records = tmp_path / "log.txt", [b'{"epoch": 0, "lr": 1}\n', b'{"epoch": 1, "lr": 2}\n']
+    path.write_bytes(records[0] + line + b"\n" + records[1] + b'{"epoch": 2}\n')
+    drop_records_from(path, 2)
+    assert path.read_bytes() == b"".join(records)
+    assert "log.txt: lines that are damaged are left out: 2" in caplog.text
 
 
 def test_averages_are_exact_and_read_late():

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_bad_input_is_named(copy, damage, message):
     damage(copy / "dataset")
     with pytest.raises(DataError, match=message):
         build_clips("DoTA", str(copy), "val")
+
+
+ODD = ("1e400", "-1e400", "NaN", "null", "[]", "[1]", "{}", "1.5", '"x"', '""', "9" * 5000, "[" * 5000 + "]" * 5000)
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: value[:8])
+@pytest.mark.parametrize("key", ["accident_id", "ego_involve", "night"])
+def test_values_that_are_none_are_refused_by_the_name_of_the_file(copy, key, value):
+    path = copy / "dataset" / "annotations" / "syntheticva_000000.json"
+    path.write_text(re.sub(rf'"{key}": \w+', lambda _: f'"{key}": {value}', path.read_text()))
+    with pytest.raises(DataError, match="syntheticva_000000.json: not ") as caught:
+        build_clips("DoTA", str(copy), "val")
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
 def test_missing_half_split_says_where_it_comes_from(copy):

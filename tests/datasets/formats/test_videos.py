@@ -10,7 +10,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from helpers import SHARED, write_video
+from helpers import SHARED, run, write_video
 
 from datasets import VideoScan, build_clips
 from datasets.clips import DataError
@@ -65,6 +65,24 @@ def test_what_cannot_be_read_is_counted_and_named_once(videos, tmp_path, caplog)
         assert len(build_clips("videos", str(videos), "all", scan)) == 3
     (record,) = caplog.records
     assert "videos all: 2 of 5 clips cannot be read: empty.mov (" in record.message and "noise.mp4 (" in record.message
+
+
+def test_a_file_whose_name_is_not_utf8_is_one_that_cannot_be_read(tmp_path, caplog):
+    """Wherever its name is printed or written, on a terminal that is strict about it too."""
+    write_video(tmp_path / "v" / "a.mp4", frames=30, fps=10)
+    odd = tmp_path / "v" / os.fsdecode(b"b\xff.mp4")
+    shutil.copy(tmp_path / "v" / "a.mp4", odd)
+    table = build_clips("videos", str(tmp_path / "v"), "all", VideoScan(tmp_path / "scan.json", workers=1))
+    assert [clip.name for clip in table] == ["a.mp4"] and list(table.unreadable) == ["b\\udcff.mp4"]
+    assert "its name is not in UTF-8" in caplog.text
+    words = ["-m", "datasets.tools.check", "videos", tmp_path / "v", "--output_dir", tmp_path / "out"]
+    done = run(*words, env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 1 and not done.stderr
+    assert "b\\udcff.mp4\tunreadable: " in (tmp_path / "out" / "videos_bad_clips.txt").read_text()
+    (tmp_path / "v").rename(tmp_path / os.fsdecode(b"v\xff"))  # a folder above is as good as any
+    odd = tmp_path / os.fsdecode(b"v\xff")
+    words[3] = os.fsencode(odd)
+    assert len(build_clips("videos", str(odd), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 1
 
 
 def test_a_second_scan_opens_nothing_and_a_changed_video_is_opened_alone(videos, tmp_path, opened):

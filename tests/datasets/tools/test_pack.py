@@ -22,9 +22,10 @@ from PIL import Image
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
+from datasets.chunks import ClipStream
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, SplitWindows
+from datasets.stream import SplitWindows
 from datasets.tools.check import check
 from datasets.tools.pack import Settings, file_of, pack
 from datasets.tools.synthetic import render_dota
@@ -331,6 +332,31 @@ def test_a_source_that_ends_early_is_packed_as_it_is_read(dada, tmp_path, fps, c
     assert seen[0] == seen[1] and len(seen[0][1]) == len(index) - 2 and seen[0][2][-1] == "skipped"
     (finding,) = [f for f in check("DADA2K", str(out))[0] if f.is_error]
     assert finding.kind == "missing_frames" and "before them are trained on and evaluated" in finding.message
+
+
+def test_the_same_command_mends_a_damaged_manifest_or_index(copy, tmp_path, caplog):
+    out = tmp_path / "out"
+    pack("DoTA", str(copy), out, settings=SMALL)
+    held = tree(out)
+    manifest = held["clips.jsonl"].splitlines(keepends=True)
+    for line in (manifest[2].replace(b'"num_frames": ', b'"num_frames": 1'), b"\xff\n", b"[]\n", b"[" * 9999 + b"\n"):
+        (out / "clips.jsonl").write_bytes(b"".join([*manifest[:2], line, *manifest[3:]]))
+        with pytest.raises(DataError, match=r"clips.jsonl: line 3 is damaged \(.*; run python -m datasets.tools.pack"):
+            build_clips("DoTA", str(out), "train")
+        pack("DoTA", str(copy), out, settings=SMALL)
+        assert tree(out) == held and "line 3 is damaged" in caplog.text
+    other = held["pack.json"].replace(b"synthetictr_000001", b"synthetictr_000002")
+    for content in (other, b"\xff", b"[]", b"", b"[" * 9999):
+        (out / "pack.json").write_bytes(content)
+        reason = r"pack.json: damaged \(.*; remove it and run python -m datasets.tools.pack again"
+        with pytest.raises(DataError, match=reason):
+            build_clips("DoTA", str(out), "train")
+        with pytest.raises(DataError, match=reason):
+            pack("DoTA", str(copy), out, settings=SMALL)
+    (out / "pack.json").unlink()
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.zip")}
+    pack("DoTA", str(copy), out, settings=SMALL)
+    assert tree(out) == held and times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_packs_keep_their_frame_rates(dada, tmp_path):
