@@ -68,12 +68,12 @@ def say_cause(cause: str, *, consequence: bool = False) -> None:
 
     consequence: of the end of another process; it is said only where no other has said why.
     """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and not _first_to_say(Path(file).parents[1], cause, consequence):
+    file = _error_file()
+    if file and not _first_to_say(file.parent.parent, cause, consequence):
         return
     with suppress(OSError, ValueError):
         sys.stdout.flush()
-    if not (file and _last_try() and _leave_to_torchrun(Path(file), cause, consequence)):
+    if not (file and _torchrun_reports() and _leave_to_torchrun(file, cause, consequence)):
         with suppress(OSError, ValueError):  # a full disk, a closed pipe
             print(cause, file=sys.stderr, flush=True)
 
@@ -86,11 +86,11 @@ def report(error: BaseException, prefix: str = "") -> None:
     if cause := explain(error):
         say_cause(cause)
         return
-    kind, file = type(error).__name__, os.environ.get("TORCHELASTIC_ERROR_FILE")
+    kind, file = type(error).__name__, _error_file()
     lines = "".join(traceback.format_exception(error)).splitlines(keepends=True)
     if not file:
         sys.stderr.write("".join(prefix + line for line in lines))
-    elif _first_to_say(Path(file).parents[1], f"traceback of {kind}: {error}", consequence=False):
+    elif _first_to_say(file.parent.parent, f"traceback of {kind}: {error}", consequence=False):
         sys.stderr.write("".join(prefix + line for line in lines))
         say_cause(f"{kind}: {error} (its traceback stands above)")
 
@@ -142,10 +142,18 @@ def _first_to_say(folder: Path, cause: str, consequence: bool) -> bool:
     return True
 
 
-def _last_try() -> bool:
-    """Return whether torchrun reports what fails now, in place of starting again."""
+def _error_file() -> Path | None:
+    """Return the file from which the torchrun that started this process takes a cause; each process has a folder."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(file).absolute() if file and "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _torchrun_reports() -> bool:
+    """Return whether torchrun reports what fails now: it is not going to start again, nor ended by a signal."""
+    from utils.signals import stop_requested  # not before it is needed: this module comes first
+
     tries, limit = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return tries >= limit
+    return tries >= limit and _interrupted_at is None and not stop_requested()
 
 
 def _leave_to_torchrun(file: Path, cause: str, consequence: bool) -> bool:
@@ -154,7 +162,8 @@ def _leave_to_torchrun(file: Path, cause: str, consequence: bool) -> bool:
     Of several failures torchrun takes the one with the earliest time, in seconds, for the root.
     """
     moment = int(time.time()) + (1 if consequence else -1)
-    message = {"message": cause, "extraInfo": {"py_callstack": cause, "timestamp": str(moment)}}
+    text = cause.replace("\n  ", "\n")  # torchrun indents what follows the first line
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(moment)}}
     try:
         file.write_text(json.dumps({"message": message}))
     except OSError:

@@ -87,18 +87,25 @@ def test_under_torchrun_the_cause_is_said_once_and_last(without, tmp_path):
 
 
 RANKS = """
-import os, sys
+import os, signal, sys, time
 from datetime import timedelta
 from utils.cli import ConfigError
 from utils.distributed import barrier, process_group
 from utils.exits import report_uncaught
+from utils.signals import catch_signals, stop_requested
 report_uncaught()
+catch_signals()
 with process_group("cpu", timeout=timedelta(minutes=1), expected=(ConfigError,)) as process:
     barrier()
     if sys.argv[1] == "own" and process.rank == 1:
         raise ConfigError("of rank 1 alone")
     if sys.argv[1] == "bug":
         raise KeyError("a bug")
+    if sys.argv[1] == "stopped":  # by Slurm, which ends torchrun too: it says nothing of errors then
+        os.kill(os.getppid(), signal.SIGTERM)
+        while not stop_requested():
+            time.sleep(0.01)
+        raise ConfigError("while it saved")
     if sys.argv[1] == "killed" and process.rank == 1:
         os.kill(os.getpid(), 9)
     barrier()
@@ -110,13 +117,14 @@ with process_group("cpu", timeout=timedelta(minutes=1), expected=(ConfigError,))
 def test_what_follows_from_a_failure_is_not_said_beside_its_cause(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     outputs = {}
-    for how in ("own", "bug", "killed"):
+    for how in ("own", "bug", "killed", "stopped"):
         done = run(tmp_path / "ranks.py", how, processes=2, env={"PYTHONPATH": str(ROOT)})
         outputs[how] = done.stdout + done.stderr
         assert done.returncode == 1
     assert said_once_at_the_end(outputs["own"], "error: of rank 1 alone") and "lost the other" not in outputs["own"]
     assert outputs["bug"].count("KeyError: 'a bug'\n") == 1 and "ranks.py" in outputs["bug"]
     assert said_once_at_the_end(outputs["bug"], "KeyError: 'a bug' (its traceback stands above)")
+    assert outputs["stopped"].count("error: while it saved") == 1
     assert outputs["killed"].count("error: lost the other processes: one has ended") == 1
     assert "Signal 9 (SIGKILL) received" in "".join(outputs["killed"].splitlines()[-3:])
 
