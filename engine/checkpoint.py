@@ -218,7 +218,8 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder, STATE)
     if damage := zip_damage(path):
-        raise ConfigError(f"{path} is damaged ({damage}); {_way_on(path.parent)}")
+        refusal = refused_code(path, ValueError(damage))  # a pickle alone is no zip
+        raise ConfigError(f"{path}: {refusal}" if refusal else f"{path} is damaged ({damage}); {_way_on(path.parent)}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
