@@ -10,6 +10,7 @@
         checkpoint-<epoch>.pth            weights and their spec, as the next two
         checkpoint-best_auroc.pth         those of the best evaluation so far by that metric
         checkpoint-best_auc_mcc.pth
+        .lock                             of the run that is in the folder now; see utils/lock.py
 
 A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, and weights files are replaced in one
 rename. Files hold tensors and plain types only, so `torch.load(..., weights_only=True)` reads all of them, and the
