@@ -10,20 +10,29 @@ One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the s
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
 The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
 """
 
-import sys
+from utils.exits import fail, report_uncaught
+
+if __name__ == "__main__":  # first, so that what follows is answered in a line
+    report_uncaught()
 
 from utils.cli import ConfigError, config_errors
+from utils.files import replaced
 from utils.flags import dapt_parser
+from utils.lock import end_with_torchrun, folder_lock
+from utils.record import Changeable
 from utils.resolve import (
     INPUT,
+    common_flags,
     fill_unset,
-    keep_weights_source,
+    keep_history,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -34,9 +43,11 @@ from utils.signals import catch_signals, remove_marker
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
     catch_signals()
+    end_with_torchrun()
 
 import logging
 from argparse import Namespace
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,29 +61,33 @@ from torch import nn
 from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
 from datasets.augment.device import DeviceAugment, DeviceLoader
+from datasets.augment.masks import masked_places
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.slots import reserve
 from datasets.windows import index_clips
-from engine.checkpoint import (
-    CheckpointWriteError,
-    Progress,
-    RunState,
-    find_resume,
-    is_kept,
-    recorded_arguments,
-    save_weights,
-)
+from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.dapt import DaptObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import reconstruction_picture
+from engine.resume import agreed_state, recorded_arguments
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
-from utils.distributed import Process, data_parallel, from_main, local_main_first, process_group, seed_everything
+from utils.distributed import (
+    Process,
+    data_parallel,
+    from_main,
+    local_main_first,
+    process_group,
+    require_same,
+    require_same_weights,
+    seed_everything,
+)
 from utils.logging import TensorBoard, setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
@@ -84,10 +99,14 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Pre-train."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
+    timeout = timedelta(minutes=args.dist_timeout)
+    joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
+    with joined as process, ExitStack() as held:
         setup_logging(process.rank)
+        from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         resolve_spec(args, process)
         resolve(args, process.world_size)
+        require_same(common_flags(args))
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         pretrain(args, process)
@@ -156,9 +175,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     """Run the DAPT recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    free = dapt_parser("").free_on_resume
-    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_weights_source(args, resumed)
+    changeable = Changeable.by(dapt_parser(""), args.override)
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    resumed = agreed_state(output_dir, **resuming, record=vars(args), changeable=changeable)
+    keep_history(args, resumed)
     model = build_model(args, process, resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     dataset = build_dataset(args, model)
@@ -223,6 +243,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             mean=args.mean,
             std=args.std,
         )
+        masked_places(model.grid, args.mask_ratio)
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.from_ckpt and not resumed:
@@ -235,6 +256,7 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
+        require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:
             logger.warning(f"{args.from_ckpt} has no decoder that predicts pixels: it starts from random weights")
@@ -299,7 +321,7 @@ def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size
 
 
 def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler, device: torch.device) -> DeviceLoader:
-    """Return the batches of the sampler, augmented on the device."""
+    """Return the batches of the sampler, augmented on the device, with the memory that they take."""
     loader = BatchLoader(
         dataset,
         sampler,
@@ -308,6 +330,7 @@ def build_loader(args: Namespace, dataset: WindowDataset, sampler: EpochSampler,
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
+    reserve(loader.slots)
     return DeviceLoader(loader, device, DeviceAugment(args.input_size))
 
 
@@ -358,13 +381,17 @@ class Pictures:
         video = model.normalize(self.video.to(device))
         picture = reconstruction_picture(model.reconstruct(video, self.mask))
         model.train()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / f"epoch-{epoch:03d}.png")
         self.tensorboard.picture("reconstruction", picture, step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replaced(self.folder / f"epoch-{epoch:03d}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+        except OSError as e:  # no reason to end a run
+            logger.warning(f"{e.filename}: cannot be written ({e.strerror}); the run goes on")
 
 
 if __name__ == "__main__":
     try:
         main(ARGS)
     except ERRORS as e:
-        sys.exit(f"error: {e}")
+        fail(f"error: {e}")

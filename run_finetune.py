@@ -9,6 +9,8 @@ One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see j
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_finetune.py ...
+They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
+name the network interface to use; gloo takes that towards HOST by itself.
 
 Evaluate a checkpoint, on any number of processes; the file says which model it is of and how that is fed:
     python run_finetune.py --eval --finetune runs/videomae_s_dota/checkpoint-best_auroc.pth \\
@@ -17,15 +19,22 @@ Evaluate a checkpoint, on any number of processes; the file says which model it 
 The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
 """
 
-import sys
+from utils.exits import fail, report_uncaught
+
+if __name__ == "__main__":  # first, so that what follows is answered in a line
+    report_uncaught()
 
 from utils.cli import ConfigError, config_errors
+from utils.files import check_writable
 from utils.flags import finetune_parser
-from utils.record import write_run_record
+from utils.lock import end_with_torchrun, folder_lock
+from utils.record import Changeable, write_run_record
 from utils.resolve import (
     INPUT,
+    WEIGHTS_SOURCE,
+    common_flags,
     fill_unset,
-    keep_weights_source,
+    keep_history,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -37,10 +46,12 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     ARGS = finetune_parser(__doc__).parse_args()
     if not ARGS.eval:
         catch_signals()
+    end_with_torchrun()
 
 import logging
 import math
 from argparse import Namespace
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,24 +67,19 @@ from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
-from engine.checkpoint import (
-    CheckpointWriteError,
-    Progress,
-    RunState,
-    find_resume,
-    is_kept,
-    recorded_arguments,
-    save_weights,
-)
-from engine.evaluate import EvaluationError, Scorer, coverage, summary, write_metrics, write_predictions
+from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
+from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
-from engine.plots import evaluation_figures, save_figures
+from engine.outputs import BYTES_OF_A_ROW, finish_evaluation, keep_scores, unfinished_evaluation
+from engine.plots import evaluation_figures
+from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_spec
@@ -84,6 +90,8 @@ from utils.distributed import (
     from_main,
     local_main_first,
     process_group,
+    require_same,
+    require_same_weights,
     seed_everything,
 )
 from utils.logging import setup_logging
@@ -97,10 +105,14 @@ logger = logging.getLogger("tad")
 def main(args: Namespace) -> None:
     """Train, or evaluate with --eval."""
     resolve_runtime(args, cuda=torch.cuda.is_available())
-    with process_group(args.device, timeout=timedelta(minutes=args.dist_timeout), expected=ERRORS) as process:
+    timeout = timedelta(minutes=args.dist_timeout)
+    joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
+    with joined as process, ExitStack() as held:
         setup_logging(process.rank)
+        from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         resolve_spec(args, process)
         resolve(args, process.world_size)
+        require_same(common_flags(args))
         seed_everything(args.seed)
         set_fused_attn(not args.no_flash_attn)
         if args.eval:
@@ -169,19 +181,17 @@ def train(args: Namespace, process: Process) -> None:
     """Run the fine-tuning recipe, top to bottom."""
     output_dir = Path(args.output_dir)
     remove_marker(output_dir)
-    free = finetune_parser("").free_on_resume
-    resumed = find_resume(output_dir, auto_resume=args.auto_resume, resume=args.resume, record=vars(args), free=free)
-    keep_weights_source(args, resumed)
+    changeable = Changeable.by(finetune_parser(""), args.override)
+    resuming = {"auto_resume": args.auto_resume, "resume": args.resume}
+    resumed = agreed_state(output_dir, **resuming, record=vars(args), changeable=changeable)
+    keep_history(args, resumed)
+    model = build_model(args, process, resumed=resumed)
+    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     loader, sampler = training_data(args, process)
     augment = DeviceAugment(args.input_size, args.train_interpolation)
     batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
-    model = build_model(args, process, resumed=resumed)
-    seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
-    if args.freeze_layers is not None:
-        with config_errors():
-            model.freeze_blocks(args.freeze_layers)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch,
@@ -229,25 +239,32 @@ def train(args: Namespace, process: Process) -> None:
 
 def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     """Score --finetune on the evaluation split, for --eval, and write everything about it."""
-    output_dir = Path(args.output_dir)
-    if (output_dir / "predictions.csv").exists():
-        raise ConfigError(f"{output_dir}/predictions.csv exists: choose another --output_dir or remove it")
+    output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
+    free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
+    known = from_main(lambda: unfinished_evaluation(output_dir, vars(args), free, weights))
+    if known:
+        logger.info(f"{output_dir}/predictions.csv is there: nothing is scored, metrics and plots are made of it")
+    else:
+        known = score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        write_run_record(output_dir / "eval_args.json", vars(args), process.world_size)
-    windows = evaluation_windows(args, process)
-    warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
+        content = finish_evaluation(output_dir, known)
+        logger.info(f"{summary(content)}  {content['coverage']}")
+        logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
+
+
+def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
+    """Write predictions.csv; returns on rank 0 what is known of it."""
+    from_main(lambda: write_run_record(output_dir / "eval_args.json", vars(args), process.world_size))
     model = build_model(args, process, trained_head=True)
+    windows = evaluation_windows(args, process)
+    from_main(lambda: check_writable(output_dir, BYTES_OF_A_ROW * len(windows.locations()[0])))
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
-        return
-    metrics = predictions.metrics()
+        return None
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
     about |= coverage(predictions, windows.clips)
-    write_predictions(output_dir / "predictions.csv", predictions, windows.clips)
-    write_metrics(output_dir / "metrics.json", about | metrics)
-    save_figures(output_dir / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
-    logger.info(f"{summary(metrics)}  {about['coverage']}")
-    logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
+    return keep_scores(output_dir, predictions, windows.clips, about, weights)
 
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
@@ -293,6 +310,7 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
         pin_memory=args.pin_mem,
         read_timeout=args.read_timeout,
     )
+    reserve(loader.slots)
     return loader, sampler
 
 
@@ -301,7 +319,7 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
     clips = labelled_clips(args, args.eval_split)
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val)
-    return SplitWindows(
+    windows = SplitWindows(
         clips,
         index,
         EvalTransform(args.input_size),
@@ -314,6 +332,8 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
         allow_missing=args.allow_missing,
         read_timeout=args.read_timeout,
     )
+    reserve(windows.slots)
+    return windows
 
 
 def build_model(
@@ -349,6 +369,7 @@ def build_model(
             model_prefix=args.model_prefix or "",
             stored_table=args.pos_embed != "sincos",
         )
+        require_same_weights(model, report.loaded, f"--finetune {args.finetune}")
         logger.info(report)
         if trained_head and report.missing:
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")
@@ -357,6 +378,9 @@ def build_model(
     if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
         with config_errors():
             model.learn_pos_embed()
+    if args.freeze_layers is not None:
+        with config_errors():
+            model.freeze_blocks(args.freeze_layers)
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:
@@ -422,4 +446,4 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except ERRORS as e:
-        sys.exit(f"error: {e}")
+        fail(f"error: {e}")

@@ -1,6 +1,5 @@
 """What the benchmarks share: measuring in turns, and printing tables and JSON."""
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -19,6 +18,8 @@ from typing import Any
 
 import cv2
 import torch
+
+from utils.cli import Parser, pixels, positive
 
 Way = Callable[[int], int]  # loads the item of this number, or those of this clip; returns how many
 Ways = Mapping[str, Way]
@@ -121,20 +122,20 @@ def about() -> dict[str, str]:
     }
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
+def parser_of(description: str) -> Parser:
     """Return a parser of the command line with --json."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--json", action="store_true", help="print the results as a last line of JSON, too")
     return parser
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: Parser) -> None:
     """Add the flags of the benchmarks that load data."""
     parser.add_argument("--data", help="folder for the data, which is kept and used again (default: a temporary one)")
     parser.add_argument("--video", default="", help="video to make the data of, enlarged (default: rendered roads)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
-    parser.add_argument("--windows", type=int, default=8, help="windows of a round (default: 8)")
-    parser.add_argument("--size", type=int, nargs=2, default=(1280, 720), help="of pictures (default: 1280 720)")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--windows", type=positive, default=8, help="windows of a round (default: 8)")
+    parser.add_argument("--size", type=pixels, nargs=2, default=(1280, 720), help="of pictures (default: 1280 720)")
 
 
 def print_results(text: str, results: Mapping[str, Any], *, as_json: bool) -> None:

@@ -38,11 +38,12 @@ from datasets.augment.dapt import PretrainTransform
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
+from datasets.chunks import ClipStream
 from datasets.faults import Fault
 from datasets.loader import EpochSampler, Source, Transform, WindowDataset
 from datasets.parallel import _dumps
-from datasets.stream import ClipStream
 from datasets.windows import WindowIndex, index_clips
+from utils.cli import processes
 
 CHUNK = 64  # frames that evaluation reads at a time
 VIDEO_STEP = 3  # from 30 frames per second to 10
@@ -138,7 +139,6 @@ def evaluation_ways(roots: dict[str, str], windows: int) -> dict[str, Way]:
         for chunk in stream:
             if isinstance(chunk, Fault):
                 raise DataError(str(chunk))
-            _dumps(("result", chunk))
         return int(index.counts[number])
 
     return {"yardstick": alone, "evaluation": streamed}
@@ -182,7 +182,7 @@ def main() -> None:
     """Run the command line."""
     parser = parser_of(__doc__)
     add_data_flags(parser)
-    parser.add_argument("--workers", type=int, nargs="+", default=[], help="processes, e.g. 1 2 (default: none)")
+    parser.add_argument("--workers", type=processes, nargs="+", default=[], help="processes, e.g. 1 2 (default: none)")
     args = parser.parse_args()
     single_thread()
     with tempfile.TemporaryDirectory() as folder:

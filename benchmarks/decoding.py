@@ -15,7 +15,6 @@ The last line has the largest mean difference of full-size pictures, over a wind
 swscale shrank to those that OpenCV did. On H.264 of 720p, GOP 30 and 250, skipping gave 1.18 and 1.33, swscale 0.97.
 """
 
-import argparse
 import importlib.util
 import json
 import random
@@ -33,6 +32,7 @@ from av.video.reformatter import VideoReformatter
 from datasets import video_index
 from datasets.video import Video
 from datasets.video_rgb import ONE_THREAD
+from utils.cli import Parser, natural, positive
 
 SPAN = 16
 SHORT = 320
@@ -105,10 +105,10 @@ def _psnr(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--video", required=True, help="the file")
-    parser.add_argument("--windows", type=int, default=30, help="how many (default: 30)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the places (default: 0)")
+    parser.add_argument("--windows", type=positive, default=30, help="how many (default: 30)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the places (default: 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

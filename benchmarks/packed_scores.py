@@ -10,7 +10,6 @@ original's training split (logistic regression). Scores and AUC_ROC are of all w
 evaluate both and use compare_predictions.py.
 """
 
-import argparse
 import itertools
 import json
 import tempfile
@@ -29,6 +28,7 @@ from datasets.tools.pack import Settings, pack
 from datasets.windows import index_clips
 from engine.metrics import frame_metrics
 from models import create_model
+from utils.cli import Parser, percent, pixels_or_0
 
 MODEL, SIZE = "vit_small_patch16_224", 224
 
@@ -77,11 +77,13 @@ def fit(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data_path", required=True, help="root of a data set in DoTA's layout")
-    parser.add_argument("--short_side", type=int, nargs="+", default=[320, 256], help="of the packs (default: 320 256)")
-    parser.add_argument("--squash", type=int, nargs="+", default=[0, 320, 224], help="(default: 0 320 224)")
-    parser.add_argument("--quality", type=int, default=92, help="of their JPEGs (default: 92)")
+    parser.add_argument(
+        "--short_side", type=pixels_or_0, nargs="+", default=[320, 256], help="of the packs (default: 320 256)"
+    )
+    parser.add_argument("--squash", type=pixels_or_0, nargs="+", default=[0, 320, 224], help="(default: 0 320 224)")
+    parser.add_argument("--quality", type=percent, default=92, help="of their JPEGs (default: 92)")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = create_model(MODEL).eval()

@@ -7,7 +7,6 @@ Each data set is packed into temporary folders, one for each --short_side and --
 in memory, those of all packs in turns, because machines are noisy; CPU seconds of this process, after a warm-up.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -27,6 +26,7 @@ from PIL import Image
 from datasets import ClipTable, build_clips
 from datasets.formats.packed import read_manifest
 from datasets.tools.pack import Settings, pack
+from utils.cli import Parser, frame_rate_or_0, percent, pixels_or_0
 
 DECODERS = {
     "pillow": lambda data: np.array(Image.open(io.BytesIO(data))),
@@ -76,13 +76,13 @@ def compare(name: str, root: str, packs: Sequence[Settings]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data_set", nargs="+", required=True, help="names of data sets")
     parser.add_argument("--data_path", nargs="+", required=True, help="their roots")
-    parser.add_argument("--short_side", type=int, nargs="+", default=[320, 256], help="(default: 320 256)")
-    parser.add_argument("--squash", type=int, nargs="+", default=[0, 320, 224], help="(default: 0 320 224)")
-    parser.add_argument("--fps", type=float, default=10, help="frames per second to keep (default: 10)")
-    parser.add_argument("--quality", type=int, default=92, help="of the JPEGs (default: 92)")
+    parser.add_argument("--short_side", type=pixels_or_0, nargs="+", default=[320, 256], help="(default: 320 256)")
+    parser.add_argument("--squash", type=pixels_or_0, nargs="+", default=[0, 320, 224], help="(default: 0 320 224)")
+    parser.add_argument("--fps", type=frame_rate_or_0, default=10, help="frames per second to keep (default: 10)")
+    parser.add_argument("--quality", type=percent, default=92, help="of the JPEGs (default: 92)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     packs = [Settings(s, args.fps, args.quality, w) for s, w in itertools.product(args.short_side, args.squash)]

@@ -5,12 +5,13 @@
 It takes a quarter of an hour on a quiet core. Where there is a GPU, the training steps are measured there.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from utils.cli import Parser, positive
 
 INTRODUCTION = """# Benchmarks
 
@@ -29,13 +30,13 @@ def section(title: str, module: str, flags: list[str]) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="BENCHMARKS.md", help="file to write (default: BENCHMARKS.md)")
     parser.add_argument("--data", default="build/benchmark", help="folder for the data (default: build/benchmark)")
     parser.add_argument("--video", default="", help="video to make the data of, enlarged (default: rendered roads)")
-    parser.add_argument("--rounds", default="7", help="rounds of a median (default: 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds of a median (default: 7)")
     args = parser.parse_args()
-    loading = ["--data", args.data, "--rounds", args.rounds, *(["--video", args.video] if args.video else [])]
+    loading = ["--data", args.data, "--rounds", str(args.rounds), *(["--video", args.video] if args.video else [])]
     cuda = torch.cuda.is_available()
     step = ["--device", "cuda", "--compile"] if cuda else ["--device", "cpu", "--steps", "2", "--batch_size", "4"]
     text = INTRODUCTION + section("Loading", "data", [*loading, "--workers", "1", "2"])

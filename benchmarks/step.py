@@ -13,6 +13,7 @@ On a CPU tiny models in fp32 stand in, and memory is not measured.
 
 import gc
 import itertools
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from engine.losses import LOSSES
 from engine.optim import DTYPES, Schedule, build_optimization
 from engine.session import Session
 from models import create_model, masked_autoencoder_of, model_defaults
+from utils.cli import from_to, positive
 from utils.distributed import Process
 from utils.logging import TensorBoard
 
@@ -96,6 +98,18 @@ def flops_of_clip(name: str, task: str, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
+class Reports(TensorBoard):
+    """Keeps what the loop last reported of its performance."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.performance: dict[str, float] = {}
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if group == "perf":
+            self.performance = dict(values)
+
+
 class Trainer:
     """A model in training on one batch, again and again.
 
@@ -122,7 +136,8 @@ class Trainer:
         )  # fmt: skip
         progress = Progress()
         state, process = RunState(self.model, optimization, progress), Process(0, 0, 1, device)
-        self.session = Session(Path(), state, process, TensorBoard(None), NonFinite(progress), save_ckpt=False)
+        self.reports = Reports()
+        self.session = Session(Path(), state, process, self.reports, NonFinite(progress), save_ckpt=False)
 
     def seconds(self, steps: int) -> float:
         """Return the wall seconds of so many steps."""
@@ -146,14 +161,13 @@ def measure(
     torch.compiler.reset()  # else what was compiled for other models counts against a limit
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
         trainer = Trainer(name, task, count, device, precision, **how)
         trainer.seconds(3)  # compiles, chooses kernels
         rate = count * steps / min(trainer.seconds(steps) for _ in range(3))
     except torch.OutOfMemoryError:
         return None
-    return rate, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return rate, int(trainer.reports.performance.get("mem_gib", 0) * 2**30)
 
 
 def largest_batch(count: int, peak: int, half_peak: int, gigabytes: int) -> int:
@@ -182,6 +196,7 @@ def rows_of(name: str, task: str, arguments: Mapping[str, Any], peak: float, com
         row = dict.fromkeys(("model", "task", "batch", *how, "clips/s", "peak %", "GB", "MB a clip")) | row
         fits = [largest_batch(count, full[1], half[1], card) if half else None for card in CARDS]
         rows.append(row | {f"batch in {card} GB": fit for card, fit in zip(CARDS, fits, strict=True)})
+        print(rows[-1], file=sys.stderr, flush=True)  # the table of large models takes long
     return rows
 
 
@@ -192,8 +207,8 @@ def main() -> None:
     parser.add_argument("--device", choices=MODELS, default=default, help="(default: cuda where there is one)")
     parser.add_argument("--models", nargs="+", help="classifiers (default: S, B, L on CUDA, a tiny one on the CPU)")
     parser.add_argument("--precision", choices=DTYPES, help="(default: bf16 on CUDA, fp32 on the CPU)")
-    parser.add_argument("--batch_size", type=int, default=16, help="clips of a step, 2 or more (default: 16)")
-    parser.add_argument("--steps", type=int, default=10, help="of a measurement (default: 10)")
+    parser.add_argument("--batch_size", type=from_to(2, 4096), default=16, help="clips of a step (default: 16)")
+    parser.add_argument("--steps", type=positive, default=10, help="of a measurement (default: 10)")
     parser.add_argument("--compile", action="store_true", help="measure compiled models, too")
     args = parser.parse_args()
     device, precision = torch.device(args.device), args.precision or {"cuda": "bf16", "cpu": "fp32"}[args.device]

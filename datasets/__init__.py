@@ -1,8 +1,14 @@
 """Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier."""
 
 import logging
+import sys
 from collections.abc import Collection
 from typing import Any
+
+from utils.exits import report_uncaught
+
+if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the first file
+    report_uncaught()
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats import find_data_set, find_data_sets

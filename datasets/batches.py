@@ -3,15 +3,13 @@
 A few batches are in the making at a time, each in a slot of memory of its final shape, which is kept and used again.
 Every process takes windows of any of them, so the memory needed does not grow with the processes, and a window that
 takes long holds up no other. A process that hangs or dies is replaced, and its window skipped (see parallel.py).
-The memory is no file, so a small /dev/shm does not matter.
 """
 
-import logging
 import math
-import mmap
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +18,8 @@ from torch import Tensor
 from datasets.faults import Fault
 from datasets.loader import EpochSampler, Key, WindowDataset
 from datasets.parallel import READ_TIMEOUT, Child, ReadFailure, ready
-
-logger = logging.getLogger("tad")
+from datasets.slots import Slots
+from utils.signals import stop_requested
 
 _AHEAD = 2  # windows at least that each process has to do
 
@@ -75,31 +73,35 @@ class BatchLoader:
         self._groups = dataset.together if together else lambda keys: [[place] for place in range(len(keys))]
         self._children = [Child(self._work, read_timeout) for _ in range(num_workers)]
         self._tasks: dict[Child, deque[tuple[_Batch, int]]] = {child: deque() for child in self._children}
-        self._slots: list[Tensor] = []
+        self._failing: set[Child] = set()  # whose last window was none
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.slots.make()  # before a process is forked
         return self._from_processes() if self._children else self._from_here()
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Where the batches are made, each of as many windows as the first."""
+        size = len(next(iter(self.sampler), ())) or 1
+        count = 2 + math.ceil(_AHEAD * len(self._children) / size) if self._children else 1
+        remedy = "use a smaller --batch_size, with a larger --update_freq for the same step, or fewer --num_workers"
+        shape = (size, *self.dataset.shape)
+        return Slots(count, shape, pin=self.pin_memory, what="a batch has", remedy=remedy)
 
     def _from_here(self) -> Iterator[dict[str, Any]]:
         for keys in self.sampler:
-            video = torch.empty(len(keys), *self.dataset.shape, dtype=torch.uint8)
-            samples = list(self._filled(keys, video))
-            yield self._joined(keys, samples, video)
+            yield self._joined(keys, list(self._filled(keys, self.slots[0])), self.slots[0])
 
     def _from_processes(self) -> Iterator[dict[str, Any]]:
         making: deque[_Batch] = deque()
+        free = deque(range(self.slots.count))
         to_come = iter(self.sampler)
         try:
-            free = None
             while True:
-                while free is None or free:
-                    if (keys := next(to_come, None)) is None:
-                        break
-                    if free is None:
-                        free = self._reserve(len(keys))
+                while free and (keys := next(to_come, None)) is not None:
                     making.append(_Batch(free.popleft(), keys))
                     self._assign(making[-1])
                 if not making:
@@ -107,7 +109,7 @@ class BatchLoader:
                 batch = making[0]
                 while None in batch.samples:
                     self._receive()
-                yield self._joined(batch.keys, batch.samples, self._slots[batch.slot])
+                yield self._joined(batch.keys, batch.samples, self.slots[batch.slot])
                 making.popleft()
                 free.append(batch.slot)
         finally:
@@ -119,14 +121,7 @@ class BatchLoader:
         for child in self._children:
             child.kill()
             self._tasks[child].clear()
-
-    def _reserve(self, batch_size: int) -> deque[int]:
-        """Return the numbers of the slots, which are made if there are none yet."""
-        if not self._slots:
-            count = 2 + math.ceil(_AHEAD * len(self._children) / batch_size)
-            shape = (batch_size, *self.dataset.shape)
-            self._slots = [shared_memory(shape, pin=self.pin_memory) for _ in range(count)]
-        return deque(range(len(self._slots)))
+        self._failing.clear()
 
     def _assign(self, batch: _Batch) -> None:
         """Distribute the windows of a batch over the processes, each to that with the fewest to do."""
@@ -145,7 +140,7 @@ class BatchLoader:
         """Read windows into their places. Runs in the reading process."""
         slot, windows = task
         places, keys = zip(*windows, strict=True)
-        yield from self._filled(keys, [self._slots[slot][place] for place in places])
+        yield from self._filled(keys, [self.slots[slot][place] for place in places])
 
     def _filled(self, keys: Sequence[Key], outs: Sequence[Tensor]) -> Iterator[dict[str, Any] | Fault]:
         for places in self._groups(keys):
@@ -162,12 +157,24 @@ class BatchLoader:
             if kind == "result":
                 batch, place = self._tasks[child].popleft()
                 batch.samples[place] = value
+                self._failing.discard(child)
 
     def _skip(self, child: Child, reason: str) -> None:
-        """Note the end of a process in the middle of a window; the rest of what it was sent with that comes last."""
+        """Note the end of a process in the middle of a window; the rest of what it was sent with that comes last.
+
+        A run that is to stop does not wait for one window after the other of what cannot be read: after the second in a
+        row, all that this process has to do is skipped.
+        """
         tasks = self._tasks[child]
         batch, place = tasks.popleft()
         batch.samples[place] = self.dataset.fault(batch.keys[place], reason)
+        if child in self._failing and stop_requested():
+            child.kill()
+            reason = f"not tried, since the run is to stop and those before failed ({reason})"
+            for batch, place in tasks:
+                batch.samples[place] = self.dataset.fault(batch.keys[place], reason)
+            tasks.clear()
+        self._failing.add(child)
         rest = []
         while tasks and tasks[0][0] is batch and tasks[0][1] > place:
             rest.append(tasks.popleft())
@@ -189,13 +196,3 @@ class BatchLoader:
         batch = {name: torch.cat([sample[name] for sample in read]) for name in sorted(tensors)}
         batch |= {"video": video.flatten(0, 1), "samples": names, "skipped": faults, "notes": notes}
         return batch | {"weight": float(bool(names))}
-
-
-def shared_memory(shape: Sequence[int], *, pin: bool) -> Tensor:
-    """Return uint8 memory that processes forked later share with this one. pin: page-lock it for copies by CUDA."""
-    tensor = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(*shape)
-    if pin:
-        code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
-        if int(code):
-            logger.warning(f"memory for batches cannot be page-locked (CUDA error {int(code)}): copies take longer")
-    return tensor

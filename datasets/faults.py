@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,6 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
-
-
-@contextmanager
-def loader_errors() -> Iterator[None]:
-    """Turn the death of a loading process while the body waits for it into a DataError."""
-    try:
-        yield
-    except RuntimeError as e:
-        if "DataLoader worker (pid" not in str(e):  # an error inside a worker reads "in DataLoader worker process"
-            raise
-        remedy = "give the job more memory or fewer --num_workers; the same command continues a training run"
-        raise DataError(f"a loading process died, killed from outside or for lack of memory ({e}): {remedy}") from e
 
 
 class CountedBatches:

@@ -2,25 +2,28 @@
 
 A decoder that hangs or crashes in native code takes its process with it, not the run. A child is forked where it is
 first needed, serves one item after another, and is replaced after it had to be killed. It dies with its parent, even
-with one that was killed, and heeds no signal but KILL.
+with one that was killed, and heeds no signal but KILL. The parent waits for nothing longer than the limit.
 """
 
 import ctypes
 import os
 import pickle
 import signal
+import socket
+import struct
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from io import BytesIO
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import cv2
 import torch
-from torch.utils.data import get_worker_info
 
 from datasets.clips import DataError
 from utils.logging import progress_bar
@@ -29,6 +32,9 @@ from utils.signals import SIGNALS
 Item, Result = TypeVar("Item"), TypeVar("Result")
 READ_TIMEOUT = 60.0  # seconds without a picture read
 _ALIVE_EVERY = 1.0  # seconds between two signs of life
+_LONGEST = 1e6  # seconds that the system can wait, or so
+_TO_END = 5.0  # seconds that the system may take to end a process
+_PIPE, _OVERHEAD = 1 << 16, 1 << 10  # bytes that a pipe holds for sure, and what a message takes of them besides
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _to_parent: Connection | None = None  # in a child: where signs of life go
 _last_sign = 0.0
@@ -59,25 +65,21 @@ class Child:
     """
 
     def __init__(self, function: Callable[[Any], Iterable[Any]], limit: float):
-        self.function, self.limit, self.deadline = function, limit, 0.0
+        self.function, self.limit, self.deadline = function, min(limit, _LONGEST), 0.0
         self._pid: int | None = None
         self._waiting: deque[bytes] = deque()  # items that are not done
+        self._sent = 0  # how many of them are with the process, or on the way
         self.connection: Connection | None = None
 
     def send(self, item: Any) -> None:
-        """Start the work on an item, after that on those sent before."""
+        """Start the work on an item, after that on those sent before. Raises DataError where no process can start."""
         if not self._waiting:
             self.deadline = time.monotonic() + self.limit
         self._waiting.append(_dumps(item))
         if self._pid is None:
             self._start()
-            return
-        try:
-            self.connection.send_bytes(self._waiting[-1])
-        except OSError:  # it was killed
-            if len(self._waiting) == 1:
-                self._end()
-                self._start()
+        else:
+            self._pass_on()
 
     def receive(self) -> tuple[str, Any]:
         """Wait for the next message: ("result", value), ("alive", None), or ("done", None) after an item's last result.
@@ -85,17 +87,25 @@ class Child:
         Raises ReadFailure where none comes in time or the process has died, which ends the work on the item; and what
         function raised. The work goes on with the items after it.
         """
-        if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
-            os.kill(self._pid, signal.SIGKILL)
-            self._replace()
-            raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds")
         try:
+            if not self.connection.poll(max(self.deadline - time.monotonic(), 0)):
+                raise BlockingIOError
             kind, value = pickle.loads(self.connection.recv_bytes())
+        except BlockingIOError as e:  # of a message, too, that breaks off
+            self._signal()
+            self._replace()
+            raise ReadFailure(f"nothing could be read of it for {self.limit:g} seconds") from e
         except (EOFError, OSError) as e:
+            if not self._sent and time.monotonic() < self.deadline:  # it died while it had nothing to do
+                self._end()
+                self._start()
+                return "alive", None
             raise ReadFailure(f"the process that read it {self._replace()}") from e
         self.deadline = time.monotonic() + self.limit
         if kind in ("error", "done"):
             self._waiting.popleft()
+            self._sent -= 1
+            self._pass_on()
         if kind == "error":
             error, trace = value
             raise error from RuntimeError(f"in the reading process:\n{trace}")
@@ -112,8 +122,12 @@ class Child:
         """End the process, if there is one, and the work on all items."""
         self._waiting.clear()
         if self._pid is not None:
-            os.kill(self._pid, signal.SIGKILL)
+            self._signal()
             self._end()
+
+    def _signal(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
 
     def _replace(self) -> str:
         """Leave the present item to its fate and go on with the others in another process; say how this one ended."""
@@ -125,34 +139,94 @@ class Child:
         return how
 
     def _start(self) -> None:
-        self.connection, other = Pipe()
-        parent, self._pid = os.getpid(), os.fork()
-        if self._pid == 0:
-            try:
-                self.connection.close()
-                _serve(other, self.function, parent)
-            finally:
-                os._exit(0)
+        parent, ends = os.getpid(), ()
+        try:
+            self.connection, other = ends = Pipe()
+            _limit_waits(self.connection, self.limit)
+            pid = os.fork()
+        except OSError as e:
+            for end in ends:
+                end.close()
+            remedy = "use fewer workers (--num_workers), or allow more processes and open files (ulimit -u, -n)"
+            raise DataError(f"a reading process cannot start ({e.strerror}): {remedy}") from e
+        if pid == 0:
+            _live(*ends, self.function, parent)
         other.close()
-        for message in self._waiting:
-            self.connection.send_bytes(message)
+        self._pid, self._sent = pid, 0
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Send of what is waiting as much as the pipe holds, so that nobody waits here while the process works."""
+        on_the_way = sum(len(message) + _OVERHEAD for message in islice(self._waiting, self._sent))
+        for message in list(islice(self._waiting, self._sent, None)):
+            on_the_way += len(message) + _OVERHEAD
+            if self._sent and on_the_way > _PIPE:
+                break
+            try:
+                self.connection.send_bytes(message)
+            except OSError:  # it has died, or takes nothing and has got a part of the message; `receive` sees its end
+                self._signal()
+                break
+            self._sent += 1
 
     def _end(self) -> str:
         """Say how the process, which has ended or is about to, has ended."""
-        _, status = os.waitpid(self._pid, 0)
         self.connection.close()
+        status = _status(self._pid)
+        if status is None:  # it has closed the connection and lives on
+            self._signal()
+            status = _status(self._pid)
         self._pid = None
+        if status is None:
+            return "cannot be killed: it waits for a device or a network file system"
         if not os.WIFSIGNALED(status):
             return f"ended with code {os.waitstatus_to_exitcode(status)}"
         name = signal.Signals(os.WTERMSIG(status)).name
         return f"was killed by {name}" + " (of too little memory?)" * (name == "SIGKILL")
 
 
+def _limit_waits(connection: Connection, seconds: float) -> None:
+    """Let reading and writing at this end raise BlockingIOError where nothing moves for so long."""
+    span = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6) or 1)  # 0 stands for no limit
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, direction, span)
+
+
+def _status(pid: int) -> int | None:
+    """Return the status of a child process that is about to end; None where it does not within _TO_END seconds."""
+    deadline, pause = time.monotonic() + _TO_END, 1e-4
+    while time.monotonic() < deadline:
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # signals of ended children are ignored, as some launchers leave it
+            return 0
+        if ended:
+            return status
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    return None
+
+
+def _live(theirs: Connection, ours: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> NoReturn:
+    """Be the child, and end with code 0 once the parent has closed its end of the pipe."""
+    code = 1
+    try:
+        theirs.close()
+        _serve(ours, function, parent)
+        code = 0
+    except OSError:  # of the connection: the parent is gone
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], parent: int) -> None:
     """Work on items until the parent closes its end. Runs in the child."""
     global _to_parent
-    signal.set_wakeup_fd(-1)  # that of the parent
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # the parent's threads do not live through the fork
     cv2.setNumThreads(0)
@@ -161,23 +235,25 @@ def _serve(connection: Connection, function: Callable[[Any], Iterable[Any]], par
     _to_parent = connection
     while True:
         try:
-            item = pickle.loads(connection.recv_bytes())
+            message = connection.recv_bytes()
         except (EOFError, OSError):
             return
         try:
-            for result in function(item):
+            for result in function(pickle.loads(message)):
                 connection.send_bytes(_dumps(("result", result)))
-            connection.send_bytes(_dumps(("done", None)))
-        except Exception as e:
-            connection.send_bytes(_dumps(("error", (e, traceback.format_exc()))))
+            answer = ("done", None)
+        except BaseException as e:
+            answer = ("error", (_sendable(e), traceback.format_exc()))
+        connection.send_bytes(_dumps(answer))
 
 
-def limited_results(child: Child, item: Any) -> Iterable[Any]:
-    """Return the results of child.function(item), from the child in a loading process of a DataLoader.
-
-    In the process that loads for itself (--num_workers 0) they are made right here, without a limit.
-    """
-    return child.results(item) if get_worker_info() else child.function(item)
+def _sendable(error: BaseException) -> Exception:
+    """Return an exception, or what has its text where it cannot be pickled, or would end the parent unheard."""
+    if isinstance(error, Exception):
+        with suppress(Exception):
+            pickle.loads(_dumps(error))
+            return error
+    return RuntimeError(traceback.format_exception_only(error)[-1].strip())
 
 
 class _Pickler(pickle.Pickler):
@@ -205,8 +281,8 @@ def in_processes(
     """Yield (item, function(item)) of every item, as they finish, with a progress bar.
 
     failed(item, error) stands for the result of an item whose process hung for `limit` seconds or died; without it such
-    an item raises ReadFailure. Video decoders are used in such processes alone, since they must not live through the
-    forks of a data loader.
+    an item raises ReadFailure. Video decoders are used in such processes alone, since they must not live through a
+    fork.
 
     Raises what function raises.
     """

@@ -1,43 +1,23 @@
 """Evaluation: every frame of a clip is read once, every window of a split handed out once over all ranks.
 
-Ranks and their workers take whole clips. A worker decodes each frame that any window needs once and sends it as uint8;
-the device normalises it once and gathers the windows.
+The device normalises each frame once and gathers the windows.
 """
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.augment.frames import EvalTransform
-from datasets.clips import ClipTable, DataError
-from datasets.faults import Fault, agree_on_faults, loader_errors
-from datasets.parallel import READ_TIMEOUT, Child, limited_results
-from datasets.readers import open_clip
+from datasets.chunks import ClipStream, FrameChunk
+from datasets.clips import ClipTable
+from datasets.faults import Fault, agree_on_faults
+from datasets.parallel import READ_TIMEOUT
+from datasets.slots import Slots
 from datasets.windows import WindowIndex
 from utils.logging import progress_bar
-from utils.signals import shield_worker
-
-
-@dataclass(frozen=True)
-class FrameChunk:
-    """Some frames of a clip, preprocessed.
-
-    clip: number of the clip.
-    frame_ids: (n,) source frames, ascending.
-    frames: uint8 (n, 3, S, S).
-    """
-
-    clip: int
-    frame_ids: np.ndarray
-    frames: Tensor
-
-    def pin_memory(self) -> "FrameChunk":
-        return FrameChunk(self.clip, self.frame_ids, self.frames.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -54,75 +34,14 @@ class WindowBatch:
     video: Tensor
 
 
-def balance(costs: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
-    """Split items over parts so that the sums of their costs are close (largest first); ascending within a part."""
-    heap = [(0, part) for part in range(parts)]
-    shares: list[list[int]] = [[] for _ in range(parts)]
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, part = heapq.heappop(heap)
-        shares[part].append(item)
-        heapq.heappush(heap, (load + int(costs[item]), part))
-    return [sorted(share) for share in shares]
-
-
-class ClipStream(IterableDataset):
-    """FrameChunks of this rank's clips, each needed frame once, the chunks of a clip in order.
-
-    A clip that cannot be read, or holds more or fewer frames than it should, ends with a Fault.
-    """
-
-    def __init__(
-        self,
-        clips: ClipTable,
-        index: WindowIndex,
-        transform: EvalTransform,
-        *,
-        chunk_frames: int,
-        rank: int = 0,
-        world_size: int = 1,
-        read_timeout: float = READ_TIMEOUT,
-    ):
-        self.clips, self.index, self.transform, self.chunk_frames = clips, index, transform, chunk_frames
-        self._child = Child(self._chunks, read_timeout)
-        costs = np.where(index.counts > 0, index.frame_counts, 0)
-        self.share = [c for c in balance(costs, world_size)[rank] if costs[c]]
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks this rank will see."""
-        return sum(-(-len(self.index.needed_frames(c)) // self.chunk_frames) for c in self.share)
-
-    def __iter__(self) -> Iterator[FrameChunk | Fault]:
-        share = self.share
-        if worker := get_worker_info():
-            part = balance(self.index.frame_counts[share], worker.num_workers)[worker.id]
-            share = [share[i] for i in part]
-        for number in share:
-            try:
-                yield from limited_results(self._child, number)
-            except DataError as e:
-                yield Fault(number, self.clips[number].name, str(e))
-
-    def _chunks(self, number: int) -> Iterator[FrameChunk | Fault]:
-        """Yield what there is of a clip. Raises DataError where it cannot be read, or not to its end."""
-        with open_clip(self.clips[number]) as reader:
-            mismatch, usable = reader.mismatch(), reader.usable_frames()
-            if not usable:
-                raise DataError(mismatch)
-            needed = self.index.needed_frames(number)
-            needed = needed[needed < usable]
-            for first in range(0, len(needed), self.chunk_frames):
-                ids = needed[first : first + self.chunk_frames]
-                yield FrameChunk(number, ids, self.transform(reader.frames(ids)))
-        if mismatch:
-            yield Fault(number, self.clips[number].name, mismatch, usable)
-
-
 class _Gatherer:
     """Makes batches of windows from chunks of frames that it normalises as they come.
 
     It keeps one batch, since fresh memory would cost more than the copy into it, and of each clip in progress, one for
     each loading process, the frames that later windows need: fewer than a window spans.
+
+    To a CUDA device chunks are copied in a stream of its own, beside the batches that the host has put in line. Only
+    the copy is waited for, since the memory of a chunk is used again.
     """
 
     def __init__(
@@ -139,6 +58,7 @@ class _Gatherer:
         self._clip, self._last = np.zeros((2, batch_size), np.int64)
         self._count = 0  # windows in the batch so far
         self._video: Tensor | None = None  # (batch_size, T, 3, S, S)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def add(self, chunk: FrameChunk) -> Iterator[WindowBatch]:
         """Yield the batches that the windows which end in a chunk complete."""
@@ -166,7 +86,7 @@ class _Gatherer:
 
     def _windows(self, chunk: FrameChunk) -> tuple[np.ndarray, np.ndarray, Tensor]:
         """Return the last frames of the windows that end in a chunk, and (ids, frames) that they are made of."""
-        ids, frames = chunk.frame_ids, chunk.frames.to(self.device, non_blocking=True)
+        ids, frames = chunk.frame_ids, self._on_device(chunk.frames)
         frames = self.normalize(frames.transpose(0, 1)[None])[0].transpose(0, 1)
         lasts = self.index.last_frames(chunk.clip)
         first, end = np.searchsorted(lasts, (ids[0], ids[-1] + 1)).tolist()
@@ -177,6 +97,15 @@ class _Gatherer:
             keep = int(np.searchsorted(ids, self.index.frames(chunk.clip, lasts[end])[0]))
             self.kept[chunk.clip] = ids[keep:], frames[keep:].clone()  # a view would keep the others too
         return lasts[first:end], ids, frames
+
+    def _on_device(self, frames: Tensor) -> Tensor:
+        if self._stream is None:
+            return frames.to(self.device)
+        with torch.cuda.stream(self._stream):
+            frames = frames.to(self.device, non_blocking=True)
+        self._stream.synchronize()
+        frames.record_stream(torch.cuda.current_stream(self.device))
+        return frames
 
 
 class SplitWindows:
@@ -217,9 +146,17 @@ class SplitWindows:
         self.batch_size = batch_size
         self.across_clips = self.device.type != "cpu" if across_clips is None else across_clips
         self.allow_missing, self._show_progress = allow_missing, rank == 0
-        share = {"rank": rank, "world_size": world_size}
-        self.stream = ClipStream(clips, index, transform, chunk_frames=batch_size, read_timeout=read_timeout, **share)
-        self._loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.stream = ClipStream(
+            clips,
+            index,
+            transform,
+            chunk_frames=batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            read_timeout=read_timeout,
+        )
         self.agree([])  # refuses now what is known to be unreadable
 
     def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[WindowBatch | Fault]:
@@ -230,20 +167,23 @@ class SplitWindows:
 
         normalize: maps frames uint8 (1, 3, n, S, S), on the device, to what the windows are made of, of this shape.
         """
-        loader = eval_loader(self.stream, **self._loader_options)
         total = self.stream.num_chunks
         options = {"batch_size": self.batch_size, "across_clips": self.across_clips}
         windows, refused = _Gatherer(self.index, normalize, self.device, **options), False
-        with loader_errors():
-            for item in progress_bar(loader, total=total, description="evaluation", enabled=self._show_progress):
-                if isinstance(item, Fault):
-                    windows.kept.pop(item.number, None)
-                    refused = refused or not (item.frames or self.allow_missing)
-                    yield item
-                elif not refused:
-                    yield from windows.add(item)
+        for item in progress_bar(self.stream, total=total, description="evaluation", enabled=self._show_progress):
+            if isinstance(item, Fault):
+                windows.kept.pop(item.number, None)
+                refused = refused or not (item.frames or self.allow_missing)
+                yield item
+            elif not refused:
+                yield from windows.add(item)
         if not refused:
             yield from windows.rest()
+
+    @property
+    def slots(self) -> Slots:
+        """The memory that reading takes."""
+        return self.stream.slots
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""
@@ -252,15 +192,3 @@ class SplitWindows:
     def agree(self, faults: list[Fault]) -> list[Fault]:
         """Return the faults of all ranks on every rank; each calls it. Raises DataError as `agree_on_faults` does."""
         return agree_on_faults(faults, self.clips, allow_missing=self.allow_missing)
-
-
-def eval_loader(stream: ClipStream, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """Return the FrameChunks and Faults of a ClipStream, read by workers."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=min(num_workers, max(len(stream.share), 1)),
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        worker_init_fn=shield_worker,
-    )

@@ -17,11 +17,10 @@ CRC-32 of each part, by which damage is found when they are read.
 """
 
 import logging
-import math
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -36,13 +35,16 @@ from engine.optim import Optimization
 from utils.cli import ConfigError
 from utils.damage import zip_damage
 from utils.distributed import Process, gather
-from utils.files import replaced, sync
+from utils.files import check_writable, disk_error, replaced, sync
 from utils.logging import drop_records_from
-from utils.record import differing, read_run_record, write_run_record
+from utils.pickles import refused_code
+from utils.record import write_run_record
 from utils.text import short_reason
 
 LAST = "checkpoint-last"
-_STATE = "state.pth"
+STATE = "state.pth"
+# Of an optimizer's groups: what arguments say, and how it computes, which is up to the device. The rest is its state.
+_OWN_SETTINGS = ("lr", "lr_scale", "weight_decay", "betas", "eps", "fused", "foreach", "capturable", "differentiable")
 logger = logging.getLogger("tad")
 
 
@@ -119,55 +121,9 @@ def find_last(output_dir: str | Path) -> Path | None:
     """Return the checkpoint-last folder of a run, or None."""
     for name in (LAST, f"{LAST}.old"):
         folder = Path(output_dir, name)
-        if (folder / _STATE).is_file():
+        if (folder / STATE).is_file():
             return folder
     return None
-
-
-def recorded_arguments(output_dir: str | Path, *, auto_resume: bool, resume: str | None) -> dict[str, Any]:
-    """Return the arguments of the run whose state would be continued; {} where there is none.
-
-    Raises ConfigError where the state is damaged.
-    """
-    folder = (find_last(output_dir) if auto_resume else None) or (Path(resume) if resume else None)
-    return load_last(folder)["args"] if folder and (folder / _STATE).is_file() else {}
-
-
-def find_resume(
-    output_dir: str | Path, *, auto_resume: bool, resume: str | None, record: Mapping[str, Any], free: Set[str]
-) -> dict[str, Any] | None:
-    """Return the state to continue from: output_dir's own if auto_resume, else that of the folder `resume`, else None.
-
-    record: the arguments of this run. Those of the run that is continued, and of the one that output_dir belongs to,
-    must equal them but for the names in `free`; without auto_resume, output_dir must not hold a run.
-
-    Raises ConfigError.
-    """
-    folder, record_file = find_last(output_dir) if auto_resume else None, Path(output_dir, "args.json")
-    if record_file.exists() and not auto_resume:
-        raise ConfigError(f"{output_dir} holds a run: choose another --output_dir, remove it, or leave auto_resume on")
-    known = []  # (where a run is, its arguments)
-    if folder is None and record_file.exists():
-        known.append((output_dir, read_run_record(record_file)))
-    if folder is None and resume:
-        folder = Path(resume)
-        if not (folder / _STATE).is_file():
-            raise ConfigError(f"--resume {resume}: no {_STATE} in it; it takes a checkpoint-last folder")
-        state = load_last(folder)
-        state["best"] = dict.fromkeys(state["best"], -math.inf)  # the files of those values stayed there
-    else:
-        state = load_last(folder) if folder else None
-    if state:
-        known.append((folder, state["args"]))
-    for where, arguments in known:
-        if changes := differing(arguments, record, free):
-            other = "; ".join(changes)
-            raise ConfigError(
-                f"{where} belongs to a run with other arguments ({other}): use those or another --output_dir"
-            )
-    if record_file.exists() and not state:
-        logger.info(f"{output_dir} holds a run that ended before a state was saved: starting from the beginning")
-    return state
 
 
 def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -> None:
@@ -181,10 +137,22 @@ def rewind_folder(output_dir: str | Path, state: RunState, *, world_size: int) -
     drop_records_from(folder / "log.txt", progress.epoch)
     drop_records_from(folder / "nonfinite.jsonl", progress.epoch, progress.step)
     shutil.rmtree(folder / f"{LAST}.new", ignore_errors=True)  # what a killed process was writing
-    if (folder / LAST / _STATE).is_file():
+    if (folder / LAST / STATE).is_file():
         shutil.rmtree(folder / f"{LAST}.old", ignore_errors=True)
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def check_room(output_dir: str | Path, state: RunState) -> None:
+    """Find out whether a folder takes the state of a run, beside the one that is there. Raises ConfigError."""
+    optimization = state.optimization
+    weights = sum(tensor.nbytes for tensor in state.model.state_dict().values())
+    moments = 2 if isinstance(optimization.optimizer, torch.optim.Adam) else 0  # AdamW is one
+    shutil.rmtree(Path(output_dir, f"{LAST}.new"), ignore_errors=True)  # its room counts
+    try:
+        check_writable(output_dir, weights * (1 + moments + bool(optimization.ema)))
+    except OSError as e:
+        raise ConfigError(f"{output_dir}: cannot be written ({e.strerror}); choose another --output_dir") from e
 
 
 def save_last(output_dir: str | Path, state: RunState) -> None:
@@ -209,19 +177,20 @@ def save_last(output_dir: str | Path, state: RunState) -> None:
     last, new, old = (Path(output_dir, LAST + suffix) for suffix in ("", ".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     try:
-        with _explained(last):
+        with explained(last, writing=new / STATE):
             new.mkdir(parents=True)
-            _write(content, new / _STATE)
-            sync(new / _STATE)
+            _write(content, new / STATE)
+            sync(new / STATE)
             sync(new)
     except CheckpointWriteError:
         shutil.rmtree(new, ignore_errors=True)  # the disk may be full of it
         raise
-    if last.exists():
-        shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
-        os.rename(last, old)
-    os.rename(new, last)
-    sync(Path(output_dir))
+    with explained(last):
+        if last.exists():
+            shutil.rmtree(old, ignore_errors=True)  # `last` is whole, so nothing needs `old` yet
+            os.rename(last, old)
+        os.rename(new, last)
+        sync(Path(output_dir))
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -231,14 +200,14 @@ def _write(content: Mapping[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    """Turn what a full disk raises into a CheckpointWriteError."""
+def explained(path: str | Path, writing: Path | None = None) -> Iterator[None]:
+    """Turn what a full disk raises into a CheckpointWriteError. writing: the file that is half-written by then."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises either
-        raise CheckpointWriteError(
-            f"{path}: cannot be written ({short_reason(e)}); what was there before is intact"
-        ) from e
+        known = e if isinstance(e, OSError) else writing and disk_error(writing)
+        reason = (known and known.strerror) or short_reason(e)
+        raise CheckpointWriteError(f"{path}: cannot be written ({reason}); what was there before is intact") from e
 
 
 def load_last(folder: str | Path) -> dict[str, Any]:
@@ -247,12 +216,14 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     The file is read once for its sums, 5 GB in some seconds. Its tensors stay in it until they are read again: the
     ranks of a node share what they read in memory.
     """
-    path = Path(folder, _STATE)
+    path = Path(folder, STATE)
     if damage := zip_damage(path):
         raise ConfigError(f"{path} is damaged ({damage}); {_way_on(path.parent)}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
+        if refusal := refused_code(path, e):
+            raise ConfigError(f"{path}: {refusal}") from e
         reason = type(e).__name__ if "weights_only" in str(e) else short_reason(e)  # not its advice to unpickle all
         raise ConfigError(f"{path} is damaged ({reason}); {_way_on(path.parent)}") from e
     expected = {"model", "optimizer", "scaler", "model_ema", "ranks", "args", *(item.name for item in fields(Progress))}
@@ -269,7 +240,7 @@ def load_last(folder: str | Path) -> dict[str, Any]:
 def _way_on(damaged: Path) -> str:
     """Say what to do about a damaged folder of a run."""
     old = damaged.with_name(f"{LAST}.old")
-    if damaged.name == LAST and (old / _STATE).is_file():
+    if damaged.name == LAST and (old / STATE).is_file():
         return f"remove its folder, and the same command goes on from {old}"
     weights = "; --finetune or --from_ckpt can start another run from its checkpoint-<epoch>.pth"
     return f"copy it again where it is a copy, or remove its folder to start over{weights}"
@@ -279,24 +250,29 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
     """Set a run's state, and the random states of this rank, to what `load_last` returned, in place.
 
     On another number of ranks, what ranks have of their own is shared out anew, and a rank that did not exist keeps its
-    fresh random states. Raises ConfigError where the run had other numbers of windows, or of steps in an epoch.
+    fresh random states. An average of the weights that the run did not keep starts from its weights. Raises ConfigError
+    where the run had other numbers of windows, or of steps in an epoch.
     """
     progress, optimization = state.progress, state.optimization
+    expected = progress.num_windows, progress.steps_per_epoch
     for name, what in (("num_windows", "windows to draw from"), ("steps_per_epoch", "steps in an epoch")):
         before, now = saved[name], getattr(progress, name)
-        if now and now != before:
+        if now and before and now != before:
             raise ConfigError(
                 f"the run to continue had {before} {what}, now there are {now}: the data has changed; restore it or "
                 "start in another --output_dir"
             )
     state.model.load_state_dict(saved["model"])
     _restore_optimizer(saved["optimizer"], optimization.optimizer)
-    if optimization.scaler:
+    if optimization.scaler and saved["scaler"]:
         optimization.scaler.load_state_dict(saved["scaler"])
     if optimization.ema:
-        optimization.ema.module.load_state_dict(saved["model_ema"])
+        optimization.ema.module.load_state_dict(saved["model_ema"] or saved["model"])
     for item in fields(progress):
         setattr(progress, item.name, saved[item.name])
+    if expected[1] and not progress.steps_per_epoch:  # windows come in another order
+        progress.num_windows, progress.steps_per_epoch = expected
+        progress.step = progress.step and progress.steps_per_epoch  # what is trained and not yet evaluated stays so
     ranks = saved["ranks"]
     for name, part in state.parts.items():
         part.load_state_dicts([ranks[r][name] for r in range(process.rank, len(ranks), process.world_size)])
@@ -312,11 +288,15 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
 
 
 def _restore_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Set an optimizer's state; how it computes, on which device, is its own affair, and nothing stays in the file."""
-    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        if "fused" in own:
-            group["fused"] = own["fused"]
-    optimizer.load_state_dict(saved)
+    """Set an optimizer's state; its settings stay its own, and nothing stays in the file. Raises ConfigError."""
+    groups = saved["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ConfigError(
+            "the run to continue groups its parameters otherwise: --layer_decay changes from below 1 to below 1 alone"
+        )
+    pairs = zip(groups, optimizer.param_groups, strict=True)
+    groups = [group | {k: own[k] for k in _OWN_SETTINGS if k in own} for group, own in pairs]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
     for values in optimizer.state.values():
         kept = {k: v for k, v in values.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
         values.update({k: v.clone() for k, v in kept.items()})  # a save replaces the file they are mapped from
@@ -329,7 +309,7 @@ def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
     unwrap "model", so the file goes both ways. Raises CheckpointWriteError where it cannot be written.
     """
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    with _explained(path), replaced(path) as temporary:
+    with explained(path), replaced(path) as temporary:
         _write({"model": weights, "spec": model.spec | about}, temporary)
 
 

@@ -186,7 +186,10 @@ def gather_predictions(
             f"foreign is clip {first[0]}, frame {first[1]}"
         )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
-        raise EvaluationError(f"{len(broken)} of {len(clip)} windows have NaN or infinite logits; use --precision fp32")
+        raise EvaluationError(
+            f"{len(broken)} of {len(clip)} windows have NaN or infinite logits: the weights have diverged, as "
+            "at too high a rate, or bf16 or fp16 overflows, where --precision fp32 does not"
+        )
     label = None
     if all(clips[c].labels is not None for c in np.unique(clip)):
         label = np.concatenate([np.asarray(clips[c].labels)[frame[clip == c]] for c in np.unique(clip)])
@@ -200,7 +203,7 @@ def write_predictions(path: str | Path, predictions: Predictions, clips: Any) ->
     clips: the ClipTable, labelled. ttc is empty in a clip without anomaly.
     """
     ttc = {c: clips[c].ttc for c in np.unique(predictions.clip)}
-    with replaced(path) as temporary, temporary.open("w", newline="") as f:
+    with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         writer = csv.writer(f)
         writer.writerow(["clip", "filename", "frame", "logits_safe", "logits_risk", "score", "label", "ttc"])
         for c, frame, label, (safe, risk), score in zip(
@@ -224,6 +227,22 @@ def write_predictions(path: str | Path, predictions: Predictions, clips: Any) ->
                     "" if np.isnan(seconds) else f"{seconds:.6g}",
                 ]
             )
+
+
+def read_predictions(path: str | Path) -> Predictions:
+    """Read what `write_predictions` wrote; clips are numbered as they come. Raises EvaluationError for another file."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as f:
+            rows = [(r["clip"], int(r["frame"]), int(r["label"]), r["logits_safe"], r["logits_risk"])
+                    for r in csv.DictReader(f)]  # fmt: skip
+        names, frames, labels, safe, risk = zip(*rows, strict=True)
+        logits = np.stack([np.array(column, dtype=np.float32) for column in (safe, risk)], axis=1)
+        if not (set(labels) <= {0, 1} and np.isfinite(logits).all()):
+            raise ValueError("a label that is not 0 or 1, or a logit that is not finite")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+        raise EvaluationError(f"{path}: not the scores of an evaluation ({e}); remove it to score again") from e
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return Predictions(np.array([numbers[n] for n in names]), np.array(frames), np.array(labels), logits)
 
 
 def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:

@@ -33,15 +33,17 @@ def step_if_finite(optimization: Optimization, loss: Tensor, grad_norm: Tensor) 
     """Take an optimizer step unless the loss or gradient norm is not finite; returns bool (), whether it was left out.
 
     loss: () of this rank, its backward pass made through `nan_unless_finite`. grad_norm: () of the gradients that all
-    ranks share, so the ranks decide alike. With a scaler, overflow is its affair and only the loss counts here. The
-    host waits for the device unless the optimizer is fused: then its kernel leaves out a step by itself.
+    ranks share, so the ranks decide alike. With a scaler, overflow is its affair while it scales gradients up; once it
+    no longer does, a gradient that is not finite counts as without it. The host waits for the device unless the
+    optimizer is fused: then its kernel leaves out a step by itself.
     """
     optimizer, scaler = optimization.optimizer, optimization.scaler
+    bad = ~grad_norm.isfinite()
     if scaler:
+        at_its_end = scaler.scale(torch.ones_like(loss)) <= 1  # nothing waits for the scale
         scaler.step(optimizer)
         scaler.update()
-        return all_sum((~loss.isfinite()).float()) > 0
-    bad = ~grad_norm.isfinite()
+        return (all_sum((~loss.isfinite()).float()) > 0) | (bad & at_its_end)
     if all(group.get("fused") for group in optimizer.param_groups):  # as GradScaler does: the kernel reads found_inf
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
@@ -99,8 +101,11 @@ class NonFinite:
         not_finite = [rank for rank in ranks if not math.isfinite(rank["loss"])] or ranks
         samples = [sample for rank in not_finite for sample in rank["samples"]]
         place = {name: ranks[0][name] for name in ("epoch", "step")}
-        if self.file:
-            append_json_line(self.file, place | {"losses": losses, "samples": samples})
+        try:
+            if self.file:
+                append_json_line(self.file, place | {"losses": losses, "samples": samples})
+        except OSError as e:  # what it would keep is said below
+            logger.warning(f"{self.file}: cannot be written ({e.strerror})")
         logger.warning(
             f"epoch {place['epoch']}, step {place['step']} left out: the loss is {', '.join(map(str, losses))}, the "
             f"gradient not finite; samples: {first_few(samples, 3)}"

@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from engine.metrics import HALF, THRESHOLDS, precision_recall_curve, roc_curve, threshold_curve
+from utils.files import replaced
+
+FIGURES = ("roc", "pr", "mcc", "confusion")
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -48,7 +51,7 @@ def evaluation_figures(scores: np.ndarray, labels: np.ndarray, metrics: dict[str
         text = f"{count}\n{100 * share:.1f} %"
         axes.text(column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black")
     axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=["safe", "anomalous"], yticklabels=["safe", "anomalous"])
-    return {"roc": roc, "pr": pr, "mcc": mcc, "confusion": confusion}
+    return dict(zip(FIGURES, (roc, pr, mcc, confusion), strict=True))
 
 
 def reconstruction_picture(videos: Sequence[Tensor], columns: int = 8) -> np.ndarray:
@@ -64,7 +67,8 @@ def reconstruction_picture(videos: Sequence[Tensor], columns: int = 8) -> np.nda
 
 
 def save_figures(folder: str | Path, figures: dict[str, Figure]) -> None:
-    """Write <folder>/<name>.png."""
+    """Write <folder>/<name>.png. Raises OSError, which names the file."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(Path(folder, f"{name}.png"), dpi=120)
+        with replaced(Path(folder, f"{name}.png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)

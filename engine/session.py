@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.checkpoint import Progress, RunState, restore, rewind_folder, save_last
+from engine.checkpoint import Progress, RunState, check_room, explained, restore, rewind_folder, save_last
 from engine.guard import NonFinite
-from utils.distributed import Agreement, Process
+from utils.distributed import Agreement, Process, require_same
 from utils.logging import TensorBoard, append_json_line
 from utils.signals import EXIT_CODE, MARKER, Preempted, first_signal, stop_requested
 
@@ -85,15 +85,20 @@ class Session:
             self._leave(where or str(self.progress))
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:
-        """Add a line of JSON to log.txt and go on to the next epoch."""
+        """Add a line of JSON to log.txt and go on to the next epoch.
+
+        Raises CheckpointWriteError where it cannot be added; the epoch, trained and not evaluated, is saved by then.
+        """
         if self.process.is_main:
-            append_json_line(self.output_dir / "log.txt", {"epoch": self.progress.epoch} | dict(record))
+            with explained(self.output_dir / "log.txt"):
+                append_json_line(self.output_dir / "log.txt", {"epoch": self.progress.epoch} | dict(record))
         self.progress.epoch, self.progress.step = self.progress.epoch + 1, 0
 
     def _leave(self, where: str) -> NoReturn:
         name = first_signal()
         if self.process.is_main and self.save_ckpt and self.auto_resume:
-            (self.output_dir / MARKER).write_text(f"{name}, {where}\n")
+            with explained(self.output_dir / MARKER):
+                (self.output_dir / MARKER).write_text(f"{name}, {where}\n")
         self._agreement.ask(False, False)
         self._agreement.answer()  # nobody leaves, and so ends the others, before the marker is written
         command = "the same command" if self.auto_resume else "the command without --no_auto_resume"
@@ -121,11 +126,16 @@ def start_session(
         max_nonfinite: steps in a row, with a loss or gradient that is not finite, that end the run.
         options: save_ckpt, auto_resume and save_every_minutes of Session.
 
-    Raises ConfigError where the data is not that of the state, or a folder cannot be written.
+    Raises ConfigError where the data is not that of the state, ranks stand at different places, or a folder cannot be
+    written.
     """
     if resumed:
         restore(resumed, state, process)
+    progress = state.progress
+    require_same({name: getattr(progress, name) for name in ("epoch", "step", "num_windows", "steps_per_epoch")})
     if process.is_main:  # only now: a command that fails before it trains leaves its folder free
+        if options.get("save_ckpt", True):
+            check_room(output_dir, state)
         rewind_folder(output_dir, state, world_size=process.world_size)
     tensorboard = TensorBoard(log_dir if process.is_main else None, state.progress.steps_done)
     nonfinite_file = output_dir / "nonfinite.jsonl" if process.is_main else None

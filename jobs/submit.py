@@ -5,7 +5,8 @@
 Like a job file it starts one torchrun per node (jobs/_launch.sh), stops --signal_delay seconds before its time is over
 or when it is preempted, and is requeued if and only if its state was saved; a crash is not requeued, nor is a job that
 was cancelled. Partition, account and others: --sbatch partition=gpu, or SBATCH_PARTITION, SBATCH_ACCOUNT, ... in the
-environment; what is given here wins over those.
+environment; what is given here wins over those. Nodes that do not find each other: GLOO_SOCKET_IFNAME and
+NCCL_SOCKET_IFNAME in the environment name the network interface to use (jobs/_launch.sh).
 --cluster local runs it in the background of this machine, --cluster debug in the foreground; both wait for its end.
 A local run goes on after a signal up to five times (submitit's limit); then the same command continues it.
 """
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.cli import ConfigError, Parser, positive
+from utils.exits import report_uncaught
 from utils.flags import dapt_parser, finetune_parser
 from utils.signals import EXIT_CODE, MARKER
 
@@ -47,7 +49,7 @@ class Launch:
         command = ["bash", "-c", 'set -euo pipefail; source "$0"; launch "$@"', str(ROOT / "jobs" / "_launch.sh")]
         environment = os.environ | {
             "NPROC_PER_NODE": str(self.processes_per_node),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # torchrun of this Python
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",  # torchrun of this Python
         }
         process = subprocess.Popen([*command, *self.words], cwd=self.folder, env=environment, start_new_session=True)
 
@@ -70,8 +72,8 @@ def minutes(text: str) -> int:
         parts = [int(part) for part in found[2].split(":")]
         parts = (parts if found[1] or len(parts) == 3 else [0, *parts]) + [0, 0]
         seconds = 86400 * int(found[1] or 0) + 3600 * parts[0] + 60 * parts[1] + parts[2]
-    if not found or not seconds:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a time like 90, 24:00:00 or 2-12:00:00")
+    if not found or not 0 < seconds < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a time like 90, 24:00:00 or 2-12:00:00")
     return -(-seconds // 60)
 
 
@@ -85,7 +87,7 @@ def option(text: str) -> tuple[str, str]:
 
 def submit_parser() -> Parser:
     """The flags before `--`."""
-    parser = Parser(__doc__, retired={})
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("script", choices=SCRIPTS, help="what to run; its flags follow after --")
     add("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="where it runs (default: %(default)s)")
@@ -158,6 +160,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    report_uncaught()
     try:
         main(sys.argv[1:])
     except ConfigError as e:

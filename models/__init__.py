@@ -3,6 +3,13 @@
 A model is pure: torch, timm and einops, no files, no processes, no arguments object; `models.weights` reads files.
 """
 
+import sys
+
+from utils.exits import report_uncaught
+
+if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the first file
+    report_uncaught()
+
 from models import internvideo2, mae, vit  # noqa: F401  (they fill the registry)
 from models.registry import (
     ModelDefaults,

@@ -138,6 +138,26 @@ def write_video(path: Path, *, frames: int, fps: int, size: tuple[int, int] = (6
     synthetic.write_video(path, map(picture, range(frames)), size=size, fps=fps)
 
 
+def render_small(root: Path) -> Path:
+    """Make a small synthetic data set in DoTA's layout: 8 training and 5 validation clips of 96 x 54 pixels, zipped."""
+    synthetic.render_dota(root, train=8, val=5, seed=1, size=(96, 54))
+    return root
+
+
+def make_data(root: Path) -> Path:
+    """Make dota, the data of `render_small` with two broken frames in a training clip, and videos, a folder of them."""
+    render_small(root / "dota")
+    path = root / "dota" / "frames" / "synthetictr_000003" / "images.zip"
+    with zipfile.ZipFile(path) as z:
+        frames = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile(path, "w") as z:
+        for i, (name, content) in enumerate(frames.items()):
+            z.writestr(name, content if i not in (20, 30) else b"no picture")
+    for i in range(2):
+        write_video(root / "videos" / f"{i}.mp4", frames=60, fps=10)
+    return root
+
+
 cut_dota = partial(cut_video.cut_dota, DRIVING)
 
 

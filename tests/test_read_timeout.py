@@ -1,8 +1,14 @@
 """Runs whose reader hangs or whose reading process is killed: the clip is named, the run goes on."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from background import tree
 from helpers import ROOT, run
 
 LIMIT = 8  # a loaded machine needs a while for its first picture
@@ -17,7 +23,7 @@ from datasets import readers
 original = readers.ZipReader._bytes
 
 def misbehave(self, name):
-    if self.clip.name in ({clip!r},):
+    if self.clip.name.startswith({clip!r}):
         {how}
     return original(self, name)
 
@@ -67,3 +73,25 @@ def test_evaluation_refuses_or_leaves_the_clip_out(dota_root, tmp_path, processe
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert metrics["coverage"] == "4 of 5 clips" and metrics["unreadable"] == ["syntheticva_000002"]
+
+
+def test_one_signal_ends_a_run_that_can_read_nothing(dota_root, tmp_path):
+    """All of a batch hangs, 16 windows in line: a limit of 4 seconds for each would be a minute."""
+    script = patched(tmp_path, "synthetictr_", HANG)
+    words = [*TINY, "--data_path", dota_root, "--output_dir", tmp_path / "run", "--num_workers", "1"]
+    words += ["--nb_samples_per_epoch", "64", "--total_batch_size", "16", "--epochs", "1", "--warmup_epochs", "0"]
+    words += ["--max_bad_samples", "1000", "--disable_eval_during_finetuning", "--read_timeout", "4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run_ = subprocess.Popen([sys.executable, script, *map(str, words)], cwd=ROOT, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while len(tree(run_.pid)) < 2:  # until there is a process that reads
+            assert run_.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        run_.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        assert run_.wait(120) == 75
+        assert time.monotonic() - signalled < 32  # 8, and for a slow machine
+        assert (tmp_path / "run" / "REQUEUE").read_text().startswith("SIGTERM, epoch 0, ")
+    finally:
+        run_.kill()

@@ -253,8 +253,11 @@ def test_unreadable_samples_are_skipped_up_to_a_limit(dota_root, tmp_path, capsy
 
 
 def test_resume_from_another_folder(finished, dota_root, tmp_path):
-    in_process(*flags(dota_root, tmp_path / "b", *SHORT, "--resume", finished / "checkpoint-last"))
-    assert not (tmp_path / "b" / "log.txt").exists()  # nothing was left to do
+    for stop in (1, 2):
+        words = flags(dota_root, tmp_path / str(stop), *SHORT, "--stop_epoch", stop)
+        in_process(*words, *(["--resume", str(tmp_path / "1" / "checkpoint-last")] if stop == 2 else []))
+    a, b = (load_weights(f / "checkpoint-1.pth") for f in (tmp_path / "2", finished))
+    assert all(torch.equal(a[k], b[k]) for k in a) and [r["epoch"] for r in log(tmp_path / "2")] == [1]
     for wrong in (tmp_path / "nowhere", finished):
         with pytest.raises(ConfigError, match="no state.pth in it; it takes a checkpoint-last folder"):
             in_process(*flags(dota_root, tmp_path / "c", *SHORT, "--resume", wrong))
@@ -448,7 +451,7 @@ def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_
     """A copy of checkpoint-last has no args.json beside it; a folder that holds another run is not taken over."""
     shutil.copytree(odd.parent / "checkpoint-last", tmp_path / "copy" / "checkpoint-last")
     words = ["--data_set", "DoTA", "--data_path", dota_root, "--device", "cpu", "--num_workers", "0", *SHORT]
-    words += ["--epochs", "1", "--warmup_epochs", "0", "--init_scale", 9]
+    words += ["--override", "epochs", "--warmup_epochs", "0", "--init_scale", 9]
     words = [str(word) for word in (*words, "--resume", tmp_path / "copy" / "checkpoint-last", "--output_dir")]
     in_process(*words, str(tmp_path / "b"))
     assert json.loads((tmp_path / "b" / "args.json").read_text())["args"]["gelu"] == "tanh"
@@ -600,7 +603,9 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
             "is for run_dapt.py; fine-tuning takes a classifier",
         ),
         (["--weight_decay", "0", "--weight_decay_end", "0.1"], "--weight_decay_end needs a --weight_decay above 0"),
-        (["--epochs", "5"], "the warm-up (30 steps) must be shorter than --epochs 5 (30 steps)"),
+        (["--epochs", "5"], "--warmup_epochs 5 must be below --epochs 5"),
+        (["--min_lr", "0.1"], "--min_lr 0.1, the final rate, must not be above --lr 0.001"),
+        (["--num_frames", "5"], "and num_frames 5 of tubelet_size 2"),
         (["--stop_epoch", "60"], "--start_epoch 0 < --stop_epoch 60 <= --epochs 50 must hold"),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from background import EVERY_STEP, USR2_PASSES, Run, assert_same_run, dapt, finetune, log, state
+from background import USR2_PASSES, Run, assert_same_run, finetune, log, state
 from helpers import ROOT, run
+from kills import commands, killed, left_alone
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_finetune
 from models import create_model
 from utils.flags import finetune_parser
 
-KILLS = 20
+KILLS = 4  # of each run
 
 
 def in_process(script, *words):
@@ -28,66 +28,24 @@ def in_process(script, *words):
     run_finetune.main(finetune_parser("").parse_args([str(w) for w in words]))
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """{script: the folder of a run that was left alone}."""
-    root = tmp_path_factory.mktemp("whole")
-    for name, words in (("finetune", finetune(data)), ("dapt", dapt(data))):
-        done = run(*words, "--output_dir", root / name, processes=2)
-        assert done.returncode == 0, done.stderr
-    return root
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # SIGKILL
 
 
-def killed_until_it_finishes(words, folder, seed):
-    """Start a run again and again, each time killed at a random moment, KILLS times; then let it finish.
-
-    Every fourth time it is killed while it starts, else within a second after it has saved again, one of three in the
-    next save. Returns how many of the kills came in the middle of a save.
-    """
-    rng, in_saves = random.Random(seed), 0
-    last = folder / "checkpoint-last" / "state.pth"
-    for kill in range(KILLS):
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        attempt = Run([*words, *EVERY_STEP], folder)
-        if kill % 4 == 3:
-            time.sleep(rng.uniform(0, 6))
-        else:
-            saved = attempt.until(lambda before=before: last.exists() and last.stat().st_mtime_ns != before)
-            assert saved, attempt.output
-            time.sleep(rng.uniform(0, 1))
-        tree = attempt.tree()
-        if kill % 4 == 1:
-            attempt.until((folder / "checkpoint-last.new").exists)
-        assert attempt.process.poll() is None, f"kill {kill} came too late: {attempt.output}"
-        attempt.kill(tree)
-        in_saves += any((folder / f"checkpoint-last.{part}").exists() for part in ("new", "old"))
-    final = Run(words, folder)
-    assert final.end(600) == 0, final.output
-    return in_saves
-
-
 @pytest.mark.slow
-def test_forty_kills_change_nothing(data, whole, tmp_path, capsys):
-    runs = {"finetune": finetune(data), "dapt": dapt(data)}
-    started = time.monotonic()
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_kills_change_nothing(data, tmp_path, processes):
+    """The short form of tests/kills.py."""
+    words = commands(data, epochs=3)
+
+    def survive(seed, script):
+        left_alone(words[script], tmp_path / f"whole_{script}", processes=processes)
+        killed(words[script], tmp_path / script, processes=processes, kills=KILLS, seed=seed)
+
     with ThreadPoolExecutor(2) as pool:
-        results = [
-            pool.submit(killed_until_it_finishes, words, tmp_path / name, seed)
-            for seed, (name, words) in enumerate(runs.items())
-        ]
-        in_saves = sum(result.result() for result in results)
-    for name in runs:
-        assert_same_run(whole / name, tmp_path / name)
-    assert in_saves > 0
-    with capsys.disabled():
-        print(
-            f"\n{KILLS * len(runs)} of {KILLS * len(runs)} kills survived, {in_saves} of them in a save, "
-            f"in {time.monotonic() - started:.0f} s"
-        )
+        list(pool.map(survive, range(2), words))
+    for script in words:
+        assert_same_run(tmp_path / f"whole_{script}", tmp_path / script)
 
 
 def test_what_a_killed_save_leaves_is_removed(data, tmp_path, capsys):
@@ -131,15 +89,17 @@ def steps_of(folder):
 
 
 @pytest.mark.slow
-def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(data, whole, tmp_path):
-    """USR2 to torchrun, then TERM to torchrun, then USR1 to one rank alone, then the end."""
+def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(data, tmp_path):
+    """USR2 to torchrun, then TERM, then INT to all processes, then USR1 to one rank alone, then the end."""
     folder, marker = tmp_path / "run", tmp_path / "run" / "REQUEUE"
-    seen = []
-    for number in [signal.SIGUSR2] * USR2_PASSES + [signal.SIGTERM, signal.SIGUSR1]:
+    seen, places = [], [f"epoch {epoch}  step {step}/" for epoch, step in ((0, 14), (1, 14), (2, 14), (2, 56))]
+    for number in [signal.SIGUSR2] * USR2_PASSES + [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]:
         attempt = Run(finetune(data), folder)
-        attempt.until_said(f"epoch {len(seen)}  step 14/")
+        attempt.until_said(places[len(seen)])
         assert not marker.exists()
-        os.kill(attempt.ranks()[1] if number == signal.SIGUSR1 else attempt.process.pid, number)
+        pids = {signal.SIGUSR1: attempt.ranks()[1:], signal.SIGINT: attempt.tree()}.get(number, [attempt.process.pid])
+        for pid in pids:
+            os.kill(pid, number)
         asked = time.monotonic()
         attempt.until(marker.exists, seconds=10)
         assert time.monotonic() - asked < 10 and marker.exists()
@@ -154,9 +114,11 @@ def test_signals_under_torchrun_stop_all_ranks_at_one_step_and_nothing_is_lost(d
     done = run(*finetune(data), "--output_dir", folder, processes=2)
     assert done.returncode == 0 and f"resuming at epoch {seen[-1][0]}, step {seen[-1][1]}" in done.stdout
     assert not marker.exists()
-    assert_same_run(whole / "finetune", folder)
+    whole = tmp_path / "whole"
+    left_alone(finetune(data), whole, processes=2)
+    assert_same_run(whole, folder)
     for tag in ("train/loss", "train/grad_norm", "val/auroc"):  # no point lost, none twice
-        one, two = (EventAccumulator(str(f)).Reload().Scalars(tag) for f in (whole / "finetune", folder))
+        one, two = (EventAccumulator(str(f)).Reload().Scalars(tag) for f in (whole, folder))
         assert [(e.step, e.value) for e in one] == [(e.step, e.value) for e in two]
 
 
@@ -173,9 +135,9 @@ def test_signals_to_a_single_process(data, tmp_path):
 
     attempt = Run(words, folder, processes=0)
     attempt.until_said("epoch 0  step 21/")
-    for _ in range(4):  # by Slurm itself, by srun, by torchrun
+    for number in 4 * [signal.SIGTERM] + [signal.SIGINT]:  # by Slurm itself, by srun, by torchrun, by an impatient user
         for pid in attempt.tree():
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
     assert attempt.end(60) == 75 and 21 <= steps_of(folder)[1] < 96 and marker.exists()
 
     attempt = Run(words, folder, processes=0)

@@ -7,7 +7,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
+
+from utils.exits import fail
 
 
 class ConfigError(ValueError):
@@ -29,12 +33,13 @@ class Parser(argparse.ArgumentParser):
     retired: {flag: why it is gone}.
     """
 
-    def __init__(self, description: str, retired: Mapping[str, str]):
+    def __init__(self, description: str, retired: Mapping[str, str] = MappingProxyType({})):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         self.retired = retired
         self.free_on_resume: set[str] = set()  # destinations of flags that may change when a run is resumed
+        self.overridable: dict[str, bool] = {}  # those --override may change; whether windows come in another order
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else args
@@ -50,29 +55,64 @@ class Parser(argparse.ArgumentParser):
         return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists every flag)\n")
+        fail(f"{self.prog}: error: {message}\n(--help lists every flag)", code=2)
 
 
-def positive(text: str) -> int:
-    """Return a whole number above 0. Raises argparse's error for anything else."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+@dataclass(frozen=True)
+class Number:
+    """The type of a flag: a finite number of a range.
+
+    low, high: the smallest and the largest; high None: of whole numbers the largest that C takes, else that of floats.
+    whole: whether it is a whole number, an int then, else a float.
+    above, below: whether low, or high, is itself outside.
+    """
+
+    low: float = 0
+    high: float | None = None
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+
+    def __call__(self, text: str) -> float:
+        """Return the number. Raises argparse's error, which says the range, for anything else."""
+        try:
+            value = int(text) if self.whole else float(text) + 0.0  # -0.0 becomes 0.0
+        except ValueError:
+            value = math.nan
+        high = self._highest if self.high is None else self.high
+        if self.low <= value <= high and not (self.above and value == self.low) and not (self.below and value == high):
+            return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {self}")
+
+    @property
+    def _highest(self) -> float:
+        return 2**31 - 1 if self.whole else sys.float_info.max
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.high is None:
+            return f"{kind} above {self.low}" if self.above else f"{kind}, {self.low} or above"
+        if self.below:
+            return f"{kind} {'above' if self.above else 'from'} {self.low} and below {self.high}"
+        return f"{kind} {f'above {self.low}, up' if self.above else f'from {self.low}'} to {self.high}"
 
 
-def natural(text: str) -> int:
-    """Return a whole number, 0 or above. Raises argparse's error for anything else."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or above")
-    return int(text)
+def from_to(low: float, high: float) -> Number:
+    """Return the type of whole numbers from low to high."""
+    return Number(low, high, whole=True)
 
 
-def positive_float(text: str) -> float:
-    """Return a finite number above 0. Raises argparse's error for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+positive = Number(whole=True, above=True)
+natural = Number(whole=True)
+positive_float = Number(above=True)
+not_negative = Number()
+share = Number(0, 1)
+share_below_1 = Number(0, 1, below=True)
+frame_rate = Number(0, 1000, above=True)
+frame_rate_or_0 = Number(0, 1000)
+pixels = from_to(1, 4096)
+pixels_or_0 = from_to(0, 4096)
+frame_count = from_to(1, 4096)
+processes = from_to(1, 1024)
+percent = from_to(1, 100)
+wait = Number(0, 10**6, above=True)

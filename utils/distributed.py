@@ -1,13 +1,16 @@
 """One process or many: torchrun's environment in, a `Process` out. The collectives are no-ops in a single process."""
 
+import fcntl
 import inspect
+import json
 import os
 import random
 import re
+import socket
+import struct
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,7 +22,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.cli import ConfigError
+from utils.exits import report, say_cause
+from utils.text import first_few
 
+_PATIENCE = timedelta(days=1)  # of ranks that wait for one that scans or downloads
 # What gloo and NCCL say when another process is gone or late.
 _LOST = r"timed out|timeout|connection (closed|reset)|broken pipe|ncclRemoteError"
 
@@ -44,7 +50,13 @@ class Process:
 
 
 @contextmanager
-def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Exception], ...] = ()) -> Iterator[Process]:
+def process_group(
+    device: str,
+    *,
+    timeout: timedelta,
+    expected: tuple[type[Exception], ...] = (),
+    same: Mapping[str, Any] | None = None,
+) -> Iterator[Process]:
     """Join the group that torchrun announces in the environment (NCCL on CUDA, gloo on the CPU); leave it at the end.
 
     Without torchrun: a single process. An exception is reported before the group ends, because that makes the others
@@ -53,8 +65,9 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
 
     Args:
         device: "cuda" or "cpu". timeout: of every wait for the others. expected: exceptions whose message says all.
+        same: what every process must have been started with, by name, in plain types.
 
-    Raises ConfigError where CUDA is asked for and absent.
+    Raises ConfigError where CUDA is asked for and absent, or where processes differ in `same`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
@@ -69,8 +82,11 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
     if "WORLD_SIZE" not in os.environ:
         yield process
         return
-    backend, bound = ("nccl", cuda_or_cpu) if device == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timeout, device_id=bound)
+    try:
+        _join(process, same or {})
+    except RuntimeError as e:
+        _report(e, process, expected)
+        sys.exit(1)
     together = False  # whether the others leave now, too
     try:
         yield process
@@ -85,21 +101,105 @@ def process_group(device: str, *, timeout: timedelta, expected: tuple[type[Excep
         _leave(together)
 
 
+def _join(process: Process, same: Mapping[str, Any]) -> None:
+    """Meet the others, compare `same` with theirs before anything depends on it, and form the group."""
+    if process.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size)):
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface and interface != "lo":  # else gloo takes that of the host's name, which may be lo
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=process.timeout))
+    store.set(f"same/{rank}", json.dumps((socket.gethostname(), dict(same))))
+    if rank == 0:
+        rows = [json.loads(store.get(f"same/{other}")) for other in range(world_size)]
+        store.set("same", _difference(rows) or "")
+    if difference := store.get("same").decode():
+        raise ConfigError(difference)
+    backend, bound = ("nccl", process.device) if process.device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=process.timeout, device_id=bound
+    )
+
+
+def interface_towards(host: str) -> str | None:
+    """Return the name of the network interface by which a host is reached; None where IPv4 does not tell."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 1))  # sends nothing
+        except OSError:
+            return None
+        address = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                request = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR, netdevice(7)
+                if request[20:24] == address:
+                    return name
+    return None
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Compare values, in plain types, with those of the other ranks; every rank calls it.
+
+    Raises ConfigError, on every rank, that names what differs, and where.
+    """
+    rows = gather((socket.gethostname(), dict(values)))
+    if difference := broadcast(_difference(rows) if rows else None):
+        raise ConfigError(difference)
+
+
+def _difference(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+    """Say in what the first rank that differs from rank 0 does so. rows: (host, values by name) of each rank."""
+    host, values = rows[0]
+    for rank, (other_host, others) in enumerate(rows):
+        names = [name for name in {**values, **others} if repr(values.get(name)) != repr(others.get(name))]
+        if names:
+            has, other_has = (
+                first_few((f"no {n}" if row.get(n) is None else f"{n} {row[n]}" for n in names), 3)
+                for row in (values, others)
+            )
+            return (
+                f"rank 0 on {host} has {has}, but rank {rank} on {other_host} has {other_has}: start every process "
+                "with the same flags on the same files"
+            )
+    return None
+
+
+def require_same_weights(model: nn.Module, loaded: Sequence[str], source: str) -> None:
+    """Compare what of a model, on the CPU, was loaded from a file with that on the other ranks; every rank calls it.
+
+    loaded: keys of its state dict. A rounding more or less, of tables fitted by other kinds of CPU, does not count.
+
+    Raises ConfigError, on every rank, that names the source and where it differs.
+    """
+    state = model.state_dict()
+    norms = {key: float(torch.linalg.vector_norm(state[key], 1, dtype=torch.float64)) for key in loaded}
+    rows, message = gather((socket.gethostname(), norms)), None
+    for rank, (host, others) in enumerate(rows or ()):
+        if norms.keys() != others.keys() or not np.allclose(
+            [norms[key] for key in others], list(others.values()), rtol=1e-6, atol=0
+        ):
+            message = (
+                f"{source} holds other weights on {host}, for rank {rank}, than on {rows[0][0]}, for rank 0: give "
+                "every node the same file"
+            )
+            break
+    if message := broadcast(message):
+        raise ConfigError(message)
+
+
 def _report(error: Exception, process: Process, expected: tuple[type[Exception], ...]) -> None:
-    """Say on stderr why this process ends: an expected error, the loss of the others, or a traceback."""
+    """Say why this process ends: an expected error, the loss of the others, or a traceback."""
     prefix = "" if process.is_main else f"[rank {process.rank}] "
-    lines = traceback.format_exception(error)
     if isinstance(error, expected):
-        lines = [f"error: {error}\n"]
+        say_cause(f"error: {error}")
     elif isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE):
         reason = str(error).strip().splitlines()[0]
-        lines = [
-            "error: lost the other processes: one has ended, and says why in its own message, or did not come within "
-            f"--dist_timeout {process.timeout.total_seconds() / 60:g} minutes ({reason})\n"
-        ]
-    sys.stdout.flush()
-    sys.stderr.write("".join(prefix + line for line in "".join(lines).splitlines(keepends=True)))
-    sys.stderr.flush()
+        say_cause(
+            "error: lost the other processes: one has ended, or did not come within --dist_timeout "
+            f"{process.timeout.total_seconds() / 60:g} minutes ({reason})",
+            consequence=True,
+        )
+    else:
+        report(error, prefix)
 
 
 def _leave(together: bool) -> None:
@@ -117,12 +217,35 @@ def data_parallel(model: nn.Module, process: Process) -> nn.Module:
     """Return DistributedDataParallel over the process group, or the model itself in a single process.
 
     Buffers are not sent around at every pass: ours are constants. Nor are inputs moved: they are where they should be.
+    Every step sums gradients in the same order, the first one too, so a run that is continued sums as it did before.
     """
     if process.world_size == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **{option: False})
+    _settle_buckets(parallel)
+    return parallel
+
+
+def _settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Make DDP lay out its buckets before the first step, by a pass that gives every parameter a gradient of zero.
+
+    A position in a bucket decides in which order a ring adds up the ranks' gradients. DDP lays the buckets out anew
+    after its first backward pass, in the order in which gradients came: here from the last parameter to the first.
+    """
+    model, parallel.module = parallel.module, _Zero([p for p in parallel.parameters() if p.requires_grad])
+    parallel().backward()
+    parallel.module = model
+    parallel.zero_grad(set_to_none=True)
+
+
+class _Zero(nn.Module):
+    """Stands for a model in one pass: 0, which depends on its parameters, first to last, and on nothing else."""
+
+    def __init__(self, trained: list[nn.Parameter]):
+        super().__init__()
+        self.forward = lambda: sum(0 * parameter.sum() for parameter in trained)
 
 
 def seed_everything(seed: int) -> None:
@@ -161,14 +284,14 @@ def broadcast(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     return box[0]
 
 
-def from_main(build: Callable[[], Any], timeout: timedelta = timedelta(days=1)) -> Any:
+def from_main(build: Callable[[], Any]) -> Any:
     """Return what build() returns on rank 0, on every rank; where it raises there, every rank raises it.
 
-    The others wait for up to `timeout`, longer than collectives do elsewhere.
+    The others wait for up to _PATIENCE, longer than collectives do elsewhere.
     """
     if not dist.is_initialized():
         return build()
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     outcome: tuple[Any, Exception | None] = (None, None)
     if dist.get_rank() == 0:
         try:
@@ -222,9 +345,13 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def local_main_first(process: Process) -> Iterator[None]:
-    """Let the first process of each node do the body (a download, say) before the others."""
-    if process.local_rank != 0:
-        barrier()
+    """Let the first process of each node do the body (a download, say) before the others.
+
+    They wait for up to _PATIENCE, longer than collectives do elsewhere.
+    """
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
+    if group and process.local_rank != 0:
+        dist.barrier(group)
     yield
-    if process.local_rank == 0:
-        barrier()
+    if group and process.local_rank == 0:
+        dist.barrier(group)

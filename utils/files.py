@@ -1,8 +1,10 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and why they cannot be written."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -10,7 +12,8 @@ from pathlib import Path
 def replaced(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` at the end, atomically.
 
-    After an exception the temporary file is removed and `path` is as it was.
+    After an exception the temporary file is removed and `path` is as it was. Raises OSError, which names `path`, where
+    it cannot be written, also where a library raised RuntimeError for that.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -18,8 +21,48 @@ def replaced(path: str | Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno is None or e.filename not in (None, temporary, str(temporary)):
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    except RuntimeError as e:
+        if not (why := disk_error(temporary)):
+            raise
+        raise OSError(why.errno, why.strerror, str(path)) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is gone or read-only, which is said already
+            temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path) -> OSError | None:
+    """Return why nothing can be added to a half-written file, or None where something can.
+
+    For a library, such as torch.save, that says no more than that it failed.
+    """
+    try:
+        with path.open("ab") as f:
+            f.write(bytes(2**20))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        return e
+    return None
+
+
+def check_writable(folder: str | Path, size: int = 0) -> None:
+    """Make a folder, and find out whether `size` bytes can be written into it now. Raises OSError, which names it."""
+    folder = Path(folder)
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(2**16))
+            if shutil.disk_usage(folder).free + 2**16 < size:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {size / 1e6:.3g} MB are needed")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(folder)) from e
 
 
 def sync(path: Path) -> None:

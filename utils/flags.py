@@ -1,13 +1,29 @@
 """The flags of run_finetune.py and run_dapt.py, in groups. Defaults are the published recipes; None means "off", or
 that the script finds the value by the weights file, the model or the data set.
 
-`FlagGroup.fixed` declares a flag that a resumed run must repeat, `FlagGroup.free` one that may change when it resumes.
+`FlagGroup.fixed` declares a flag that a resumed run must repeat, `FlagGroup.overridable` one that it must repeat unless
+--override names it, `FlagGroup.free` one that may change whenever it resumes.
 """
 
 from typing import Any
 
 from utils import names
-from utils.cli import Parser, natural, positive, positive_float
+from utils.cli import (
+    Number,
+    Parser,
+    frame_count,
+    frame_rate,
+    from_to,
+    natural,
+    not_negative,
+    pixels,
+    pixels_or_0,
+    positive,
+    positive_float,
+    share,
+    share_below_1,
+    wait,
+)
 
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
 
@@ -52,27 +68,37 @@ class FlagGroup:
     def fixed(self, name: str, default: Any, help: str, **options: Any) -> None:
         """Declare a flag that a run must be resumed with as it was started.
 
-        A flag takes its default's type, and its help names the default unless that is None. A default of False makes a
-        switch; of True, a switch and its opposite, --no_<name>.
+        Its help names the range of a number where that has an upper end, and the default unless that is None. A default
+        of False makes a switch; of True, a switch and its opposite, --no_<name>.
         """
         if isinstance(default, bool):
             self._switch(name, default, help)
             return
+        if isinstance(options.get("type"), Number) and options["type"].high is not None:
+            help += f"; {options['type']}"
         if default is not None:
-            options.setdefault("type", type(default))
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help += f" (default: {shown})"
         self._group.add_argument(f"--{name}", default=default, help=help, **options)
+
+    def overridable(self, name: str, default: Any, help: str, *, reorders: bool = False, **options: Any) -> None:
+        """Declare a flag as `fixed` does, but one that --override may change.
+
+        reorders: whether that changes which windows an epoch has, or their order, so that it has to wait for its start.
+        """
+        self.fixed(name, default, help, **options)
+        self._parser.overridable[options.get("dest", name)] = reorders
 
     def free(self, name: str, default: Any, help: str, **options: Any) -> None:
         """Declare a flag as `fixed` does, but one that may change when a run is resumed."""
         self.fixed(name, default, help, **options)
         self._parser.free_on_resume.add(name)
 
-    def pair(self, name: str, help: str, opposite: str) -> None:
-        """Declare --<name> and --no_<name>, of which neither is the default; a resumed run must repeat them."""
-        self.fixed(name, None, help, action="store_true")
-        self.fixed(f"no_{name}", None, opposite, dest=name, action="store_false")
+    def pair(self, name: str, help: str, opposite: str, *, overridable: bool = False) -> None:
+        """Declare --<name> and --no_<name>, of which neither is the default, as `fixed` or `overridable` does."""
+        declare = self.overridable if overridable else self.fixed
+        declare(name, None, help, action="store_true")
+        declare(f"no_{name}", None, opposite, dest=name, action="store_false")
 
     def _switch(self, name: str, default: bool, help: str) -> None:
         self._group.add_argument(
@@ -86,29 +112,38 @@ def finetune_parser(description: str) -> Parser:
     """Return the command line of run_finetune.py."""
     parser = Parser(description, FINETUNE_RETIRED)
     group = FlagGroup(parser, "data")
-    group.fixed("data_set", "DoTA", f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)")
+    group.overridable(
+        "data_set", "DoTA", f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)", reorders=True
+    )
     help = "root folder of the data set, or of a pack of it; of csv the folder of train.csv and val.csv"
     group.free("data_path", None, help, required=True)
-    group.fixed("sampling_rate", 1, "step between training windows, in frames of the source", type=positive)
+    group.overridable(
+        "sampling_rate", 1, "step between training windows, in frames of the source", type=positive, reorders=True
+    )
     _add_clip_flags(group)
     _add_finetune_model_flags(parser)
     group = _add_epoch_flags(parser, epochs=50, nb_samples=50000, clips="windows")
     group.free("stop_epoch", None, "stop after this many epochs of the schedule (default: --epochs)", type=positive)
     help = "windows per step over all processes (default: 56 or by --batch_size)"
-    group.fixed("total_batch_size", None, help, type=positive)
+    group.overridable("total_batch_size", None, help, type=positive, reorders=True)
     help = "windows per process and forward pass (default: by --total_batch_size)"
     group.free("batch_size", None, help, type=positive)
     help = "augmented views of each window; the learning rate does not count them"
-    group.fixed("num_sample", 1, help, type=positive)
+    group.overridable("num_sample", 1, help, type=from_to(1, 100))
     group = _add_optimizer_flags(parser, min_lr=1e-6, warmup_epochs=5, betas=[0.9, 0.999])
     help = "base learning rate, x total batch / 256 (default: 1e-3 for small models, else 5e-4)"
-    group.fixed("lr", None, help, type=positive_float)
-    group.fixed("layer_decay", 0.6, "learning-rate factor per layer from the head down; 1: the same rate for all")
-    group.fixed("loss", "crossentropy", "training loss", choices=names.LOSSES)
+    group.overridable("lr", None, help, type=positive_float)
+    group.overridable(
+        "layer_decay",
+        0.6,
+        "learning-rate factor per layer from the head down; 1: the same rate for all",
+        type=Number(0, 1, above=True),
+    )
+    group.overridable("loss", "crossentropy", "training loss", choices=names.LOSSES)
     group = FlagGroup(parser, "average of the weights")
-    group.fixed("model_ema", False, "average the weights; evaluate and keep the average")
-    group.fixed("model_ema_decay", 0.9999, "decay of the average")
-    group.fixed("model_ema_force_cpu", False, "keep the average on the CPU")
+    group.overridable("model_ema", False, "average the weights; evaluate and keep the average")
+    group.overridable("model_ema_decay", 0.9999, "decay of the average", type=share_below_1)
+    group.free("model_ema_force_cpu", False, "keep the average on the CPU")
     _add_finetune_augmentation_flags(parser)
     _add_output_flags(parser, save_ckpt_freq=0)
     _add_evaluation_flags(parser)
@@ -125,10 +160,10 @@ def dapt_parser(description: str) -> Parser:
     help = "stop after this many epochs (default: 12 as published, or --epochs)"
     group.free("stop_epoch", None, help, type=positive)
     help = "clips per step over all processes, for each set (default: 800 for one)"
-    group.fixed("total_batch_size", None, help, **_ONE_FOR_EACH_SET)
+    group.overridable("total_batch_size", None, help, **_ONE_FOR_EACH_SET, reorders=True)
     group.free("batch_size", None, "clips per process and forward pass, for each set", **_ONE_FOR_EACH_SET)
     group = _add_optimizer_flags(parser, min_lr=3e-5, warmup_epochs=1, betas=[0.9, 0.95])
-    group.fixed("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_float)
+    group.overridable("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_float)
     _add_dapt_augmentation_flags(parser)
     _add_output_flags(parser, save_ckpt_freq=1)
     _add_runtime_flags(parser, seed=0)
@@ -144,14 +179,14 @@ _ONE_FOR_EACH_SET = {"type": positive, "nargs": "+", "metavar": "N"}
 
 def _add_clip_flags(group: FlagGroup) -> None:
     help = "lists of clips to leave out, as python -m datasets.tools.check writes; a name per line, for every data set"
-    group.fixed("bad_clips", None, help, type=str, nargs="+", metavar="FILE")
-    group.fixed("assume_fps", None, ASSUME_FPS, type=positive_float)
+    group.overridable("bad_clips", None, help, type=str, nargs="+", metavar="FILE", reorders=True)
+    group.overridable("assume_fps", None, ASSUME_FPS, reorders=True, type=frame_rate)
     group.free("scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
     by = "(default: the weights file's, else the model's)"
-    group.fixed("num_frames", None, f"frames of a window {by}", type=positive)
-    group.fixed("view_fps", None, f"frames per second of a window {by}", type=positive_float)
-    group.fixed("input_size", None, f"height and width in pixels {by}", type=positive)
-    group.fixed("tubelet_size", None, f"frames per token {by}", type=positive)
+    group.fixed("num_frames", None, f"frames of a window {by}", type=frame_count)
+    group.fixed("view_fps", None, f"frames per second of a window {by}", type=frame_rate)
+    group.fixed("input_size", None, f"height and width in pixels {by}", type=pixels)
+    group.fixed("tubelet_size", None, f"frames per token {by}", type=frame_count)
 
 
 def _add_weights_flags(group: FlagGroup) -> None:
@@ -174,25 +209,29 @@ def _add_encoder_flags(group: FlagGroup) -> None:
 
 def _add_epoch_flags(parser: Parser, *, epochs: int, nb_samples: int, clips: str) -> FlagGroup:
     group = FlagGroup(parser, "epochs and batches")
-    group.fixed("epochs", epochs, "epochs the schedule is laid out for", type=positive)
+    group.overridable("epochs", epochs, "epochs the schedule is laid out for", type=positive)
     help = f"random {clips} per epoch; 0, or more than there are: all of them"
-    group.fixed("nb_samples_per_epoch", nb_samples, help, type=natural)
+    group.overridable("nb_samples_per_epoch", nb_samples, help, type=natural, reorders=True)
     group.free("update_freq", 1, "forward passes per optimizer step", type=positive)
     return group
 
 
 def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, betas: list[float]) -> FlagGroup:
     group = FlagGroup(parser, "optimization")
-    group.fixed("min_lr", min_lr, "final base learning rate, scaled as --lr")
-    group.fixed("warmup_epochs", warmup_epochs, "epochs of linear warm-up from 0", type=natural)
-    group.fixed("warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off")
+    group.overridable("min_lr", min_lr, "final base learning rate, scaled as --lr", type=not_negative)
+    group.overridable("warmup_epochs", warmup_epochs, "epochs of linear warm-up from 0", type=natural)
+    group.overridable(
+        "warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off", type=Number(-1, whole=True)
+    )
     group.fixed("opt", "adamw", "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest")
-    group.fixed("opt_eps", 1e-8, "epsilon of Adam")
-    group.fixed("opt_betas", betas, "betas of Adam", type=float, nargs=2)
-    group.fixed("weight_decay", 0.05, "weight decay")
-    group.fixed("weight_decay_end", None, "weight decay at the end of its cosine (default: constant)", type=float)
+    group.overridable("opt_eps", 1e-8, "epsilon of Adam", type=share)
+    group.overridable("opt_betas", betas, "betas of Adam", nargs=2, type=share_below_1)
+    group.overridable("weight_decay", 0.05, "weight decay", type=not_negative)
+    group.overridable(
+        "weight_decay_end", None, "weight decay at the end of its cosine (default: constant)", type=not_negative
+    )
     help = "largest gradient norm (default: no clipping)"
-    group.fixed("clip_grad", None, help, type=positive_float, metavar="NORM")
+    group.overridable("clip_grad", None, help, type=positive_float, metavar="NORM")
     return group
 
 
@@ -202,6 +241,8 @@ def _add_output_flags(parser: Parser, *, save_ckpt_freq: int) -> None:
     group.free("log_dir", None, "folder for TensorBoard events (default: --output_dir)")
     group.free("auto_resume", True, "continue from --output_dir/checkpoint-last if there is one")
     group.free("resume", None, "start from this checkpoint-last folder if --output_dir has none", metavar="DIR")
+    help = "settings of that run to change, e.g. epochs lr, to what the command gives for them"
+    group.free("override", None, help, nargs="+", metavar="NAME")
     group.free("start_epoch", 0, "epoch of the schedule a fresh run starts at", type=natural)
     group.free("save_ckpt", True, "write checkpoints")
     help = "keep checkpoint-<epoch>.pth every N epochs, and of the last; 0: of the last only"
@@ -216,21 +257,21 @@ def _add_runtime_flags(parser: Parser, *, seed: int) -> None:
     help = "where to run (default: cuda if PyTorch finds it, else cpu)"
     group.free("device", None, help, choices=["cuda", "cpu"])
     help = "number format (default: bf16 on CUDA, fp32 on the CPU); CUDA multiplies fp32 matrices in TF32"
-    group.fixed("precision", None, help, choices=["bf16", "fp16", "fp32"])
+    group.overridable("precision", None, help, choices=["bf16", "fp16", "fp32"])
     group.free("compile", False, "compile the model with torch.compile")
     group.free("use_checkpoint", False, "recompute activations: less memory, slower")
     group.free("no_flash_attn", False, "plain attention, not PyTorch's fused kernels")
-    group.fixed("seed", seed, "seed of weights, data order and augmentation", type=natural)
-    group.free("num_workers", 8, "loading processes per training process", type=natural)
+    group.overridable("seed", seed, "seed of weights, data order and augmentation", type=natural, reorders=True)
+    group.free("num_workers", 8, "loading processes per training process", type=from_to(0, 1024))
     help = "seconds without a picture read after which a clip counts as unreadable; none with --num_workers 0"
-    group.free("read_timeout", 60.0, help, type=positive_float)
+    group.free("read_timeout", 60.0, help, type=wait)
     group.free("pin_mem", True, "pin host memory for faster copies to the GPU")
     help = "where RandAugment is done: on the device, which leaves workers free to decode, or in them (auto: on a GPU)"
     group.free("augment_on", "auto", help, choices=["auto", "device", "worker"])
     help = "how training JPEGs are decoded: at a half or less where that is enough, fast at full size, or exactly"
-    group.fixed("decoding", "small", help, choices=names.DECODINGS)
+    group.overridable("decoding", "small", help, choices=names.DECODINGS)
     help = "minutes a process waits for the others before the run ends"
-    group.free("dist_timeout", 30.0, help, type=positive_float)
+    group.free("dist_timeout", 30.0, help, type=wait)
     help = "steps in a row with a loss or gradient not finite, at which the run stops"
     group.free("max_nonfinite", 5, help, type=positive)
     help = "unreadable training samples a process may skip in an epoch before the run stops"
@@ -254,37 +295,37 @@ def _add_finetune_model_flags(parser: Parser) -> None:
         "pools by attention alone)"
     )
     group.fixed("final_reduction", None, help, choices=["fc_norm", "cls"])
-    group.fixed("init_scale", 0.001, "factor on the head's initial weights")
+    group.fixed("init_scale", 0.001, "factor on the head's initial weights", type=not_negative)
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
-    group.fixed("drop_path", 0.2, help)
-    group.fixed("drop", 0.0, "dropout after projections")
-    group.fixed("attn_drop_rate", 0.0, "dropout of attention weights")
-    group.fixed("fc_drop_rate", 0.0, "dropout before the head")
+    group.overridable("drop_path", 0.2, help, type=share_below_1)
+    group.overridable("drop", 0.0, "dropout after projections", type=share_below_1)
+    group.overridable("attn_drop_rate", 0.0, "dropout of attention weights", type=share_below_1)
+    group.overridable("fc_drop_rate", 0.0, "dropout before the head", type=share_below_1)
     help = "freeze the embedding and the first N blocks, norms excepted"
-    group.fixed("freeze_layers", None, help, type=int, metavar="N")
+    group.fixed("freeze_layers", None, help, metavar="N", type=natural)
 
 
 def _add_finetune_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
-    group.fixed("aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none")
+    group.overridable("aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none")
     help = "of RandAugment's rotations and shears"
-    group.fixed("train_interpolation", "bicubic", help, choices=["bilinear", "bicubic"])
+    group.overridable("train_interpolation", "bicubic", help, choices=["bilinear", "bicubic"])
     help = "resize training frames to this short side before padding, in pixels; 0: full size"
-    group.fixed("short_side", 0, help, type=natural)
-    group.fixed("reprob", 0.25, "probability that a clip is partly erased (random erasing)")
+    group.overridable("short_side", 0, help, type=pixels_or_0)
+    group.overridable("reprob", 0.25, "probability that a clip is partly erased (random erasing)", type=share)
     help = "fill of erased boxes: noise, one colour, zeros"
-    group.fixed("remode", "pixel", help, choices=["pixel", "rand", "const"])
-    group.fixed("recount", 1, "largest number of boxes erased from a clip", type=positive)
-    group.fixed("erase_max_area", 0.1, "largest erased share of the frame, 0 to 1")
+    group.overridable("remode", "pixel", help, choices=["pixel", "rand", "const"])
+    group.overridable("recount", 1, "largest number of boxes erased from a clip", type=from_to(1, 100))
+    group.overridable("erase_max_area", 0.1, "largest erased share of the frame", type=Number(0.02, 1))
 
 
 def _add_evaluation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "evaluation")
     group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/")
-    group.fixed("eval_split", "val", "split to evaluate, during training too: val, train or all")
+    group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all")
     help = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
-    group.fixed("sampling_rate_val", None, help, type=positive)
-    group.free("eval_batch_size", 64, "windows per process and forward pass", type=positive)
+    group.overridable("sampling_rate_val", None, help, type=positive)
+    group.free("eval_batch_size", 64, "windows per process and forward pass", type=from_to(1, 65536))
     group.free(
         "allow_missing", False, "score the clips that can be read and say how many they are, instead of refusing"
     )
@@ -299,15 +340,15 @@ def _add_dapt_data_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "data, a value for each data set of the mix")
     known = ", ".join((*names.UNLABELLED_SETS, *names.LABELLED_SETS))
     help = f"data sets to mix, of {known} (videos is any folder of them)"
-    group.fixed("data_set", ["BDD100K"], help, type=str, nargs="+", metavar="NAME")
+    group.overridable("data_set", ["BDD100K"], help, type=str, nargs="+", metavar="NAME", reorders=True)
     group.free("data_path", None, "root folder, list file or pack of each data set", nargs="+", required=True,
                metavar="PATH")  # fmt: skip
     help = "step between windows, in source frames; for Kinetics between frames of a clip (default: as published)"
-    group.fixed("sampling_rate", None, help, **_ONE_FOR_EACH_SET)
+    group.overridable("sampling_rate", None, help, **_ONE_FOR_EACH_SET, reorders=True)
     help = "split of each data set (default: all of BDD100K and videos, else train)"
-    group.fixed("data_split", None, help, nargs="+", metavar="SPLIT")
+    group.overridable("data_split", None, help, nargs="+", metavar="SPLIT", reorders=True)
     help = "windows read together, each half a window later: less decoding, but kin windows in a batch; not of Kinetics"
-    group.fixed("windows_per_read", 1, help, type=positive)
+    group.overridable("windows_per_read", 1, help, reorders=True, type=from_to(1, 1024))
     _add_clip_flags(group)
 
 
@@ -321,10 +362,10 @@ def _add_dapt_model_flags(parser: Parser) -> None:
     _add_weights_flags(group)
     _add_encoder_flags(group)
     help = "blocks of the decoder (default: the weights file's, else the model's, 4 for small and base)"
-    group.fixed("decoder_depth", None, help, type=positive)
-    group.fixed("mask_ratio", 0.75, "masked share of each frame, 0 to 1")
+    group.fixed("decoder_depth", None, help, type=from_to(1, 100))
+    group.overridable("mask_ratio", 0.75, "masked share of each frame", type=Number(0, 1, above=True, below=True))
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
-    group.fixed("drop_path", 0.0, help)
+    group.overridable("drop_path", 0.0, help, type=share_below_1)
     help = "predict pixels less their cube's mean, over its standard deviation (default, or the weights file's)"
     group.pair("normalize_target", help, "predict the pixels themselves")
 
@@ -332,7 +373,8 @@ def _add_dapt_model_flags(parser: Parser) -> None:
 def _add_dapt_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
     help = "pad or squash, RandAugment and crop as fine-tuning sees clips (default, but for Kinetics)"
-    group.pair("transforms_finetune_align", help, "VideoMAE's multi-scale crop of the wide frame alone")
-    group.fixed("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
+    opposite = "VideoMAE's multi-scale crop of the wide frame alone"
+    group.pair("transforms_finetune_align", help, opposite, overridable=True)
+    group.overridable("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
     help = "short side of frames before the crop, in pixels (default: 320 at --input_size 224)"
-    group.fixed("short_side", None, help, type=positive)
+    group.overridable("short_side", None, help, type=from_to(16, 4096))

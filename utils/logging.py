@@ -5,15 +5,18 @@ import io
 import json
 import logging
 import math
+import os
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from utils.cli import ConfigError
 from utils.damage import parse_json
 from utils.files import replaced
-from utils.text import first_few
+from utils.text import first_few, short_reason
 
 logger = logging.getLogger("tad")
 
@@ -21,31 +24,63 @@ logger = logging.getLogger("tad")
 def setup_logging(rank: int) -> None:
     """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank.
 
-    What the others would warn of, rank 0 warns of too.
+    What the others would warn of, rank 0 warns of too. Lines that cannot be written, to a full disk say, are missed.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler = _AboveBar() if sys.stdout.isatty() else logging.StreamHandler(sys.stdout)
+    handler = _Console()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
     logger.propagate = False
+    atexit.register(_give_up_output)
 
 
-class _AboveBar(logging.Handler):
-    """Lines that do not tear the progress bar of the terminal."""
+class _Console(logging.Handler):
+    """Lines on stdout, which do not tear the progress bar of a terminal."""
+
+    def __init__(self):
+        super().__init__()
+        self.stream, self._missed = sys.stdout, False
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
+        line = self.format(record)
+        try:
+            if self.stream.isatty():
+                from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
+                tqdm.write(line, file=self.stream)
+            else:
+                print(line, file=self.stream, flush=True)
+        except (OSError, ValueError) as e:  # ValueError: closed
+            if not self._missed:
+                self._missed = True
+                with suppress(OSError, ValueError):
+                    print(f"lines of the log are missing: they cannot be written ({e})", file=sys.stderr, flush=True)
+
+
+def _give_up_output() -> None:
+    """Drop what of stdout cannot be written, for which Python would end with code 120."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
 
 
 def append_json_line(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file; NaN becomes null."""
-    with Path(path).open("a") as f:
-        f.write(json.dumps(jsonable(record)) + "\n")
+    """Add a line of JSON to a file; NaN becomes null. Raises OSError, which names the file, and leaves no half line."""
+    line = (json.dumps(jsonable(record)) + "\n").encode()
+    with Path(path).open("ab", buffering=0) as f:
+        start = f.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[f.write(line) :]
+        except OSError as e:
+            with suppress(OSError):
+                f.truncate(start)
+            raise OSError(e.errno, e.strerror, str(path)) from e
 
 
 def drop_records_from(path: str | Path, epoch: int, step: int = 0) -> None:
@@ -95,43 +130,61 @@ def jsonable(value: Any) -> Any:
 
 
 class TensorBoard:
-    """Scalars and figures by optimizer step; silent where folder is None. Raises ConfigError where it cannot write.
+    """Scalars and figures by optimizer step; silent where folder is None.
+
+    What cannot be written is warned of once, and nothing is written any more: it is no reason to end a run. Raises
+    ConfigError where nothing can be written at the start.
 
     steps_done: of the run that is continued, 0 for one that begins; what stands there of later steps is written again.
     """
 
     def __init__(self, folder: str | Path | None, steps_done: int = 0):
-        self._writer = None
+        self._folder, self._writer = folder, None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _no_trace_of_tensorboard
             try:
                 self._writer = SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1)
             except OSError as e:
                 raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
-            atexit.register(self._writer.close)  # for a run that does not come to its end
+            atexit.register(self.close)  # for a run that does not come to its end
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Write values under "<group>/<name>"."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        for name, value in values.items():
+            self._call("add_scalar", f"{group}/{name}", value, step)
 
     def figures(self, group: str, figures: Mapping[str, Any], step: int) -> None:
         """Write matplotlib figures under "<group>/<name>"."""
-        if self._writer:
-            for name, figure in figures.items():
-                self._writer.add_figure(f"{group}/{name}", figure, step)
+        for name, figure in figures.items():
+            self._call("add_figure", f"{group}/{name}", figure, step)
 
     def picture(self, name: str, pixels: Any, step: int) -> None:
         """Write a picture, uint8 (H, W, 3)."""
-        if self._writer:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._call("add_image", name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
-        if self._writer:
-            self._writer.close()
+        self._call("close")
+
+    def _call(self, method: str, *values: Any, **options: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*values, **options)
+        except Exception as e:  # of this call, or of the writer's thread at an earlier one
+            self._writer = None
+            logging.getLogger("tad").warning(
+                f"TensorBoard: {self._folder} cannot be written ({getattr(e, 'strerror', None) or short_reason(e)}); "
+                "the run goes on without it"
+            )
+
+
+def _no_trace_of_tensorboard(problem: threading.ExceptHookArgs) -> None:
+    """Take the place of threading.excepthook: what TensorBoard's thread raises, its next call raises too."""
+    if not type(problem.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(problem)
 
 
 def progress_bar(iterable: Iterable, *, description: str, total: int | None = None, enabled: bool = True) -> Iterable:

@@ -10,7 +10,13 @@ from utils.cli import ConfigError
 INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
 OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
 WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix")  # flags that say what the weights came from
+LOCAL = ("output_dir", "log_dir", "scan_cache", "num_workers", "read_timeout", "pin_mem")  # see common_flags
 logger = logging.getLogger("tad")
+
+
+def common_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return {"--name": value} of the arguments that must be equal in all processes of a run."""
+    return {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL}
 
 
 def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -40,9 +46,14 @@ def refuse_contradictions(
         logger.warning(f"{what}; going on with {value}")
 
 
-def keep_weights_source(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
-    """Set the arguments that say what the weights came from to those of a state to continue from; log what changes."""
+def keep_history(args: argparse.Namespace, resumed: Mapping[str, Any] | None) -> None:
+    """Set the arguments that say what the weights came from to those of a state to continue from; log what changes.
+
+    What --override has changed is added to args, too, as `overridden`: {name: [before, now]}.
+    """
     saved = resumed["args"] if resumed else {}
+    if "overridden" in saved:
+        args.overridden = saved["overridden"]
     for name in (name for name in WEIGHTS_SOURCE if name in saved and getattr(args, name) != saved[name]):
         logger.info(f"--{name} {getattr(args, name)} is not used: the run to continue started from {saved[name]}")
         setattr(args, name, saved[name])
@@ -66,8 +77,14 @@ def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
 
 
 def resolve_schedule(args: argparse.Namespace) -> None:
-    """Fill stop_epoch and weight_decay_end in place. Raises ConfigError where start, stop and end are out of order."""
+    """Fill stop_epoch and weight_decay_end in place. Raises ConfigError where start, stop and end are out of order, the
+    warm-up is no shorter than the schedule, or the final rate is above the first.
+    """
     args.weight_decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    if args.min_lr > args.lr:
+        raise ConfigError(f"--min_lr {args.min_lr:g}, the final rate, must not be above --lr {args.lr:g}")
+    if args.warmup_steps <= 0 and args.warmup_epochs >= args.epochs:
+        raise ConfigError(f"--warmup_epochs {args.warmup_epochs} must be below --epochs {args.epochs}")
     args.stop_epoch = args.epochs if args.stop_epoch is None else args.stop_epoch
     if not args.start_epoch < args.stop_epoch <= args.epochs:
         raise ConfigError(

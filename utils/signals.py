@@ -1,9 +1,10 @@
 """Signals that ask a run to stop; `engine.session` stops it without losing anything.
 
 The contract with whatever started the run (a Slurm job file, say):
-- USR1, USR2 or TERM asks a run to stop. All processes stop after the same optimizer step, write checkpoint-last/, and
-  only then OUTPUT_DIR/REQUEUE. They leave the evaluation after an epoch unfinished; it is repeated after the restart.
-  A run with --eval keeps no state: it does not catch these signals, which end it.
+- USR1, USR2, TERM or INT (Ctrl-C) asks a run to stop. All processes stop after the same optimizer step, write
+  checkpoint-last/, and only then OUTPUT_DIR/REQUEUE. They leave the evaluation after an epoch unfinished; it is
+  repeated after the restart. A run that has not begun to train stops before its first step. One with --eval keeps no
+  state: it does not catch these signals, which end it.
 - OUTPUT_DIR/REQUEUE exists exactly when the run stopped that way and the same command continues it. A run that starts
   takes the file away; one that fails, that finishes although a signal came, or that the same command would not
   continue (--no_auto_resume, --no_save_ckpt), does not write it.
@@ -12,17 +13,17 @@ The contract with whatever started the run (a Slurm job file, say):
 - More signals while it saves change nothing, but the third within 5 seconds ends the process at once. The same signal
   within half a second of one that counted does not count: Slurm, srun and torchrun may each deliver it.
 
-torchrun passes TERM on; for USR1 and USR2 it needs --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
+torchrun passes TERM and INT on; for USR1 and USR2 it needs
+--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 MARKER = "REQUEUE"
 EXIT_CODE = 75
 _THIRD_WITHIN = 5.0  # seconds within which the third signal counts as "now"
@@ -47,45 +48,34 @@ def first_signal() -> str:
 def catch_signals() -> None:
     """Note the SIGNALS of this process from now on, in place of dying from them.
 
+    They are blocked in this thread and, since that is inherited, in all threads and processes started after it: Slurm
+    and terminals send them to every process, and a compiler that dies of one would fail the step that waits for it.
     A thread of its own reads them, so that the third is obeyed even while the main thread waits inside a library.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reading,), daemon=True).start()
-
-
-def _listen(pipe: int) -> None:
-    latest: dict[int, float] = {}  # of each signal: when it counted last
-    while number := os.read(pipe, 1):
-        if number[0] not in SIGNALS:
-            continue
-        now, before = time.monotonic(), latest.get(number[0], -_SAME_WITHIN)
-        if now - before > _SAME_WITHIN:
-            latest[number[0]] = now
-            _arrivals.append((now, number[0]))
-            if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _THIRD_WITHIN:
-                os.write(2, b"the third signal within 5 seconds: leaving at once\n")
-                os._exit(128 + number[0])
-
-
-def shield_worker(_number: int = 0) -> None:
-    """Let the SIGNALS end a loading process only if they come from its training process; it calls this first.
-
-    Slurm sends them to every process of a job, and a run whose workers die cannot reach the end of its step.
-    """
-    training = multiprocessing.parent_process()
-    signal.set_wakeup_fd(-1)  # that of the training process
+    for number in SIGNALS:  # also where a thread from before lets one through, or a shell has them ignored
+        signal.signal(number, lambda number, _frame: _note(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_listen, daemon=True).start()
 
-    def wait() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != training.pid and training.is_alive():
-            pass
-        os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+def _listen() -> None:
+    while True:
+        _note(signal.sigwait(SIGNALS))
+
+
+def _note(number: int) -> None:
+    now = time.monotonic()
+    if now - max((when for when, which in _arrivals if which == number), default=-_SAME_WITHIN) <= _SAME_WITHIN:
+        return
+    _arrivals.append((now, number))
+    if len(_arrivals) > 2 and _arrivals[-1][0] - _arrivals[-3][0] <= _THIRD_WITHIN:
+        os.write(2, b"the third signal within 5 seconds: leaving at once\n")
+        os._exit(128 + number)
+    if len(_arrivals) == 1 and os.isatty(2):
+        text = (
+            f"{first_signal()}: this stops after the step, with its state saved; the third within 5 seconds ends it\n"
+        )
+        os.write(2, text.encode())
 
 
 def remove_marker(output_dir: str | Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasets.augment.draws import Draws, finished
 from datasets.augment.frames import Read, draw_crop, draw_padding, fit_of, padded, resize, sized_frames
-from datasets.augment.masks import tube_mask
+from datasets.augment.masks import masked_places, tube_mask
 from datasets.augment.operations import crop
 from datasets.augment.randaugment import RandAugment
 
@@ -52,7 +52,7 @@ class PretrainTransform:
         decoding: str = "small",
         here: bool = True,
     ):
-        tube_mask(grid, mask_ratio, np.random.default_rng(0))  # refuses a bad ratio now, not in a worker
+        masked_places(grid, mask_ratio)  # refuses a bad ratio now, not in a worker
         self.size, self.grid, self.mask_ratio = size, grid, mask_ratio
         self.short_side, self.enlarge, self.aligned, self.here = short_side, enlarge, aligned, here
         self.decoding = decoding

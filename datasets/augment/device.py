@@ -31,25 +31,30 @@ class DeviceAugment:
 class DeviceLoader:
     """The batches of a loader with the video augmented on the device, as often as asked.
 
-    To a CUDA device a batch is copied and augmented in a stream of its own, beside the step before, which the host has
+    To a CUDA device a batch is copied and augmented in streams of their own, beside the step before, which the host has
     put in line by then. Only the copy is waited for, since the loader may use its memory again.
     """
 
     def __init__(self, loader: Iterable[dict[str, Any]], device: torch.device, augment: DeviceAugment):
         self.loader, self.device, self.augment = loader, device, augment
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # two, since a copy in line behind the augmentation before would wait for the steps that compete with that
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            if self._stream is None:
+            if self._streams is None:
                 yield batch | {"video": self.augment(batch["video"].to(self.device), batch)}
                 continue
-            with torch.cuda.stream(self._stream):
+            copying, augmenting = self._streams
+            with torch.cuda.stream(copying):
                 video = batch["video"].to(self.device, non_blocking=True)
-                copied = self._stream.record_event()
+                copied = copying.record_event()
+            with torch.cuda.stream(augmenting):
+                augmenting.wait_event(copied)
+                video.record_stream(augmenting)
                 video = self.augment(video, batch)
             present = torch.cuda.current_stream(self.device)
-            present.wait_stream(self._stream)
+            present.wait_stream(augmenting)
             video.record_stream(present)
             yield batch | {"video": video}
             copied.synchronize()

@@ -139,13 +139,17 @@ class EvalTransform:
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, frames: Iterable[Tensor]) -> Tensor:
-        side = self.size, self.size
-        small = [resize(frame.numpy(), *side) for frame in frames]
-        video = np.empty((len(small), 3, *side), np.uint8)
-        for frame, planes in zip(small, video, strict=True):
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """Return the shape of what becomes of so many frames: (frames, 3, size, size)."""
+        return frames, 3, self.size, self.size
+
+    def __call__(self, frames: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
+        """Return the frames, uint8 (n, 3, size, size). out: memory for that many, or more, to put them into."""
+        small = [resize(frame.numpy(), self.size, self.size) for frame in frames]
+        video = torch.empty(self.shape(len(small)), dtype=torch.uint8) if out is None else out[: len(small)]
+        for frame, planes in zip(small, video.numpy(), strict=True):
             cv2.split(frame, list(planes))
-        return torch.from_numpy(video)
+        return video
 
 
 def crop_sizes(side: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:

@@ -65,8 +65,8 @@ def timm_policy(policy: str, **hparams: Any) -> Any:
         raise ValueError(f"--aa {policy!r}: expected none or rand-m<0..10>-n<ops>-mstd<std>, e.g. rand-m6-n3-mstd0.5")
     values = {pair.group(1): float(pair.group(2)) for pair in pairs}
     magnitude, layers = values.get("m", 10.0), int(values.get("n", 2))
-    if magnitude > 10 or layers < 1:
-        raise ValueError(f"--aa {policy!r}: the magnitude goes from 0 to 10 and at least one operation is drawn")
+    if magnitude > 10 or not 1 <= layers <= 100:
+        raise ValueError(f"--aa {policy!r}: the magnitude goes from 0 to 10, and 1 to 100 operations are drawn")
     hparams["magnitude_std"] = values.get("mstd", 0.0)
     ops = auto_augment.rand_augment_ops(magnitude=magnitude, hparams=hparams, transforms=DRIVING_OPS)
     return auto_augment.RandAugment(ops, layers)

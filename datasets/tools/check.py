@@ -42,8 +42,8 @@ from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip,
 from datasets.scan import probe
 from datasets.tools.check_video import look_deep
 from datasets.windows import WindowIndex
-from utils.cli import Parser, positive, positive_float
-from utils.files import replaced
+from utils.cli import Parser, frame_count, frame_rate, processes
+from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
 from utils.text import first_few
@@ -345,16 +345,16 @@ def write_report(
 
 def main() -> None:
     """Run the command line."""
-    parser = Parser(__doc__, {})
+    parser = Parser(__doc__)
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file, or a pack of it")
     parser.add_argument("--split", nargs="+", help="splits to check (default: all of the data set)")
     parser.add_argument("--deep", action="store_true", help="decode every frame")
-    parser.add_argument("--num_frames", type=positive, default=16, help="frames of a window (default: 16)")
-    parser.add_argument("--view_fps", type=positive_float, default=10.0, help="and their rate (default: 10)")
-    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--num_frames", type=frame_count, default=16, help="frames of a window (default: 16)")
+    parser.add_argument("--view_fps", type=frame_rate, default=10.0, help="and their rate (default: 10)")
+    parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
-    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
     setup_logging(0)
     logging.getLogger("tad").setLevel(logging.WARNING)
@@ -363,8 +363,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     try:
         with data_errors(folder, "written, choose another --output_dir"):  # known before the work
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            check_writable(folder)
         findings, numbers = check(
             args.data_set, args.root, splits=args.split, deep=args.deep, workers=args.workers, **window
         )

@@ -47,7 +47,7 @@ from datasets.formats.packed import (
 )
 from datasets.parallel import available_cores, in_processes
 from datasets.tools.pack_clip import Job, Settings, pack_clip, sample_bytes, stamp
-from utils.cli import Parser, natural, positive, positive_float
+from utils.cli import Parser, frame_rate, frame_rate_or_0, percent, pixels_or_0, processes
 from utils.damage import with_sum
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
@@ -107,7 +107,8 @@ def pack(
         failed = {clip: str(e) for clip, e in problems.items()} | _pack_all(to_do, done, out, workers)
         if failed:
             text = "".join(f"{clip}\t{why}\n" for clip, why in failed.items())
-            (out / BAD_CLIPS).write_text(text, encoding="utf-8", errors="backslashreplace")
+            with replaced(out / BAD_CLIPS) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
             raise DataError(
                 f"{len(failed)} clips cannot be packed: {first_few(failed.values(), 3, '; ')}; {len(done)} are. Repair "
                 f"them and run this again, or leave them out with --bad_clips {out / BAD_CLIPS}"
@@ -279,25 +280,23 @@ def _line(entry: PackedClip) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = Parser(__doc__, {})
+    parser = Parser(__doc__)
     parser.add_argument("data_set", help="name of the data set")
     parser.add_argument("root", help="its folder, or list file")
     parser.add_argument("out", help="folder to make, or to go on with")
     parser.add_argument("--split", nargs="+", help="splits to pack (default: all of the data set)")
-    parser.add_argument("--short_side", type=natural, default=320, help="pixels; 0: as it is (default: 320)")
-    parser.add_argument("--fps", type=float, default=10, help="frames per second to keep; 0: all (default: 10)")
+    parser.add_argument("--short_side", type=pixels_or_0, default=320, help="pixels; 0: as it is (default: 320)")
     parser.add_argument(
-        "--quality", type=int, default=92, choices=range(1, 101), metavar="Q", help="JPEG (default: 92)"
+        "--fps", type=frame_rate_or_0, default=10, help="frames per second to keep; 0: all (default: 10)"
     )
+    parser.add_argument("--quality", type=percent, default=92, help="of the JPEGs (default: 92)")
     help = "squash wider frames to this width: 224 (--input_size) for fine-tuning and evaluation, 320 (--short_side) "
     help += "for DAPT, which fine-tuning can read too; 0: none (default: 0)"
-    parser.add_argument("--squash", type=natural, default=0, metavar="WIDTH", help=help)
-    parser.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    parser.add_argument("--squash", type=pixels_or_0, default=0, metavar="WIDTH", help=help)
+    parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
     parser.add_argument("--bad_clips", nargs="+", default=[], metavar="FILE", help="lists of clips to leave out")
-    parser.add_argument("--workers", type=positive, default=available_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
-    if not 0 <= args.fps < 1000:
-        parser.error(f"--fps: {args.fps:g} is not a rate; 0 keeps every frame")
     setup_logging(0)
     try:
         pack(

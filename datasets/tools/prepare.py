@@ -24,7 +24,7 @@ from datasets.clips import Clip, ClipTable
 from datasets.formats.dada import LAYOUTS
 from datasets.formats.dota import CATEGORIES, SPLIT_FILES
 from datasets.windows import index_clips
-from utils.cli import positive_float
+from utils.cli import frame_count, frame_rate, natural, processes
 from utils.files import replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
@@ -166,7 +166,7 @@ def main() -> None:
     command = commands.add_parser("half", help="half of the training clips of each category")
     command.add_argument("name", choices=["DoTA", "DADA2K"])
     command.add_argument("root", help="root folder of the data set")
-    command.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    command.add_argument("--seed", type=natural, default=0, help="of the draw (default: 0)")
     command.add_argument("--out", help="list to write (default: where DoTA_half or DADA2K_half expects it)")
 
     command = commands.add_parser("frames", help="frame-level annotation csv for offline metrics")
@@ -174,14 +174,14 @@ def main() -> None:
     command.add_argument("root", help="root folder of the data set")
     command.add_argument("out", help="csv to write, e.g. frame_level_anno_val.csv")
     command.add_argument("--split", default="val", help="train, val or all (default: val)")
-    command.add_argument("--num_frames", type=int, default=16, help="frames of a window (default: 16)")
-    command.add_argument("--view_fps", type=float, default=10, help="frames per second of a window (default: 10)")
-    command.add_argument("--assume_fps", type=positive_float, help=ASSUME_FPS)
+    command.add_argument("--num_frames", type=frame_count, default=16, help="frames of a window (default: 16)")
+    command.add_argument("--view_fps", type=frame_rate, default=10, help="frames per second of a window (default: 10)")
+    command.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
 
     command = commands.add_parser("bdd100k", help="list of BDD100K's videos that open")
     command.add_argument("root", help=".../bdd100k/videos")
     command.add_argument("out", help="list to write; in ROOT its lines are relative, elsewhere absolute")
-    command.add_argument("--workers", type=int, default=8, help="processes that open videos (default: 8)")
+    command.add_argument("--workers", type=processes, default=8, help="processes that open videos (default: 8)")
 
     command = commands.add_parser("sheet", help="an .xlsx or .xls sheet as csv")
     command.add_argument("sheet", help="workbook")

@@ -8,10 +8,10 @@ swerve, before the impact, and lasts while wreck, debris and smoke are ahead. Fo
 that reads DoTA reads it. --videos adds unlabelled ones, ROOT/videos/*.mp4, of the same roads at 30 frames per second.
 """
 
-import argparse
 import io
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from utils.cli import Parser, from_to, natural
 
 KINDS = {"lateral": 3, "oncoming": 4, "leave_to_right": 8}  # name -> DoTA's accident_id
 LANE = 3.5  # metres
@@ -294,13 +296,14 @@ def write_video(path: Path, pictures: Iterable[np.ndarray], *, size: tuple[int, 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("root", help="folder to create; must not hold a data set yet")
-    parser.add_argument("--train", type=int, default=48, help="training clips (default: 48)")
-    parser.add_argument("--val", type=int, default=16, help="validation clips (default: 16)")
-    parser.add_argument("--videos", type=int, default=0, help="unlabelled videos, in ROOT/videos (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
-    parser.add_argument("--width", type=int, default=160, help="frame width; the height follows, 16:9 (default: 160)")
+    parser.add_argument("--train", type=natural, default=48, help="training clips (default: 48)")
+    parser.add_argument("--val", type=natural, default=16, help="validation clips (default: 16)")
+    parser.add_argument("--videos", type=natural, default=0, help="unlabelled videos, in ROOT/videos (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the scenes (default: 0)")
+    help = "frame width, 32 to 4096; the height follows, 16:9 (default: 160)"
+    parser.add_argument("--width", type=from_to(32, 4096), default=160, help=help)
     parser.add_argument("--folders", action="store_true", help="frames as files in folders instead of zips")
     args = parser.parse_args()
     size = (args.width, args.width * 9 // 32 * 2)  # even, for H.264
@@ -310,6 +313,8 @@ def main() -> None:
             render_videos(Path(args.root, "videos"), count=args.videos, seed=args.seed, size=size)
     except FileExistsError as e:
         parser.error(f"{e.filename} exists already; remove it or choose another folder")
+    except OSError as e:
+        sys.exit(f"error: {e.filename or args.root}: {e.strerror}")
     except ImportError as e:
         parser.error(f"--videos needs PyAV ({e}): pip install av")
     counts = f"{args.train} training and {args.val} validation clips and {args.videos} videos"

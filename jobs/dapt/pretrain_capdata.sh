@@ -20,7 +20,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@180
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+cd -- "${SLURM_SUBMIT_DIR:-.}"
 source jobs/_launch.sh
 
 BDD_PATH=${BDD_PATH:?the videos folder of BDD100K, with train/, val/ and test/}

@@ -20,7 +20,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@180
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+cd -- "${SLURM_SUBMIT_DIR:-.}"
 source jobs/_launch.sh
 
 DATA_PATH=${DATA_PATH:?the root folder of Kinetics-700, with annotations/ and train/}

@@ -21,7 +21,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR2@180
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
+cd -- "${SLURM_SUBMIT_DIR:-.}"
 source jobs/_launch.sh
 
 DATA_PATH=${DATA_PATH:?the root folder of DADA-2000, with annotation/, DADA2K_my_split/ and frames/}

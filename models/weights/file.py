@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from models.registry import SPEC_VERSION
 from utils.damage import zip_damage
+from utils.exits import explain
+from utils.pickles import refused_code
 from utils.text import first_few, short_reason
 
 MODEL_KEYS = "model|module|state_dict|model_state"
@@ -79,9 +82,14 @@ def fetch(path_or_url: str) -> str:
             raise OSError(f"{partial.stat().st_size} of {announced} bytes came")
         partial.replace(target)
     except (OSError, HTTPException, ValueError) as e:
+        if explain(e):  # the disk's fault, not the download's
+            raise CheckpointError(
+                f"{target}: cannot be written ({e.strerror}); set TORCH_HOME to another folder"
+            ) from e
         raise CheckpointError(f"{path_or_url}: download failed ({e}); fetch it by hand and give its path") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return str(target)
 
 
@@ -112,13 +120,8 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
         return "this is a Git LFS pointer, not the weights; run `git lfs pull`"
     if is_flax(head):
         return f"this is a flax checkpoint; if it is ViViT's, {CONVERT_VIVIT}"
-    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-        found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-        name = next(filter(None, found.groups()), "a class") if found else "a class"
-        return (
-            f"it pickles {name}, which is refused because unpickling can run code; if you trust the file, re-save its "
-            "weights alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
-        )
+    if refusal := refused_code(path, error):
+        return refusal
     advice = "weights_only" in str(error)  # to unpickle all, and no reason
     reason = type(error).__name__ if advice else short_reason(error)
     has_end = head[:2] == b"PK" and "not a zip file" not in reason

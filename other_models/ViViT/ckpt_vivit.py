@@ -18,12 +18,17 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.exits import report_uncaught
+
+if __name__ == "__main__":
+    report_uncaught()
+
 import msgpack
 import numpy as np
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models.weights.file import CheckpointError, is_flax, read_checkpoint
 from utils.files import replaced

@@ -72,6 +72,26 @@ def test_a_process_that_dies_or_hangs_costs_one_window():
     assert "killed by SIGKILL" in skipped["clip 4"] and "nothing could be read of it for 1 seconds" in skipped["clip 9"]
 
 
+def test_a_run_that_is_to_stop_does_not_wait_for_one_window_after_the_other(monkeypatch):
+    """All that is to be read hangs, as of a file system that is gone; eight windows of a process wait in line."""
+    monkeypatch.setattr("datasets.batches.stop_requested", lambda: True)
+    loader = BatchLoader(Numbers(lambda n: time.sleep(3600)), sampled(1, 16), num_workers=2, read_timeout=0.5)
+    loader.dataset.fill_black = lambda key, out: {"window": torch.zeros(1), "sample": "", "notes": []}
+    started = time.monotonic()
+    (batch,) = loader
+    assert time.monotonic() - started < 8 * 0.5  # 2 x 0.5 and the start of processes
+    reasons = [fault.reason for fault in batch["skipped"]]
+    assert sum(reason.startswith("nothing could be read of it for") for reason in reasons) == 4 and len(reasons) == 16
+    assert sum(reason.startswith("not tried, since the run is to stop") for reason in reasons) == 12
+
+
+def test_a_run_that_is_to_stop_reads_what_can_be_read(monkeypatch):
+    monkeypatch.setattr("datasets.batches.stop_requested", lambda: True)
+    hang = Numbers(lambda n: time.sleep(3600 * (n in (1, 5))))
+    found = collected(BatchLoader(hang, sampled(2, 4), num_workers=1, read_timeout=0.5))
+    assert [windows for windows, _ in found] == [[0, 2, 3], [4, 6, 7]]
+
+
 def test_a_training_process_that_is_busy_kills_nobody():
     """Longer than the limit between two batches, as in an evaluation: the readers have done their work by then."""
     loader = BatchLoader(Numbers(), sampled(6, 2), num_workers=2, read_timeout=0.3)

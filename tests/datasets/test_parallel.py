@@ -1,24 +1,25 @@
 """Reads that hang or die: the process that reads is killed and replaced, the item is named, the work goes on."""
 
 import ctypes
+import errno
 import faulthandler
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 from helpers import ROOT
 
-from datasets import build_clips, parallel, readers
-from datasets.augment.frames import EvalTransform
+from datasets import parallel, readers
 from datasets.clips import DataError
 from datasets.parallel import Child, ReadFailure, alive, in_processes
-from datasets.stream import SplitWindows
 from datasets.tools import check, pack
-from datasets.windows import WindowIndex
 
 
 def misbehave(item):
@@ -176,25 +177,154 @@ def test_pack_names_a_clip_that_hangs_and_packs_the_others(hanging, tmp_path):
     assert (tmp_path / "out" / "bad_clips.txt").read_text().startswith("synthetictr_000003\t")
 
 
-def test_a_worker_that_is_killed_is_said(dota_root):
-    """The process of the DataLoader itself, which only waits for its child; the run ends with a reason."""
-    with pytest.raises(DataError, match="a loading process died, killed from"):
-        load_with(dota_root, lambda: os.kill(os.getpid(), signal.SIGKILL))
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing in a child is lost, and nothing waits for one without a limit
 
 
-def test_a_fault_of_the_code_in_a_worker_is_not_taken_for_its_death(dota_root):
-    def fail():
-        raise RuntimeError("a fault of the code")
+class NeedsTwo(Exception):
+    """Pickles, but is not unpickled."""
 
-    with pytest.raises(RuntimeError, match="a fault of the code") as raised:
-        load_with(dota_root, fail)
-    assert not isinstance(raised.value, DataError)
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
 
 
-def load_with(dota_root, start):
-    """Read a split through a loading process that calls start() as it starts."""
-    clips = build_clips("DoTA", str(dota_root), "val")
-    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=4, view_fps=5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.stream.shield_worker", lambda _number: start())
-        list(SplitWindows(clips, index, EvalTransform(32), num_workers=1).batches(lambda frames: frames))
+class Unpicklable(Exception):
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class LeavesOnArrival:
+    def __reduce__(self):
+        return os.strerror, ("no number",)
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda item: raise_(NeedsTwo("this", "that")), "this and that"),
+        (lambda item: raise_(Unpicklable("with a lock")), "with a lock"),
+        (lambda item: raise_(SystemExit("given up")), "given up"),
+        (lambda item: raise_(KeyboardInterrupt("stopped")), "stopped"),
+        (lambda item: raise_(type("Local", (BaseException,), {})("from here")), "from here"),
+        (lambda item: [threading.Lock()], "pickle"),
+        (lambda item: [item], "str"),
+    ],
+    ids=["two arguments", "unpicklable", "exit", "interrupt", "local", "result", "item"],
+)
+def test_whatever_is_raised_in_a_child_arrives(function, text):
+    child = Child(function, limit=20)
+    with pytest.raises(Exception, match=text) as raised:  # no SystemExit
+        list(child.results(LeavesOnArrival() if text == "str" else 0))
+    assert "Traceback" in str(raised.value.__cause__)
+    child.kill()
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_child_that_cannot_be_forked_is_explained(monkeypatch, number):
+    monkeypatch.setattr(os, "fork", lambda: raise_(OSError(number, os.strerror(number))))
+    child, files = Child(misbehave, limit=5), len(os.listdir("/proc/self/fd"))
+    message = rf"cannot start \({os.strerror(number)}\): use fewer workers \(--num_workers\), or allow more processes"
+    with pytest.raises(DataError, match=message):
+        child.send(0)
+    assert len(os.listdir("/proc/self/fd")) == files
+    child.kill()
+
+
+def test_too_many_open_files_are_explained():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    children = [Child(misbehave, limit=20) for _ in range(40)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 9, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot start \(Too many open files\)"):
+            for child in children:
+                child.send(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for child in children:
+            child.kill()
+
+
+def half_a_message(item):
+    """Say that more is to come than does."""
+    if item == "half":
+        os.write(parallel._to_parent.fileno(), (1000).to_bytes(4, "big") + b"half")
+        time.sleep(60)
+    yield item
+
+
+def test_a_message_that_breaks_off_is_not_waited_for():
+    child = Child(half_a_message, limit=0.5)
+    child.send("half")
+    child.send("whole")
+    with pytest.raises(ReadFailure, match="nothing could be read of it for 0.5 seconds"):
+        child.receive()
+    assert child.receive() == ("result", "whole")
+    child.kill()
+
+
+def test_a_child_that_takes_nothing_is_not_waited_for():
+    """Its pipe is full of items."""
+    child = Child(misbehave, limit=1.0)
+    child.send("hang")
+    for number in range(5):
+        child.send(number * b"x" * 100_000)
+    with pytest.raises(ReadFailure):
+        child.receive()
+    lengths = [len(value) for kind, value in (child.receive() for _ in range(15)) if isinstance(value, bytes)]
+    assert lengths == [100_000 * number for number in range(5)]
+    child.kill()
+
+
+def close_and_stay(item):
+    parallel._to_parent.close()
+    time.sleep(60)
+    yield item
+
+
+def test_a_child_that_has_closed_its_end_is_ended(monkeypatch):
+    monkeypatch.setattr(parallel, "_TO_END", 0.3)
+    child = Child(close_and_stay, limit=20)
+    with pytest.raises(ReadFailure, match="was killed by SIGKILL"):
+        list(child.results(0))
+
+
+def test_a_child_that_cannot_be_killed_is_left_to_itself(monkeypatch):
+    """As one that waits for a disk or a file system over the network."""
+    child = Child(misbehave, limit=0.5)
+    child.send("hang")
+    pid, kill = child._pid, os.kill
+    monkeypatch.setattr(parallel, "_TO_END", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda *_: None)
+        with pytest.raises(ReadFailure, match="nothing could be read of it for 0.5 seconds"):
+            child.receive()
+    assert list(child.results(1))[0] == 1  # in another process
+    child.kill()
+    kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_ended_children_may_be_ignored():
+    """As a launcher leaves it to the programs it starts."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        child = Child(misbehave, limit=20)
+        with pytest.raises(ReadFailure, match="the process that read it"):
+            list(child.results("killed"))
+        assert list(child.results(1))[0] == 1
+        child.kill()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("limit", [1e-9, 3e6, 1e30])
+def test_limits_beyond_what_the_system_can_wait(limit):
+    child = Child(lambda item: [item], limit)
+    with suppress(ReadFailure) if limit < 1 else nullcontext():
+        assert list(child.results(1)) == [1]
+    child.kill()

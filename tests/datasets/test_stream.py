@@ -1,19 +1,26 @@
 """Evaluation's stream of windows: each frame decoded once, each window handed out once."""
 
+import mmap
+import os
 import shutil
+import signal
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from background import tree
 from helpers import rewrite_zip
 
 from datasets import build_clips
 from datasets.augment.frames import EvalTransform
+from datasets.chunks import ClipStream, balance
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.faults import Fault
 from datasets.readers import ZipReader, open_clip
-from datasets.stream import ClipStream, SplitWindows, _Gatherer, balance, eval_loader
+from datasets.stream import SplitWindows, _Gatherer
 from datasets.windows import WindowIndex
 
 
@@ -148,7 +155,7 @@ def test_clips_without_windows_are_left_out(dota_root):
     index = WindowIndex(table.frame_counts, src_fps=10, num_frames=4, view_fps=10)
     stream = ClipStream(table, index, EvalTransform(32), chunk_frames=64)
     assert stream.share == [1, 2, 3, 4, 5]
-    assert len(list(eval_loader(stream, num_workers=0, pin_memory=False))) == stream.num_chunks == 5
+    assert sum(1 for _ in stream) == stream.num_chunks == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -158,3 +165,149 @@ def test_a_broken_clip_stops_evaluation_and_is_named(dota_root, tmp_path, worker
         DataError, match=r"(?s)5 of 5 clips cannot be read.*(\n  syntheticva_00000\d: clip.*no frames.*){5}"
     ):
         gathered(tmp_path, num_workers=workers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading processes that hang, die, or are left
+
+
+@pytest.fixture
+def misread(monkeypatch):
+    """Returns what has `misbehave(reader, number of the picture)` called for each picture that is read."""
+    original = ZipReader._bytes
+
+    def patch(misbehave):
+        def read(self, name):
+            misbehave(self.clip.name, int(name.split(".")[0]))
+            return original(self, name)
+
+        monkeypatch.setattr(ZipReader, "_bytes", read)
+
+    return patch
+
+
+@pytest.fixture
+def below():
+    """Returns what lists the processes below this one, those of other tests excepted."""
+    before = set(tree(os.getpid()))
+    return lambda: set(tree(os.getpid())) - before
+
+
+HANGS = (lambda: time.sleep(3600), "nothing could be read of it for 1 seconds")
+DIES = (lambda: os.kill(os.getpid(), signal.SIGKILL), "the process that read it was killed by SIGKILL")
+
+
+@pytest.mark.parametrize(("how", "reason"), [HANGS, DIES], ids=["hangs", "dies"])
+@pytest.mark.parametrize(("workers", "at"), [(1, 0), (2, 24), (1, 39)])
+def test_a_clip_that_ends_its_process_is_named_once_and_the_others_are_scored(
+    dota_root, misread, below, workers, at, how, reason
+):
+    """Whether at its beginning, in the middle or, for a process that is ahead, while another clip is handed out."""
+    whole = gathered(dota_root)
+    misread(lambda clip, number: how() if clip == "syntheticva_000001" and number == at else None)
+    options = {"num_workers": workers, "batch_size": 8, "read_timeout": 1.0}
+    items = list(split(dota_root, allow_missing=True, **options).batches(lambda frames: frames.clone()))
+    (fault,) = [item for item in items if isinstance(item, Fault)]
+    assert (fault.number, fault.frames) == (1, 0) and fault.reason.startswith(reason)
+    times = Counter(key for item in items if item is not fault for key in zip(item.clip, item.last, strict=True))
+    assert set(times.values()) == {1}
+    assert {key for key in whole if key[0] != 1} <= times.keys() < whole.keys()
+    assert not below()
+    refusing = split(dota_root, **options)
+    faults = [item for item in refusing.batches(lambda frames: frames) if isinstance(item, Fault)]
+    with pytest.raises(DataError, match="1 of 5 clips cannot be read; repair them, or evaluate the others with"):
+        refusing.agree(faults)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_clip_is_named_once_in_every_evaluation(dota_root, misread, workers):
+    def fail(clip, number):
+        if clip[-1] == "2" and number == 9:
+            raise OSError("a bad sector")
+
+    misread(fail)
+    windows = split(dota_root, allow_missing=True, num_workers=workers, batch_size=4)
+    for _ in range(2):
+        faults = [item for item in windows.batches(lambda frames: frames) if isinstance(item, Fault)]
+        assert [(fault.number, "a bad sector" in fault.reason) for fault in faults] == [(2, True)]
+
+
+def test_clips_that_hang_cost_a_timeout_each(dota_root, misread):
+    misread(lambda clip, number: time.sleep(3600) if clip[-1] in "13" else None)
+    started = time.monotonic()
+    windows = split(dota_root, allow_missing=True, num_workers=1, batch_size=8, read_timeout=1.0)
+    faults = [item for item in windows.batches(lambda frames: frames) if isinstance(item, Fault)]
+    assert sorted(fault.number for fault in faults) == [1, 3] and time.monotonic() - started < 4
+
+
+def test_a_process_killed_between_two_chunks_costs_nothing(dota_root, below):
+    """All that it had to do is done when it is killed; another one goes on in the middle of the clip."""
+    whole, windows, killed = gathered(dota_root), {}, 0
+    part = split(dota_root, num_workers=1, batch_size=8)
+    for number, batch in enumerate(part.batches(lambda frames: frames)):
+        assert not isinstance(batch, Fault)
+        for clip, last, video in zip(batch.clip.tolist(), batch.last.tolist(), batch.video, strict=False):
+            assert (clip, last) not in windows
+            windows[clip, last] = video.clone()
+        if number in (2, 5):
+            (pid,) = below()
+            wait_until_idle(pid)
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            killed += 1
+    assert killed == 2 and windows.keys() == whole.keys()
+    assert all(torch.equal(whole[key], windows[key]) for key in whole)
+
+
+def wait_until_idle(pid):
+    """Wait until a reading process waits for what to do next: twice the same CPU time, asleep."""
+    before = None
+    while (now := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()) != before or now[0] != "S":
+        before = now
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_an_evaluation_that_is_left_leaves_no_process_and_can_be_repeated(dota_root, below, taken):
+    part = split(dota_root, num_workers=3, batch_size=8)
+    batches = part.batches(lambda frames: frames)
+    for _ in range(taken):
+        next(batches)
+    batches.close()
+    assert not below()
+    assert sum(len(batch.last) for batch in part.batches(lambda frames: frames)) == len(part.index)
+    assert not below()
+
+
+def test_a_fault_of_the_code_in_a_process_reaches_this_one(dota_root, misread, below):
+    def fail(clip, number):
+        if number == 20:
+            raise ZeroDivisionError("a fault of the code")
+
+    misread(fail)
+    with pytest.raises(ZeroDivisionError) as raised:
+        list(split(dota_root, num_workers=2).batches(lambda frames: frames))
+    assert "in fail" in str(raised.value.__cause__) and not below()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_reading_is_a_few_chunks_ahead_however_long_a_clip_is(dota_root, misread, below, workers):
+    """What is read while nothing is asked for; each frame counts in memory that is shared with the processes."""
+    reads = torch.frombuffer(mmap.mmap(-1, 1 << 10), dtype=torch.int64)
+    misread(lambda clip, number: reads[os.getpid() % 64 : os.getpid() % 64 + 1].add_(1))
+    part = split(dota_root, num_workers=workers, batch_size=4)
+    batches = part.batches(lambda frames: frames)
+    next(batches)
+    for pid in below():
+        wait_until_idle(pid)
+    assert 0 < int(reads.sum()) <= 4 * (2 * workers + 1)
+    assert part.slots.count == 2 * workers and part.slots.shape == (4, 3, 32, 32)
+    batches.close()
+
+
+def test_the_order_of_windows_is_the_same_for_the_same_processes(dota_root):
+    def order():
+        return [(b.clip.tolist(), b.last.tolist()) for b in split(dota_root, **options).batches(lambda f: f)]
+
+    options = {"num_workers": 2, "batch_size": 8, "across_clips": True}
+    assert order() == order()

@@ -15,11 +15,14 @@ from helpers import ALONE
 from engine import checkpoint
 from engine.averages import WeightAverage
 from engine.checkpoint import Progress, RunState, find_last, load_last, restore, save_weights
-from engine.optim import Optimization, build_optimizer, parameter_groups
+from engine.guard import step_if_finite
+from engine.optim import FUSED, Optimization, build_optimizer, parameter_groups
+from engine.resume import find_resume
 from models import create_model
 from models.weights import CheckpointError, load_pretrained
 from utils.cli import ConfigError
 from utils.distributed import Process
+from utils.record import Changeable
 
 
 def optimization(model, **kwargs):
@@ -217,8 +220,8 @@ def record(**changes):
 
 
 def find(folder, **kwargs):
-    options = {"auto_resume": True, "resume": None, "record": record(), "free": frozenset()} | kwargs
-    return checkpoint.find_resume(folder, **options)
+    options = {"auto_resume": True, "resume": None, "record": record(), "changeable": Changeable()} | kwargs
+    return find_resume(folder, **options)
 
 
 def test_best_values_stay_with_their_files(tmp_path):
@@ -300,3 +303,75 @@ def test_a_file_that_cannot_grow_is_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_last(find_last(tmp_path))["epoch"] == 1 and os.listdir(tmp_path) == ["checkpoint-last"]
+
+
+HOW = {
+    "fused": None,
+    "foreach": True,
+    "capturable": False,
+    "differentiable": False,
+}  # as a device without kernels has it
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def stepped(optimization, parameters, step):
+    """Take a step with made-up gradients, of which the second is not finite, as training does."""
+    for p in parameters:
+        p.grad = p.detach().sin() + (math.nan if step == 1 else 0.1 * step)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    return step_if_finite(optimization, torch.zeros((), device=norm.device), norm)
+
+
+def built(name, device, how):
+    """Two parameters and their Optimization; how: settings of the groups that belong to a device."""
+    parameters = [torch.nn.Parameter(torch.linspace(-1, 1, n, device=device)) for n in (5, 64)]
+    groups = [{"params": [p], "lr_scale": 1.0, "weight_decay": 0.1} for p in parameters]
+    optimizer = build_optimizer(groups, name=name, lr=1e-2, eps=1e-8, betas=(0.9, 0.95))
+    for group in optimizer.param_groups:
+        group |= {k: v for k, v in how.items() if k in group}
+    return parameters, Optimization(optimizer, lambda s: 1e-2, lambda s: 0.1)
+
+
+@pytest.mark.parametrize("saved_on", DEVICES)
+@pytest.mark.parametrize("resumed_on", DEVICES)
+@pytest.mark.parametrize(("before", "after"), [(HOW, {}), ({}, HOW), ({}, {})], ids=["to_fused", "from_fused", "same"])
+@pytest.mark.parametrize("name", [*FUSED, "lamb", "nadamw", "adan"])
+def test_an_optimizer_goes_on_where_another_kernel_takes_its_steps(name, before, after, resumed_on, saved_on, tmp_path):
+    """How it computes is up to the device it resumes on; steps end where they would have without a break."""
+    whole, parts = built(name, saved_on, before), built(name, saved_on, before)
+    for step in range(3):
+        stepped(whole[1], whole[0], step)
+        stepped(parts[1], parts[0], step)
+    torch.save(parts[1].optimizer.state_dict(), tmp_path / "state.pth")
+    saved = torch.load(tmp_path / "state.pth", map_location="cpu", weights_only=True, mmap=True)
+    parameters, optimization = built(name, resumed_on, after)
+    with torch.no_grad():
+        for p, old in zip(parameters, parts[0], strict=True):
+            p.copy_(old)
+    own = [{k: group[k] for k in HOW if k in group} for group in optimization.optimizer.param_groups]
+    checkpoint._restore_optimizer(saved, optimization.optimizer)
+    assert [{k: g[k] for k in o} for g, o in zip(optimization.optimizer.param_groups, own, strict=True)] == own
+    for step in (3, 1, 4):
+        assert [bool(stepped(*pair, step)) for pair in ((whole[1], whole[0]), (optimization, parameters))] == [
+            step == 1
+        ] * 2
+    for a, b in zip(whole[0], parameters, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_scaler_and_an_average_that_come_or_go(tmp_path, kept):
+    model, state = trained()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    scaler.scale(torch.ones(1))
+    state = optimization(model, scaler=scaler, ema=WeightAverage(model, 0.5)) if kept else optimization(model)
+    save_last(tmp_path, model, state, Progress(1))
+    other, _ = trained(seed=1)
+    more = {} if kept else {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0), "ema": WeightAverage(other, 0.5)}
+    fresh = optimization(other, **more)
+    restored(load_last(find_last(tmp_path)), other, fresh, Progress())
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    if not kept:
+        assert fresh.scaler.get_scale() == 2.0  # as a run that begins
+        assert all(torch.equal(v, before[k]) for k, v in fresh.ema.module.state_dict().items())

@@ -109,3 +109,18 @@ def test_with_a_scaler_the_loss_counts_and_overflow_does_not(tmp_path):
     run([1e3, math.inf, 1e3], guard=guard, scaler=scaler)
     (line,) = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1 and scaler.get_scale() < 1e38
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run(tmp_path):
+    """A finite loss with an infinite gradient: the scaler would halve its factor for ever."""
+
+    def infinite_slope(model, batch):
+        loss = sum(p.sum() for p in model.parameters()) * 0 + ((model.weight * 0).abs() + 0).sqrt().sum()
+        return loss, {"loss": loss}
+
+    guard = NonFinite(Progress(), tmp_path / "nonfinite.jsonl", limit=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        run([1.0] * 20, guard=guard, scaler=scaler, objective=infinite_slope)
+    lines = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines][:3] == [4, 5, 6]  # 16, 8, 4, 2 are the scaler's affair

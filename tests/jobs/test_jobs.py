@@ -1,6 +1,7 @@
 """Each job file in a dry run: the torchrun line it comes to. tests/jobs/test_slurm.py runs them."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -186,6 +187,89 @@ def test_processes_and_workers_follow_the_allocation(environment, processes, wor
 def test_processes_outside_slurm(launch):
     assert "--nproc_per_node=2 " in launch(FINETUNE[0], **PATHS, CUDA_VISIBLE_DEVICES="0,3").stdout
     assert "--nproc_per_node=1 " in launch(FINETUNE[0], **PATHS, CUDA_VISIBLE_DEVICES="").stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "processes"),
+    [("gpu", 2), ("cpu", 8), ("auto", 2), ("08", 8), ("3", 3), ("", 2)],
+)
+def test_processes_by_torchrun_s_names(value, processes, launch):
+    done = launch(FINETUNE[0], **PATHS, SLURM_CPUS_PER_TASK="8", CUDA_VISIBLE_DEVICES="0,3", NPROC_PER_NODE=value)
+    assert f"--nproc_per_node={processes} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes"),
+    [("0, 3", 2), ("2,-1,3", 1), ("-1", 1), ("NoDevFiles", 1), ("GPU-8932f937-d72c,MIG-GPU-8932/1/0,07", 3)],
+)
+def test_devices_are_counted_as_cuda_does(devices, processes, launch):
+    done = launch(FINETUNE[0], **PATHS, CUDA_VISIBLE_DEVICES=devices)
+    assert f"--nproc_per_node={processes} " in done.stdout, done.stderr
+
+
+CHECKED = ["NPROC_PER_NODE", "OMP_NUM_THREADS", "RDZV_PORT", "CUDA_VISIBLE_DEVICES", "DRY_RUN", "SLURM_JOB_ID"]
+CHECKED += ["SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_GPUS_ON_NODE", "SLURM_CPUS_PER_TASK"]
+CHECKED += ["SLURM_CPUS_ON_NODE"]
+
+
+def test_every_variable_that_is_counted_with_is_checked():
+    text = (ROOT / "jobs" / "_launch.sh").read_text()
+    read = set(re.findall(r"\b(?:SLURM|CUDA|OMP|RDZV|NPROC|DRY|MASTER)_[A-Z_]*[A-Z]", text)) - {"OMP_THREAD_LIMIT"}
+    assert read == set(CHECKED)
+
+
+CODE = ["a[$(touch $T)0]", "$(touch $T)", "`touch $T`", "1; touch $T", "1\n2", "*"]
+OTHERS = [(name, value) for name in CHECKED for value in (*CODE, "-2", "1e9")]
+OTHERS = [pair for pair in OTHERS if pair not in (("CUDA_VISIBLE_DEVICES", "-2"), ("SLURM_JOB_NODELIST", "1e9"))]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_other_values_are_refused_in_a_line_and_never_evaluated(name, value, launch, tmp_path):
+    several = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu[07-09]"}
+    slurm = {} if name == "CUDA_VISIBLE_DEVICES" else several
+    made = tmp_path / "made"
+    done = launch(FINETUNE[0], **PATHS | slurm | {"T": str(made), name: value.replace("$T", str(made))})
+    assert done.returncode == 2 and not done.stdout and not made.exists()
+    assert done.stderr.startswith(f"error: {name} is ") and ": expected " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+WORDS = """#!/bin/bash
+[[ $1 == --help ]] || printf '%s\\0' "$@" >"$WORDS"
+"""
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["-x", "--", "-rf a b *", "/d/$(touch $T)`touch $T`", "'\";touch $T;", "a\nb ", "~/[a-z]?{1,2}", "-n", "!!", "é"],
+)
+def test_paths_go_through_literally(path, launch, tmp_path):
+    (tmp_path / "torchrun").write_text(WORDS)
+    made, words = tmp_path / "made", tmp_path / "words"
+    path = path.replace("$T", str(made))
+    environment = {"DRY_RUN": "", "T": str(made), "WORDS": str(words), "OUTPUT_DIR": path, **dict.fromkeys(PATHS, path)}
+    for job in (ROOT / "jobs" / "dapt" / "pretrain_capdata.sh", FINETUNE[0]):
+        assert launch(job, **environment).returncode == 0
+        got = words.read_text().split("\0")[:-1]
+        script = next(word for word in got if word.startswith("run_"))
+        args = {"run_dapt.py": dapt_parser, "run_finetune.py": finetune_parser}[script]("").parse_args(
+            got[got.index(script) + 1 :]
+        )
+        expected = f"./{path}" if path.startswith("-") else path
+        weights = args.from_ckpt if script == "run_dapt.py" else args.finetune
+        paths = args.data_path if script == "run_dapt.py" else [args.data_path]
+        assert {args.output_dir, weights, *paths} == {expected} and not made.exists()
+
+
+@pytest.mark.parametrize("folder", ["-n", "-x y", "a\n"])
+def test_the_marker_is_found_in_a_folder_of_any_name(folder, launch, tmp_path):
+    """The run's own --output_dir wins over that of the environment; a dash before its name is no flag of rm and ls."""
+    marker = f"{tmp_path}/{folder}/REQUEUE"
+    job = FINETUNE[0].read_text().replace("cd -- ", f"source() {{ builtin source {ROOT}/jobs/_launch.sh; }}; cd -- ")
+    (tmp_path / "job.sh").write_text(job)
+    environment = {"DRY_RUN": "", "TORCHRUN_CODE": "1", "MARKER": marker, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = launch(tmp_path / "job.sh", "--", f"--output_dir={folder}", **PATHS, **environment)
+    assert done.returncode == 75, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from utils.distributed import process_group
+from utils.distributed import interface_towards, process_group
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cuda", "high"), ("cpu", "highest")])
@@ -16,3 +16,8 @@ def test_float32_is_multiplied_in_tf32_on_cuda_alone(device, precision, monkeypa
             assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_the_interface_towards_a_host_is_found():
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("::1") is None  # gloo looks for itself then

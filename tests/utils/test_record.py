@@ -15,7 +15,7 @@ def test_what_may_differ_on_resume():
     other = base | {"lr": 1.0, "model": "m"}
     assert differing(base, other, free) == ["lr: None -> 1.0", "model: None -> m"]
     assert differing(base, base | {"flag_of_a_newer_version": 1}, free) == []
-    assert free < base.keys()
+    assert free < base.keys() and parser.overridable.keys() < base.keys() and not free & parser.overridable.keys()
 
 
 def test_run_record(tmp_path):

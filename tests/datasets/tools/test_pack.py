@@ -22,9 +22,10 @@ from PIL import Image
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
+from datasets.chunks import ClipStream
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.readers import open_clip
-from datasets.stream import ClipStream, SplitWindows
+from datasets.stream import SplitWindows
 from datasets.tools.check import check
 from datasets.tools.pack import Settings, file_of, pack
 from datasets.tools.synthetic import render_dota
@@ -280,7 +281,7 @@ def test_what_does_not_fit_is_refused(copy, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="are needed, 1e-06 GB are free"):
         pack("DoTA", str(copy), tmp_path / "full", settings=SMALL)
     done = run("-m", "datasets.tools.pack", "DoTA", str(copy), str(tmp_path / "x"), "--fps", "-1")
-    assert done.returncode == 2 and "--fps: -1 is not a rate" in done.stderr
+    assert done.returncode == 2 and "--fps: '-1' is not a number from 0 to 1000" in done.stderr
 
 
 def test_a_pack_is_of_one_root_and_a_name_in_it_of_one_clip(copy, dota_root, tmp_path, monkeypatch):
