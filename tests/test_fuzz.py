@@ -290,20 +290,9 @@ def kinds(dota_root, tmp_path_factory):
 
 NAMES = (
     *("dota annotation", "dota metadata", "dota split", "dada sheet", "dada split", "csv", "kinetics", "video list"),
-    *("scan", "bad clips", "pack.json", "clips.jsonl", "pack frames", "zip of .jpg", "folder of .jpg", "zip of .png"),
-    *(
-        "deflated zip of .jpg",
-        "deflated zip of .png",
-        "folder of .png",
-        ".mp4",
-        ".mkv",
-        ".ts",
-        ".avi",
-        "args.json",
-        "log.txt",
-        "nonfinite.jsonl",
-    ),
-    *("state", "weights", "legacy weights", "safetensors", "flax"),
+    *("scan", "bad clips", "pack.json", "clips.jsonl", "pack frames", ".mp4", ".mkv", ".ts", ".avi"),
+    *(f"{what} of {suffix}" for what in ("folder", "zip", "deflated zip") for suffix in (".jpg", ".png")),
+    *("args.json", "log.txt", "nonfinite.jsonl", "state", "weights", "legacy weights", "safetensors", "flax"),
 )
 
 
