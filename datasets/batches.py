@@ -6,6 +6,7 @@ takes long holds up no other. A process that hangs or dies is replaced, and its 
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class BatchLoader:
     A batch is a dictionary: "video" uint8 (B, T, H, W, 3); what `WindowDataset.fill` returns, joined; "samples" says
     which windows they are, "skipped" lists the Faults of those that could not be read, "notes" further Faults.
     "weight" of the loss is 1.0, or 0.0 where none could be read: the video is black then, since each process needs a
-    gradient, if of nothing.
+    gradient, if of nothing. "waited": seconds for which this process had nothing to do but wait for the batch.
 
     A batch is valid until the next one is asked for, which may overwrite its video.
 
@@ -93,7 +94,9 @@ class BatchLoader:
 
     def _from_here(self) -> Iterator[dict[str, Any]]:
         for keys in self.sampler:
-            yield self._joined(keys, list(self._filled(keys, self.slots[0])), self.slots[0])
+            asked = time.perf_counter()
+            batch = self._joined(keys, list(self._filled(keys, self.slots[0])), self.slots[0])
+            yield batch | {"waited": time.perf_counter() - asked}
 
     def _from_processes(self) -> Iterator[dict[str, Any]]:
         making: deque[_Batch] = deque()
@@ -106,10 +109,11 @@ class BatchLoader:
                     self._assign(making[-1])
                 if not making:
                     return
-                batch = making[0]
+                batch, asked = making[0], time.perf_counter()
                 while None in batch.samples:
                     self._receive()
-                yield self._joined(batch.keys, batch.samples, self.slots[batch.slot])
+                waited = time.perf_counter() - asked
+                yield self._joined(batch.keys, batch.samples, self.slots[batch.slot]) | {"waited": waited}
                 making.popleft()
                 free.append(batch.slot)
         finally:

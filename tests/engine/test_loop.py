@@ -177,6 +177,12 @@ def test_memory_is_the_most_since_the_last_report(monkeypatch):
     assert clock.memory() == {"mem_gib": 1} and _Clock(CPU).memory() == {}
 
 
+def test_waiting_for_data_is_what_batches_say_and_not_what_a_gpu_holds_up():
+    clock = _Clock(CPU)
+    batches = ({"waited": seconds} for seconds in (0.25, 0.5))
+    assert len(list(clock.waiting_for(batches))) == 2 and clock.data_seconds == 0.75
+
+
 def test_scaled_losses_are_clipped_at_their_own_size():
     plain, scaled = linear(), linear()
     train(plain, list(torch.ones(1, 8, 3)), clip_grad=0.1)
