@@ -22,6 +22,7 @@ from datasets.windows import index_clips
 from engine.evaluate import Scorer
 from models import create_model
 from utils.cli import ConfigError
+from utils.damage import with_sum
 from utils.distributed import Process
 from utils.flags import finetune_parser
 
@@ -267,7 +268,7 @@ def test_a_damaged_checkpoint_is_named(finished, dota_root, tmp_path):
     whole = (finished / "checkpoint-last" / "state.pth").read_bytes()
     (tmp_path / "checkpoint-last").mkdir()
     (tmp_path / "checkpoint-last" / "state.pth").write_bytes(whole[:5000])
-    with pytest.raises(ConfigError, match="state.pth is damaged .*; remove its folder to start over"):
+    with pytest.raises(ConfigError, match="state.pth is damaged .*; copy it again where it is a copy, or remove its"):
         in_process(*flags(dota_root, tmp_path, *SHORT))
 
 
@@ -458,7 +459,7 @@ def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_
     (tmp_path / "c").mkdir()
     record = json.loads((tmp_path / "b" / "args.json").read_text())
     record["args"]["lr"] = 7.0
-    (tmp_path / "c" / "args.json").write_text(json.dumps(record))
+    (tmp_path / "c" / "args.json").write_text(json.dumps(with_sum(record)))
     with pytest.raises(ConfigError, match=r"c belongs to a run with other arguments \(lr: 7.0 -> 0.001\)"):
         in_process(*words, str(tmp_path / "c"))
     (tmp_path / "c" / "args.json").write_text('{"args": null}')

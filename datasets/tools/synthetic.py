@@ -281,12 +281,13 @@ def render_videos(folder: str | Path, *, count: int, seed: int = 0, size: tuple[
 def write_video(path: Path, pictures: Iterable[np.ndarray], *, size: tuple[int, int], fps: int, **options: str) -> None:
     """Write pictures, uint8 (H, W, 3) of even size (W, H), as an H.264 video. Raises ImportError without PyAV.
 
-    The suffix of path, mp4 or mov, tells the container; options are those of libx264.
+    The suffix of path, mp4, mov or ts, tells the container; options are those of libx264.
     """
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format=path.suffix[1:].lower()) as container:
+    suffix = path.suffix[1:].lower()
+    with av.open(str(path), "w", format={"ts": "mpegts"}.get(suffix, suffix)) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for picture in pictures:
