@@ -459,6 +459,7 @@ def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_
     (tmp_path / "c").mkdir()
     record = json.loads((tmp_path / "b" / "args.json").read_text())
     record["args"]["lr"] = 7.0
+    del record["crc32"]
     (tmp_path / "c" / "args.json").write_text(json.dumps(with_sum(record)))
     with pytest.raises(ConfigError, match=r"c belongs to a run with other arguments \(lr: 7.0 -> 0.001\)"):
         in_process(*words, str(tmp_path / "c"))
