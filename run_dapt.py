@@ -10,8 +10,7 @@ One machine, N GPUs, a mix of data sets, 240 clips of the first and 160 of the s
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_dapt.py ...
-They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
-name the network interface to use; gloo takes that towards HOST by itself.
+They share OUTPUT_DIR. GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: network interfaces, where they do not find each other.
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
@@ -33,6 +32,7 @@ from utils.resolve import (
     common_flags,
     fill_unset,
     keep_history,
+    leave_gpus_alone,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -42,6 +42,7 @@ from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = dapt_parser(__doc__).parse_args()
+    leave_gpus_alone(ARGS.device)
     catch_signals()
     end_with_torchrun()
 

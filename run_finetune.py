@@ -9,8 +9,7 @@ One machine, N GPUs (the total batch stays 56, so N must divide it; Slurm: see j
 
 Several machines, on each of them:
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 run_finetune.py ...
-They share OUTPUT_DIR. Where they do not find each other, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in the environment
-name the network interface to use; gloo takes that towards HOST by itself.
+They share OUTPUT_DIR. GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: network interfaces, where they do not find each other.
 
 Evaluate a checkpoint, on any number of processes; the file says which model it is of and how that is fed:
     python run_finetune.py --eval --finetune runs/videomae_s_dota/checkpoint-best_auroc.pth \\
@@ -35,6 +34,7 @@ from utils.resolve import (
     common_flags,
     fill_unset,
     keep_history,
+    leave_gpus_alone,
     refuse_contradictions,
     resolve_runtime,
     resolve_schedule,
@@ -44,6 +44,7 @@ from utils.signals import catch_signals, remove_marker
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = finetune_parser(__doc__).parse_args()
+    leave_gpus_alone(ARGS.device)
     if not ARGS.eval:
         catch_signals()
     end_with_torchrun()

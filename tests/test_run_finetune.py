@@ -618,6 +618,16 @@ def test_mistaken_arguments_are_explained(dota_root, tmp_path, options, message)
     assert message in str(caught.value)
 
 
+def test_a_run_on_the_cpu_sees_no_gpu(dota_root, tmp_path):
+    """As the optimizer would: the script itself is run, since torch must not be imported before."""
+    code = """import os, runpy
+runpy.run_path("run_finetune.py", run_name="__main__")
+import torch
+print("seen:", torch.cuda.device_count(), repr(os.environ["CUDA_VISIBLE_DEVICES"]))"""
+    done = run("-c", code, *flags(dota_root, tmp_path, *SHORT, "--stop_epoch", 1), env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert "seen: 0 ''" in done.stdout, done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu_is_explained(dota_root, tmp_path):
     with pytest.raises(ConfigError, match="use --device cpu"):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,14 @@ logger = logging.getLogger("tad")
 def common_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return {"--name": value} of the arguments that must be equal in all processes of a run."""
     return {f"--{name}": value for name, value in vars(args).items() if name not in LOCAL}
+
+
+def leave_gpus_alone(device: str | None) -> None:
+    """Hide the GPUs of this machine from a run with --device cpu: an optimizer would make a context on one, to ask
+    whether its steps are being captured. To be called before torch is imported.
+    """
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -105,7 +105,8 @@ def test_a_state_is_mapped_and_nothing_stays_in_its_file(tmp_path):
 
 def test_what_cuda_draws_is_kept_only_where_this_process_uses_it(tmp_path, monkeypatch):
     model, state = trained()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU, and a run on the CPU
+    for name, answer in (("is_available", True), ("is_initialized", False)):  # a GPU, and a run on the CPU
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     save_last(tmp_path, model, state, Progress(1))
     assert load_last(find_last(tmp_path))["ranks"][0]["rng"]["cuda"] is None
 
