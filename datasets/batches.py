@@ -48,9 +48,10 @@ class BatchLoader:
     A batch is a dictionary: "video" uint8 (B, T, H, W, 3); what `WindowDataset.fill` returns, joined; "samples" says
     which windows they are, "skipped" lists the Faults of those that could not be read, "notes" further Faults.
     "weight" of the loss is 1.0, or 0.0 where none could be read: the video is black then, since each process needs a
-    gradient, if of nothing. "waited": seconds for which this process had nothing to do but wait for the batch.
+    gradient, if of nothing.
 
-    A batch is valid until the next one is asked for, which may overwrite its video.
+    A batch is valid until the next one is asked for, which may overwrite its video. `waited` adds up the seconds for
+    which this process had nothing to do but wait for windows to be read.
 
     Args:
         sampler: yields the windows of each batch, the same number for all.
@@ -75,6 +76,7 @@ class BatchLoader:
         self._children = [Child(self._work, read_timeout) for _ in range(num_workers)]
         self._tasks: dict[Child, deque[tuple[_Batch, int]]] = {child: deque() for child in self._children}
         self._failing: set[Child] = set()  # whose last window was none
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -95,8 +97,9 @@ class BatchLoader:
     def _from_here(self) -> Iterator[dict[str, Any]]:
         for keys in self.sampler:
             asked = time.perf_counter()
-            batch = self._joined(keys, list(self._filled(keys, self.slots[0])), self.slots[0])
-            yield batch | {"waited": time.perf_counter() - asked}
+            samples = list(self._filled(keys, self.slots[0]))
+            self.waited += time.perf_counter() - asked
+            yield self._joined(keys, samples, self.slots[0])
 
     def _from_processes(self) -> Iterator[dict[str, Any]]:
         making: deque[_Batch] = deque()
@@ -112,8 +115,8 @@ class BatchLoader:
                 batch, asked = making[0], time.perf_counter()
                 while None in batch.samples:
                     self._receive()
-                waited = time.perf_counter() - asked
-                yield self._joined(batch.keys, batch.samples, self.slots[batch.slot]) | {"waited": waited}
+                self.waited += time.perf_counter() - asked
+                yield self._joined(batch.keys, batch.samples, self.slots[batch.slot])
                 making.popleft()
                 free.append(batch.slot)
         finally:

@@ -46,6 +46,11 @@ class CountedBatches:
         self._samples, self._skipped, self._bad_clips = 0, 0, Counter()
         self._skipped_here, self._logged = 0, set()
 
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting for the loader, if it counts them."""
+        return getattr(self.loader, "waited", 0.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return {"samples", "skipped": of the epoch, "bad_clips": {clip: skipped in the run}}, for a checkpoint."""
         return {"samples": self._samples, "skipped": self._skipped, "bad_clips": dict(self._bad_clips)}

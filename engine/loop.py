@@ -90,11 +90,11 @@ def train_one_epoch(
     """
     model.train()
     progress, averages, guard = session.progress, session.state.statistics, session.guard
-    clock = _Clock(session.process.device)
+    clock = _Clock(session.process.device, batches)
     optimization = session.state.optimization
     if progress.step == 0:
         averages.reset()
-    batches = clock.waiting_for(batches)
+    batches = iter(batches)
     steps = range(progress.step, progress.steps_per_epoch)
     for _ in progress_bar(steps, description=f"epoch {progress.epoch}", enabled=reporting.progress_bar):
         step = progress.steps_done
@@ -154,29 +154,30 @@ def _optimizer_step(
 
 
 class _Clock:
-    """Wall time, steps, seconds spent waiting for data and the most memory held on the GPU since the last restart."""
+    """Wall time, steps, seconds spent waiting for data and the most memory held on the GPU since the last restart.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    The wait is what batches count as such, if they do: until one comes a GPU that is busy may hold up the host as well.
+    """
+
+    def __init__(self, device: torch.device, batches: Iterable = ()):
+        self.device, self.batches = device, batches
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.data_seconds, self.steps = time.perf_counter(), 0.0, 0
+        self.start, self.waited, self.steps = time.perf_counter(), self._waited(), 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def data_seconds(self) -> float:
+        """Return the seconds of waiting for data."""
+        return self._waited() - self.waited
+
+    def _waited(self) -> float:
+        return getattr(self.batches, "waited", 0.0)
 
     def memory(self) -> dict[str, float]:
         """Return {"mem_gib": GiB} of tensors at their most; {} on the CPU."""
         return {"mem_gib": torch.cuda.max_memory_allocated(self.device) / 2**30} if self.device.type == "cuda" else {}
-
-    def waiting_for(self, batches: Iterable) -> Iterator:
-        """Pass batches on, adding up for how long each says that it was waited for.
-
-        The time until it comes would not do: work put in line for a GPU is in it, which waits for the steps before.
-        """
-        for batch in batches:
-            self.data_seconds += batch.get("waited", 0.0) if isinstance(batch, Mapping) else 0.0
-            yield batch
 
 
 def _report(
@@ -186,7 +187,7 @@ def _report(
     seconds = time.perf_counter() - clock.start
     performance = {
         "clips_per_s": clock.steps * reporting.clips_per_step / seconds,
-        "data_wait_pct": 100 * clock.data_seconds / seconds,
+        "data_wait_pct": 100 * clock.data_seconds() / seconds,
         **clock.memory(),
     }
     session.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, progress.steps_done)

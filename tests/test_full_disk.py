@@ -289,6 +289,13 @@ def board(tmp_path, monkeypatch):
     return TensorBoard(tmp_path / "events"), warned
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, FULL)
+
+
+NO_ROOM_FOR_EVENTS = ("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem._write", full)
+
+
 @pytest.mark.parametrize("cause", ["gone", "full"])
 def test_tensorboard_warns_once_and_the_run_goes_on(tmp_path, board, monkeypatch, capfd, cause):
     (board, warned), reason = board, FULL if cause == "full" else "No such file or directory"
@@ -296,11 +303,7 @@ def test_tensorboard_warns_once_and_the_run_goes_on(tmp_path, board, monkeypatch
     if cause == "gone":
         shutil.rmtree(tmp_path / "events")
     else:
-
-        def full(*_):
-            raise OSError(errno.ENOSPC, FULL)
-
-        monkeypatch.setattr("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem._write", full)
+        monkeypatch.setattr(*NO_ROOM_FOR_EVENTS)
     if board._writer:
         board._writer.file_writer.event_writer._async_writer._worker._next_flush_time = 0  # as every two minutes
     deadline = time.monotonic() + 60
@@ -315,10 +318,11 @@ def test_tensorboard_warns_once_and_the_run_goes_on(tmp_path, board, monkeypatch
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_board_that_fails_at_its_end_warns_too(tmp_path, board):
+def test_a_board_that_fails_at_its_end_warns_too(board, monkeypatch):
     board, warned = board
     board.scalars("train", {"loss": 1.0}, 1)
-    shutil.rmtree(tmp_path / "events")
+    monkeypatch.setattr(*NO_ROOM_FOR_EVENTS)
+    board.scalars("train", {"loss": 1.0}, 2)
     board.close()
     assert len(warned) == 1
 

@@ -40,6 +40,11 @@ class DeviceLoader:
         # two, since a copy in line behind the augmentation before would wait for the steps that compete with that
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
 
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting for the loader, if it counts them."""
+        return getattr(self.loader, "waited", 0.0)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
             if self._streams is None:

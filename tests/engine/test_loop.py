@@ -177,10 +177,13 @@ def test_memory_is_the_most_since_the_last_report(monkeypatch):
     assert clock.memory() == {"mem_gib": 1} and _Clock(CPU).memory() == {}
 
 
-def test_waiting_for_data_is_what_batches_say_and_not_what_a_gpu_holds_up():
-    clock = _Clock(CPU)
-    batches = ({"waited": seconds} for seconds in (0.25, 0.5))
-    assert len(list(clock.waiting_for(batches))) == 2 and clock.data_seconds == 0.75
+def test_waiting_for_data_is_what_batches_count_since_the_last_report():
+    batches = SimpleNamespace(waited=3.0)
+    clock = _Clock(CPU, batches)
+    batches.waited = 3.75
+    assert clock.data_seconds() == 0.75 and _Clock(CPU, [1, 2]).data_seconds() == 0
+    clock.restart()
+    assert clock.data_seconds() == 0
 
 
 def test_scaled_losses_are_clipped_at_their_own_size():
