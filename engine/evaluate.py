@@ -110,7 +110,7 @@ class Scorer:
         faults = self.windows.agree(faults)
         usable = {fault.number: fault.frames for fault in faults}
         scored, expected = (keep_usable(columns, usable) for columns in (scored, self.windows.locations()))
-        return gather_predictions(scored, expected, self.windows.clips, faults)
+        return gather_predictions(scored, expected, self.windows.clips, faults, self.dtype)
 
     @torch.inference_mode()
     def _score_share(self, model: nn.Module, session: Session | None) -> tuple[Columns, list]:
@@ -156,7 +156,11 @@ def keep_usable(windows: Columns, usable: Mapping[int, int]) -> Columns:
 
 
 def gather_predictions(
-    scored: Columns, expected: tuple[np.ndarray, np.ndarray], clips: Sequence, faults: Sequence = ()
+    scored: Columns,
+    expected: tuple[np.ndarray, np.ndarray],
+    clips: Sequence,
+    faults: Sequence = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Predictions | None:
     """Return the Predictions of all ranks on rank 0, None on the others.
 
@@ -165,6 +169,7 @@ def gather_predictions(
         expected: (clip (n,), frame (n,)) of every window there is, sorted.
         clips: the ClipTable; the windows are labelled where its clips are.
         faults: what is wrong with clips.
+        dtype: of autocast.
 
     Raises EvaluationError unless each expected window was scored exactly once, with finite logits, and there are any.
     """
@@ -186,9 +191,10 @@ def gather_predictions(
             f"foreign is clip {first[0]}, frame {first[1]}"
         )
     if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
+        overflow = "" if dtype == torch.float32 else f", or {dtype} overflows, where --precision fp32 does not"
         raise EvaluationError(
             f"{len(broken)} of {len(clip)} windows have NaN or infinite logits: the weights have diverged, as "
-            "at too high a rate, or bf16 or fp16 overflows, where --precision fp32 does not"
+            f"at too high a rate{overflow}"
         )
     label = None
     if all(clips[c].labels is not None for c in np.unique(clip)):

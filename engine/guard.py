@@ -60,10 +60,11 @@ class NonFinite:
         progress: of the run; its left_out counts them up to the last step read.
         file: gets a line of JSON for each: epoch and step (from 0), the losses of all ranks, and the samples of the
             ranks whose loss was not finite, or of all ranks if only the gradient was not. None: no file.
+        precise: whether it trains in float32, so that another format is no remedy.
     """
 
-    def __init__(self, progress: Progress, file: Path | None = None, *, limit: int = 5):
-        self.progress, self.file, self.limit = progress, file, limit
+    def __init__(self, progress: Progress, file: Path | None = None, *, limit: int = 5, precise: bool = False):
+        self.progress, self.file, self.limit, self.precise = progress, file, limit, precise
         self._steps: list[dict] = []
         self._values: list[Tensor] = []
 
@@ -90,10 +91,11 @@ class NonFinite:
         for step, (_, left_out) in zip(steps, values, strict=True):
             self.progress.left_out = self.progress.left_out + 1 if left_out else 0
             if self.progress.left_out >= self.limit:
+                precision = "" if self.precise else " --precision fp32,"
                 raise TrainingError(
                     f"loss or gradient not finite in {self.limit} steps in a row, up to epoch {step['epoch']}, step "
-                    f"{step['step']}; nonfinite.jsonl names the samples; try a lower --lr, --clip_grad 1, --precision "
-                    "fp32, or a higher --max_nonfinite"
+                    f"{step['step']}; nonfinite.jsonl names the samples; try a lower --lr, --clip_grad 1,"
+                    f"{precision} or a higher --max_nonfinite"
                 )
 
     def _record(self, ranks: Sequence[dict]) -> None:

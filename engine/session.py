@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from engine.checkpoint import Progress, RunState, check_room, explained, restore, rewind_folder, save_last
 from engine.guard import NonFinite
 from utils.distributed import Agreement, Process, require_same
@@ -139,5 +141,6 @@ def start_session(
         rewind_folder(output_dir, state, world_size=process.world_size)
     tensorboard = TensorBoard(log_dir if process.is_main else None, state.progress.steps_done)
     nonfinite_file = output_dir / "nonfinite.jsonl" if process.is_main else None
-    guard = NonFinite(state.progress, nonfinite_file, limit=max_nonfinite)
+    precise = state.optimization.dtype == torch.float32
+    guard = NonFinite(state.progress, nonfinite_file, limit=max_nonfinite, precise=precise)
     return Session(output_dir, state, process, tensorboard, guard, **options)

@@ -105,7 +105,8 @@ def from_to(low: float, high: float) -> Number:
 positive = Number(whole=True, above=True)
 natural = Number(whole=True)
 positive_float = Number(above=True)
-not_negative = Number()
+rate = Number(0, 1000)  # of learning or decay, or a scale: larger ones make NaN of any weights
+positive_rate = Number(0, 1000, above=True)
 share = Number(0, 1)
 share_below_1 = Number(0, 1, below=True)
 frame_rate = Number(0, 1000, above=True)

@@ -15,11 +15,12 @@ from utils.cli import (
     frame_rate,
     from_to,
     natural,
-    not_negative,
     pixels,
     pixels_or_0,
     positive,
     positive_float,
+    positive_rate,
+    rate,
     share,
     share_below_1,
     wait,
@@ -132,7 +133,7 @@ def finetune_parser(description: str) -> Parser:
     group.overridable("num_sample", 1, help, type=from_to(1, 100))
     group = _add_optimizer_flags(parser, min_lr=1e-6, warmup_epochs=5, betas=[0.9, 0.999])
     help = "base learning rate, x total batch / 256 (default: 1e-3 for small models, else 5e-4)"
-    group.overridable("lr", None, help, type=positive_float)
+    group.overridable("lr", None, help, type=positive_rate)
     group.overridable(
         "layer_decay",
         0.6,
@@ -163,7 +164,7 @@ def dapt_parser(description: str) -> Parser:
     group.overridable("total_batch_size", None, help, **_ONE_FOR_EACH_SET, reorders=True)
     group.free("batch_size", None, "clips per process and forward pass, for each set", **_ONE_FOR_EACH_SET)
     group = _add_optimizer_flags(parser, min_lr=3e-5, warmup_epochs=1, betas=[0.9, 0.95])
-    group.overridable("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_float)
+    group.overridable("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_rate)
     _add_dapt_augmentation_flags(parser)
     _add_output_flags(parser, save_ckpt_freq=1)
     _add_runtime_flags(parser, seed=0)
@@ -218,7 +219,7 @@ def _add_epoch_flags(parser: Parser, *, epochs: int, nb_samples: int, clips: str
 
 def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, betas: list[float]) -> FlagGroup:
     group = FlagGroup(parser, "optimization")
-    group.overridable("min_lr", min_lr, "final base learning rate, scaled as --lr", type=not_negative)
+    group.overridable("min_lr", min_lr, "final base learning rate, scaled as --lr", type=rate)
     group.overridable("warmup_epochs", warmup_epochs, "epochs of linear warm-up from 0", type=natural)
     group.overridable(
         "warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off", type=Number(-1, whole=True)
@@ -226,10 +227,8 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
     group.fixed("opt", "adamw", "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest")
     group.overridable("opt_eps", 1e-8, "epsilon of Adam", type=share)
     group.overridable("opt_betas", betas, "betas of Adam", nargs=2, type=share_below_1)
-    group.overridable("weight_decay", 0.05, "weight decay", type=not_negative)
-    group.overridable(
-        "weight_decay_end", None, "weight decay at the end of its cosine (default: constant)", type=not_negative
-    )
+    group.overridable("weight_decay", 0.05, "weight decay", type=rate)
+    group.overridable("weight_decay_end", None, "weight decay at the end of its cosine (default: constant)", type=rate)
     help = "largest gradient norm (default: no clipping)"
     group.overridable("clip_grad", None, help, type=positive_float, metavar="NORM")
     return group
@@ -295,7 +294,7 @@ def _add_finetune_model_flags(parser: Parser) -> None:
         "pools by attention alone)"
     )
     group.fixed("final_reduction", None, help, choices=["fc_norm", "cls"])
-    group.fixed("init_scale", 0.001, "factor on the head's initial weights", type=not_negative)
+    group.fixed("init_scale", 0.001, "factor on the head's initial weights", type=rate)
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
     group.overridable("drop_path", 0.2, help, type=share_below_1)
     group.overridable("drop", 0.0, "dropout after projections", type=share_below_1)

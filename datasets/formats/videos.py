@@ -18,7 +18,7 @@ from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, da
 from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
-from utils.text import unicode_name
+from utils.text import first_few, unicode_name
 
 logger = logging.getLogger("tad")
 
@@ -81,9 +81,13 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
 
 
 def _find(root: Path, folder: str) -> list[str]:
-    """Return the paths relative to root of the videos below root/folder, sorted."""
-    found, visited = [], set()
-    for where, folders, names in os.walk(root / folder, followlinks=True):
+    """Return the paths relative to root of the videos below root/folder, sorted; folders that cannot be read are named
+    in the log.
+    """
+    found, visited, closed = [], set(), []
+    if not (root / folder).is_dir():
+        return []
+    for where, folders, names in os.walk(root / folder, followlinks=True, onerror=closed.append):
         status = os.stat(where)
         if (status.st_dev, status.st_ino) in visited:  # a link back up
             folders.clear()
@@ -92,6 +96,9 @@ def _find(root: Path, folder: str) -> list[str]:
         below = os.path.relpath(where, root)
         videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
         found += videos if below == "." else [f"{below}/{name}" for name in videos]
+    if closed:
+        reasons = first_few((f"{error.filename} ({error.strerror})" for error in closed), 3)
+        logger.warning(f"{root}: {len(closed)} folders cannot be read and are left out: {reasons}")
     return sorted(found)
 
 

@@ -79,15 +79,16 @@ def read_sheet(path: Path, sheet: str | None) -> list[list[str]]:
             import openpyxl
 
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-            names, rows_of = book.sheetnames, lambda name: book[name].iter_rows()
+            names, rows_of = [own.title for own in book.worksheets], lambda name: book[name].iter_rows()
+        chosen = sheet or (CAP_SHEET if CAP_SHEET in names else names[0])
+        # openpyxl parses a sheet only now, with its damage
+        rows = [[_text(cell.value) for cell in row] for row in rows_of(chosen)] if chosen in names else []
     except ImportError as e:
         raise DataError(f"{path}: {path.suffix} files need {e.name}: pip install {e.name}") from e
     except Exception as e:  # each library raises a handful of types of its own
         raise DataError(f"{path}: not a readable workbook ({type(e).__name__}: {e})") from e
     if sheet and sheet not in names:
         raise DataError(f"{path}: no sheet {sheet!r}; it has {', '.join(names)}")
-    chosen = sheet or (CAP_SHEET if CAP_SHEET in names else names[0])
-    rows = [[_text(cell.value) for cell in row] for row in rows_of(chosen)]
     return [row for row in rows if any(row)]
 
 

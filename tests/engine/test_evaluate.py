@@ -50,9 +50,10 @@ def gathered(
     *,
     clips=CLIPS,
     faults=(),
+    dtype=torch.float32,
 ):
     scored = np.array(clip), np.array(frame), np.array(logits, np.float32)
-    return gather_predictions(scored, EXPECTED, clips, faults)
+    return gather_predictions(scored, EXPECTED, clips, faults, dtype)
 
 
 def test_predictions_are_sorted_and_labelled():
@@ -77,8 +78,11 @@ def test_other_windows_than_the_expected_are_refused(clip, frame, odd):
 
 
 def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(EvaluationError, match="1 of 4 windows have NaN"):
-        gathered(logits=((2, -2), (np.nan, 1), (0, 0), (0, 3)))
+    broken = {"logits": ((2, -2), (np.nan, 1), (0, 0), (0, 3))}
+    with pytest.raises(EvaluationError, match="1 of 4 windows have NaN.*have diverged, as at too high a rate$"):
+        gathered(**broken)  # in float32, which is no remedy then
+    with pytest.raises(EvaluationError, match="or torch.bfloat16 overflows, where --precision fp32 does not"):
+        gathered(**broken, dtype=torch.bfloat16)
 
 
 def test_extreme_logits_do_not_overflow():

@@ -96,6 +96,13 @@ def test_five_in_a_row_end_the_run_four_do_not(log_every):
         run([nan, nan, 1.0], guard=NonFinite(Progress(left_out=3)))
 
 
+@pytest.mark.parametrize("precise", [False, True])
+def test_another_number_format_is_advised_where_it_may_help(precise):
+    with pytest.raises(TrainingError, match="--max_nonfinite") as raised:
+        run([math.nan] * 5, guard=NonFinite(Progress(), precise=precise))
+    assert ("fp32" in str(raised.value)) is not precise
+
+
 def test_many_steps_between_log_lines_do_not_hide_it():
     progress = Progress()
     with pytest.raises(TrainingError):

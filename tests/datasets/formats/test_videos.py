@@ -158,6 +158,20 @@ def test_links_back_up_are_not_followed_twice(videos, tmp_path):
     assert len(build_clips("videos", str(root), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 3
 
 
+def test_folders_that_cannot_be_read_are_named(videos, tmp_path, caplog):
+    """One that root cannot read either: its path is longer than the system takes."""
+    top = shutil.copytree(videos, tmp_path / "own")
+    here = os.open(top, os.O_RDONLY)
+    for _ in range(17):  # of 250 letters, beyond 4096
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    assert len(build_clips("videos", str(top), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 3
+    assert "1 folders cannot be read and are left out" in caplog.text and "File name too long" in caplog.text
+
+
 def test_two_runs_may_share_a_cache(videos, tmp_path):
     first, second = (VideoScan(tmp_path / "scan.json", workers=1) for _ in range(2))
     known = first._load()

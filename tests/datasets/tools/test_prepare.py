@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+import zipfile
 
 import openpyxl
 import pytest
@@ -163,6 +164,11 @@ def test_what_is_wrong_with_a_sheet_is_said(sheets, monkeypatch, suffix, module)
     (sheets / f"broken{suffix}").write_bytes(b"PK not a workbook")
     with pytest.raises(SystemExit, match=f"broken{suffix}: not a readable workbook"):
         command(monkeypatch, "sheet", sheets / f"broken{suffix}", sheets / "b.csv")
+    with zipfile.ZipFile(sheets / "cap.xlsx") as z, zipfile.ZipFile(sheets / "torn.xlsx", "w") as torn:
+        for name in z.namelist():
+            torn.writestr(name, z.read(name)[: -40 if "worksheets/sheet" in name else None])
+    with pytest.raises(SystemExit, match="torn.xlsx: not a readable workbook"):
+        command(monkeypatch, "sheet", sheets / "torn.xlsx", sheets / "b.csv")
     with pytest.raises(SystemExit, match="absent.xlsx: no such file"):
         command(monkeypatch, "sheet", sheets / "absent.xlsx", sheets / "b.csv")
     monkeypatch.setitem(sys.modules, module, None)
