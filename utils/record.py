@@ -109,7 +109,11 @@ class Changeable:
                 f"; no run is continued with another {', '.join(lasting)}: start one from the weights of this one, "
                 "--finetune or --from_ckpt its checkpoint-<epoch>.pth"
             )
-        return f"; or go on with the new ones there: --resume {state} --override {' '.join(changes)}" if state else ""
+        return (
+            f"; or go on with the new ones in another --output_dir: --resume {state} --override {' '.join(changes)}"
+            if state
+            else ""
+        )
 
 
 def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) -> None:

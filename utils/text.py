@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
+_LONGEST = 400  # characters of an item: a damaged file may have a name of megabytes
+
 
 def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
-    """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)"."""
-    items = [unicode_name(str(item)) for item in items]
+    """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)". Long ones are cut."""
+    items = [text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in map(unicode_name, map(str, items))]
     return sep.join(items[:limit]) + (f"{sep}... ({len(items)} in all)" if len(items) > limit else "")
 
 

@@ -34,6 +34,7 @@ from datasets.formats.text import read_csv, whole_number
 from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, UNREADABLE
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES, VideoInfo
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -124,7 +125,7 @@ def _check_header(path: Path, header: list[str]) -> set[str]:
     if columns >= {*INTERVAL, *PER_FRAME}:
         raise DataError(f"{path}: row 1 has {' and '.join(INTERVAL)} and {' and '.join(PER_FRAME)}; use one pair")
     if unknown := [c for c in header if c and c not in known]:
-        logger.warning(f"{path}: columns that are not used: {', '.join(unknown)}")
+        logger.warning(f"{path}: columns that are not used: {first_few(unknown)}")
     return columns
 
 

@@ -14,6 +14,7 @@ from datasets.clips import DataError
 from datasets.readers import open_clip
 from datasets.tools.check import check
 from datasets.tools.pack import Settings, pack
+from utils.text import first_few
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,12 @@ def test_rows_of_a_clip_add_up(table, sources):
 def test_columns_that_are_not_used_are_named(table, caplog):
     table("path,start,end_frames\na.mp4,1,2\n")
     assert "columns that are not used: start, end_frames" in caplog.text
+
+
+def test_names_in_messages_are_few_and_short(table, caplog):
+    table("path," + ",".join(f"c{i}" for i in range(100_000)) + "\na.mp4\n")
+    assert "c0, c1, c2, c3, c4, ... (100000 in all)" in caplog.text and len(caplog.text) < 1000
+    assert len(first_few(["x" * 10**6])) < 1000
 
 
 def test_pictures_need_a_frame_rate_and_videos_may_be_given_another(table):
