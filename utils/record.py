@@ -109,8 +109,9 @@ class Changeable:
                 f"; no run is continued with another {', '.join(lasting)}: start one from the weights of this one, "
                 "--finetune or --from_ckpt its checkpoint-<epoch>.pth"
             )
+        words = " ".join(changes)
         return (
-            f"; or go on with the new ones in another --output_dir: --resume {state} --override {' '.join(changes)}"
+            f"; or go on with the new ones in another --output_dir: --resume {state} --override {words}"
             if state
             else ""
         )
