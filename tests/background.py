@@ -84,9 +84,11 @@ class Run:
         children = [pid for pid in self.tree() if pid != self.process.pid]
         pids = {}
         for pid in children:
-            words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = next(int(w[5:]) for w in words if w.startswith(b"RANK="))
-            pids.setdefault(rank, pid)  # before its loading processes
+            with suppress(OSError):  # it has ended
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                rank = next((int(w[5:]) for w in words if w.startswith(b"RANK=")), None)
+                pids.setdefault(rank, pid)  # before its loading processes
+        pids.pop(None, None)  # one that is about to be a rank, or has ended
         return [pids[rank] for rank in sorted(pids)]
 
     def kill(self, tree):

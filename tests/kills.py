@@ -87,7 +87,7 @@ def main():
     parser.add_argument("--signals", type=int, default=40, help="in all (default: 40)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         words = commands(make_data(root / "data"), epochs=8)
         for processes in args.processes:
