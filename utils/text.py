@@ -6,8 +6,12 @@ _LONGEST = 400  # characters of an item: a damaged file may have a name of megab
 
 
 def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
-    """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)". Long ones are cut."""
-    items = [text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in map(unicode_name, map(str, items))]
+    """Join the first items: "a, b, c"; where there are more than `limit`: "a, b, ... (7 in all)".
+
+    Long ones lose their middle: a reason stands at the end.
+    """
+    half, items = _LONGEST // 2, [unicode_name(str(item)) for item in items]
+    items = [text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}" for text in items]
     return sep.join(items[:limit]) + (f"{sep}... ({len(items)} in all)" if len(items) > limit else "")
 
 
