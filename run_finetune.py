@@ -27,7 +27,7 @@ from utils.cli import ConfigError, config_errors
 from utils.files import check_writable
 from utils.flags import finetune_parser
 from utils.lock import end_with_torchrun, folder_lock
-from utils.record import Changeable, write_run_record
+from utils.record import Changeable
 from utils.resolve import (
     INPUT,
     WEIGHTS_SOURCE,
@@ -71,6 +71,7 @@ from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
+from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.finetune import FinetuneObjective
@@ -78,7 +79,6 @@ from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
-from engine.outputs import BYTES_OF_A_ROW, finish_evaluation, keep_scores, unfinished_evaluation
 from engine.plots import evaluation_figures
 from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
@@ -242,30 +242,30 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     """Score --finetune on the evaluation split, for --eval, and write everything about it."""
     output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
     free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
-    known = from_main(lambda: unfinished_evaluation(output_dir, vars(args), free, weights))
+    known = from_main(lambda: outputs.unfinished_evaluation(output_dir, vars(args), free, weights))
     if known:
         logger.info(f"{output_dir}/predictions.csv is there: nothing is scored, metrics and plots are made of it")
     else:
         known = score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        content = finish_evaluation(output_dir, known)
+        content = outputs.finish_evaluation(output_dir, known)
         logger.info(f"{summary(content)}  {content['coverage']}")
         logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
 def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
     """Write predictions.csv; returns on rank 0 what is known of it."""
-    from_main(lambda: write_run_record(output_dir / "eval_args.json", vars(args), process.world_size))
+    record = from_main(lambda: outputs.begin_evaluation(output_dir, vars(args), weights, process.world_size))
     model = build_model(args, process, trained_head=True)
     windows = evaluation_windows(args, process)
-    from_main(lambda: check_writable(output_dir, BYTES_OF_A_ROW * len(windows.locations()[0])))
+    from_main(lambda: check_writable(output_dir, outputs.BYTES_OF_A_ROW * len(windows.locations()[0])))
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
         return None
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
     about |= coverage(predictions, windows.clips)
-    return keep_scores(output_dir, predictions, windows.clips, about, weights)
+    return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)
 
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:

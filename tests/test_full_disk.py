@@ -116,28 +116,54 @@ def test_scores_of_weights_that_have_changed_are_refused(dota_root, weights, eva
     assert files(tmp_path / "run") == files(evaluated)
 
 
-def test_scores_that_were_cut_are_refused(dota_root, weights, evaluated, tmp_path):
+def test_scores_of_weights_that_change_meanwhile_are_not_those_of_the_new(dota_root, weights, tmp_path, when_scored):
+    """As those of a run do that trains on, or they are gone: what is scored is kept."""
+    mine = shutil.copy(weights, tmp_path / "w.pth")
+    when_scored(lambda: (fill_up(tmp_path / "a" / "metrics.json"), mine.write_bytes(weights.read_bytes())))
+    with pytest.raises(EvaluationError, match="metrics.json: cannot be written"):
+        evaluate(dota_root, tmp_path / "a", mine)
+    with pytest.raises(ConfigError, match="it is of weights that have changed since"):
+        evaluate(dota_root, tmp_path / "a", mine)
+    when_scored(mine.unlink)
+    evaluate(dota_root, tmp_path / "b", mine)
+    assert (tmp_path / "b" / "metrics.json").exists()
+
+
+def test_scores_that_were_cut_or_changed_are_refused(dota_root, weights, evaluated, tmp_path):
     shutil.copytree(evaluated, tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()
     path = tmp_path / "run" / "predictions.csv"
     lines = path.read_text().splitlines(keepends=True)
-    for text, reason in (("".join(lines[:-1]), "66 rows, 67 were written"), ("a,b\n1,2\n", "not the scores of an")):
+    cases = [("".join(lines[:-1]), "66 rows, 67 were written"), ("a,b\n1,2\n", "not the scores of an")]
+    cases.append(("".join(lines).replace("0.", "1.", 1), "predictions.csv is not as it was written: remove it"))
+    for text, reason in cases:
         path.write_text(text)
         with pytest.raises(EvaluationError, match=reason):
             evaluate(dota_root, tmp_path / "run", weights)
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "eval_args.json"])
-def test_scores_without_a_place_go_to_another(dota_root, weights, evaluated, tmp_path, name, no_scoring, monkeypatch):
+@pytest.fixture
+def when_scored(monkeypatch):
+    """Lets something happen before scores are written."""
+    keep = run_finetune.outputs.keep_scores
+    return lambda happens: monkeypatch.setattr(run_finetune.outputs, "keep_scores", lambda *v: (happens(), keep(*v))[1])
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "eval_args.json", None])
+def test_scores_without_a_place_go_to_another(
+    dota_root, weights, evaluated, tmp_path, name, no_scoring, monkeypatch, when_scored
+):
+    """The disk fills up while the windows are scored, or the folder goes."""
     (tmp_path / "refuge").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "refuge"))
-    folder, keep = tmp_path / "run", run_finetune.keep_scores
-    with monkeypatch.context() as patch:  # the disk fills up while the windows are scored
-        patch.setattr(run_finetune, "keep_scores", lambda *values: (fill_up(folder / name), keep(*values)))
-        with pytest.raises(EvaluationError, match=rf"predictions.csv: cannot be written \({FULL}\); the scores are in"):
-            evaluate(dota_root, folder, weights)
+    folder, reason = tmp_path / "run", FULL if name else "No such file or directory"
+    when_scored(lambda: fill_up(folder / name) if name else shutil.rmtree(folder))
+    with pytest.raises(EvaluationError, match=rf"predictions.csv: cannot be written \({reason}\); the scores are in"):
+        evaluate(dota_root, folder, weights)
     (refuge,) = (tmp_path / "refuge").iterdir()
-    assert files(refuge) == ["eval_args.json", "predictions.csv"] and files(folder) == ["eval_args.json"]
+    assert files(refuge) == ["eval_args.json", "predictions.csv"]
+    assert not folder.exists() if name is None else files(folder) == ["eval_args.json"]
+    folder.mkdir(exist_ok=True)
     for path in refuge.iterdir():
         shutil.move(path, folder / path.name)
     no_scoring()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,12 +78,14 @@ class _Lock:
                 continue
 
     def release(self) -> None:
-        """Free the folder."""
+        """Free the folder; where the file cannot be removed from it, it is free once this process has ended."""
         self._over.set()
         self._thread.join()
-        if _is_at(self._path, self._descriptor):
-            self._path.unlink(missing_ok=True)  # before another can have it
-        os.close(self._descriptor)
+        with suppress(OSError):  # of a disk that fails: what else failed for that is to be heard
+            if _is_at(self._path, self._descriptor):
+                self._path.unlink(missing_ok=True)  # before another can have it
+        with suppress(OSError):
+            os.close(self._descriptor)
 
 
 def _acquire(folder: Path) -> _Lock:

@@ -117,9 +117,10 @@ class Changeable:
         )
 
 
-def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) -> None:
-    """Write args.json: resolved arguments, command line, git revision, versions. Raises ConfigError where its folder
-    cannot be written.
+def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int, **more: Any) -> dict[str, Any]:
+    """Write args.json: resolved arguments, command line, git revision, versions, and what `more` names; return it.
+
+    Raises ConfigError where its folder cannot be written.
     """
     record = {
         "args": dict(arguments),
@@ -127,13 +128,20 @@ def write_run_record(path: Path, arguments: Mapping[str, Any], world_size: int) 
         "world_size": world_size,
         "git": _git_revision(),
         "versions": {"python": sys.version.split()[0]} | {p: _version(p) for p in ("torch", "torchvision", "timm")},
+        **more,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(with_sum(record), indent=2) + "\n")
+        write_json(path, record)
     except OSError as e:
         raise ConfigError(f"{path}: cannot be written ({e.strerror}); choose another --output_dir") from e
+    return record
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON object, with its sum, in one rename. Raises OSError, which names path."""
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(with_sum(record), indent=2) + "\n")
 
 
 def read_run_record(path: Path) -> dict[str, Any]:

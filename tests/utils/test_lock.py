@@ -170,3 +170,15 @@ def test_a_folder_is_free_after_an_error_and_one_that_cannot_be_written_is_named
     folder, drop = as_nobody
     with drop(), pytest.raises(ConfigError, match="run: cannot be written .Permission denied.; choose another"):
         take(folder / "run")
+
+
+def test_a_disk_that_fails_at_the_end_hides_no_error(tmp_path, monkeypatch):
+    """As one that is mounted read-only when the first write fails: what failed is heard."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError), folder_lock(tmp_path / "run"):
+        patch.setattr("pathlib.Path.unlink", refuse)
+        raise KeyError
+    assert (tmp_path / "run" / ".lock").exists()
