@@ -1,6 +1,5 @@
 """Alerts out of scores: the rule that makes events of a risk curve."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +39,6 @@ class Event:
     peak_score: float
 
 
-def find_events(
-    time: Sequence[float] | np.ndarray, score: Sequence[float] | np.ndarray, rule: EventRule
-) -> list[Event]:
+def find_events(time: np.ndarray, score: np.ndarray, rule: EventRule) -> list[Event]:
     """Return the events of scores (n,) at ascending times (n,), in order."""
     raise NotImplementedError
