@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import golden
+from golden_clips import CLIPS, GOLDEN, labels_of
 
 from engine import anticipation as a
 from engine.anticipation import ScoredClip
@@ -10,33 +10,9 @@ from engine.episodes import event_detection, false_alarms
 from engine.metrics import frame_metrics
 from engine.published import mtta_published, mtta_true_seconds
 
-GOLDEN = golden("anticipation")
 EXPECTED = GOLDEN["expected"]
 RECIPE: dict = {}
 exec(GOLDEN["recipe"], RECIPE)  # noqa: S102
-
-
-def scored(clip, key="scores_1024"):
-    """A clip of the golden file: windows of 16 frames, frames 0 to 14 are not scored."""
-    n, fps = clip["n_frames"], clip["fps"]
-    return ScoredClip(
-        clip["name"],
-        np.arange(15, n) / fps,
-        np.array(clip[key][15:n]) / 1024,
-        1 / fps,
-        bool(clip["label"]),
-        clip["event_time"],
-        tuple((s / fps, (e + 1) / fps) for s, e in clip["intervals"]),
-        clip["time_to_accident"],
-    )
-
-
-CLIPS = [scored(c) for c in GOLDEN["clips"]]
-
-
-def labels_of(clip):
-    frames = np.arange(15, clip["n_frames"])
-    return np.array([any(s <= f <= e for s, e in clip["intervals"]) for f in frames], int)
 
 
 def check(ours, expected, **names):
