@@ -11,10 +11,11 @@ and beside the same figures of a constant (`with_scores`). `at_false_alarm_rate`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from engine.metrics import precision_recall_curve, roc_curve
+from engine.metrics import auroc_and_ap
 
 NAN = float("nan")
 EPS = 1e-9  # seconds: a frame's time is a quotient, whose rounding is not to decide
@@ -44,12 +45,12 @@ class ScoredClip:
     intervals: tuple[tuple[float, float], ...] = ()
     time_to_accident: float | None = None
 
-    @property
+    @cached_property
     def timed(self) -> bool:
         """Whether the clip is a timed positive."""
         return self.positive and self.event is not None and self.event > 0 and len(self.time) > 0
 
-    @property
+    @cached_property
     def before(self) -> int:
         """Number of scored frames before the event: all of a negative clip, 0 where the event's time is unknown."""
         if not self.positive:
@@ -83,9 +84,7 @@ def auc_ap(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     if not len(scores):
         return {"auc": NAN, "ap": NAN}
-    fpr, tpr = roc_curve(scores, labels)
-    precision, recall = precision_recall_curve(scores, labels)
-    return {"auc": float(np.trapezoid(tpr, fpr)), "ap": float(np.sum(np.diff(np.r_[0.0, recall]) * precision))}
+    return dict(zip(("auc", "ap"), auroc_and_ap(scores, labels), strict=True))
 
 
 def reduced(clip: ScoredClip, reduction: str) -> float:
@@ -247,7 +246,7 @@ def stable_tta(clips: Sequence[ScoredClip], threshold: float, *, with_event_fram
         quiet = np.flatnonzero(~(clip.score[:end] > threshold))
         start = quiet[-1] + 1 if len(quiet) else 0
         leads.append(max(0.0, clip.event - clip.time[start]) if start < end else 0.0)
-    return {"mean": _mean(leads), "n_pos": len(timed), "n_zero": sum(lead <= 0 for lead in leads)}
+    return {"mean": _mean(leads), "n_pos": len(timed), "n_zero": sum(bool(lead <= 0) for lead in leads)}
 
 
 _LEAD = ("recall", "mean_lead_detected", "median_lead_detected", "false_alarm_rate", "n_detected", "n_pos", "n_neg")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NAN = float("nan")
+from engine.anticipation import NAN, ScoredClip
 
 
 def mtta_published(
@@ -53,23 +53,53 @@ def mtta_true_seconds(
     return _sweep(scores, labels, event_frame, np.asarray(event_frame) / fps, step, False)
 
 
+def mtta_of_clips(clips: Sequence[ScoredClip], *, step: float = 0.001) -> dict[str, float]:
+    """Return the figures of `mtta_true_seconds` for clips of any length and rate. GAMEABLE.
+
+    Positives are the timed ones; frames are counted in scored frames.
+    """
+    used = [c for c in clips if len(c.time) and (c.timed or not c.positive)]
+    frames = [np.rint(c.time / c.frame_seconds) for c in used]
+    parts = [(f[: c.before], c.score[: c.before]) for f, c in zip(frames, used, strict=True)]
+    labels = np.array([c.positive for c in used], bool)
+    seconds = np.array([c.event if c.positive else 0.0 for c in used])
+    event_frame = np.array([c.event / c.frame_seconds if c.positive else np.inf for c in used])
+    return _figures(parts, labels, event_frame, seconds, step, False)
+
+
 def _sweep(
     scores: np.ndarray, labels: np.ndarray, event_frame: np.ndarray, seconds: np.ndarray, step: float, zero_bug: bool
 ) -> dict[str, float]:
-    """seconds: (N,) by which the relative lead of a clip is multiplied."""
     labels, event_frame = np.asarray(labels).astype(bool), np.asarray(event_frame)
     evaluated = ~np.isnan(scores) & ((np.arange(scores.shape[1]) < event_frame[:, None]) | ~labels[:, None])
+    parts = [(np.flatnonzero(row), s[row]) for row, s in zip(evaluated, scores, strict=True)]
+    return _figures(parts, labels, event_frame, seconds, step, zero_bug)
+
+
+def _figures(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+    labels: np.ndarray,
+    event_frame: np.ndarray,
+    seconds: np.ndarray,
+    step: float,
+    zero_bug: bool,
+) -> dict[str, float]:
+    """parts: (frame, score) of the evaluated frames of each clip. seconds: by which its relative lead is multiplied."""
     names = ("ap", "mtta", "tta_r80", "p_r80", "recall_used_for_tta_r80", "n_recalls", "max_recall")
-    if not evaluated.any() or not labels.any():
+    lowest = min((s.min() for _, s in parts if len(s)), default=None)
+    if lowest is None or not labels.any():
         return dict.fromkeys(names, NAN)
-    highest = np.maximum.accumulate(np.where(evaluated, scores, -1.0), axis=1)
+    thresholds = np.arange(max(0.0, lowest), 1.0 + step / 2, step)
+    first = np.full((len(parts), len(thresholds)), np.nan)  # frame of the first alarm, NaN where there is none
+    for row, (frame, score) in enumerate(parts):
+        at = np.searchsorted(np.maximum.accumulate(score), thresholds, "left")
+        first[row, at < len(score)] = np.asarray(frame)[at[at < len(score)]]
     rows = []
-    for threshold in np.arange(max(0.0, scores[evaluated].min()), 1.0 + step / 2, step):
-        alarmed = highest[:, -1] >= threshold
+    for column, threshold in zip(first.T, thresholds, strict=True):
+        alarmed = ~np.isnan(column)
         true = alarmed & (labels | (zero_bug and threshold <= 0))
         if true.any():
-            first = (highest[true] < threshold).sum(axis=1)
-            lead = (1 - first / event_frame[true]) * seconds[true]
+            lead = (1 - column[true] / event_frame[true]) * seconds[true]
             rows.append((true.sum() / labels.sum(), true.sum() / alarmed.sum(), lead.mean()))
     if not rows:
         return dict.fromkeys(names, NAN)
