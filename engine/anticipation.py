@@ -295,18 +295,24 @@ def at_recall(clips: Sequence[ScoredClip], recall: float) -> dict[str, float]:
     }
 
 
-def time_bins(clips: Sequence[ScoredClip], threshold: float = 0.5) -> dict[str, dict[str, float]]:
+def time_bins(
+    clips: Sequence[ScoredClip], threshold: float = 0.5, *, own_before: float | None = None
+) -> dict[str, dict[str, float]]:
     """Return by seconds before the event {"0-0.5": {auc, ap, recall, frames_pos, clips_pos, frames_neg}}.
 
     Positives: frames of timed positives with E - t in (low, high]; negatives: all frames of negative clips, the same in
     every bin. recall: share of the positives with score >= threshold. Compare AUC between bins, not AP, whose chance
     level is the share of positives.
+
+    own_before: for sets without negative clips: negatives are the frames of timed positives more than so many seconds
+    before the event. A frame's position in its clip then tells its class: show the position prior's figures beside.
     """
     timed, negatives = [c for c in clips if c.timed], _negatives(clips)
     lead = np.concatenate([c.event - c.time for c in timed] or [np.zeros(0)])
     score = np.concatenate([c.score for c in timed] or [np.zeros(0)])
     owner = np.repeat(np.arange(len(timed)), [len(c.time) for c in timed])
     negative = np.concatenate([c.score for c in negatives] or [np.zeros(0)])
+    negative = negative if own_before is None else score[lead > own_before + EPS]
     result = {}
     for low, high in TIME_BINS:
         inside = (lead > low + EPS) & (lead <= high + EPS)

@@ -13,13 +13,16 @@ from engine.anticipation import EPS, NAN, ScoredClip
 
 def episodes(clip: ScoredClip, threshold: float, merge: float = 0.0, shortest: float = 0.0) -> np.ndarray:
     """Return the episodes of a clip, (n, 2) float64 (start, end) in seconds, in order."""
-    alarm = np.r_[False, clip.score >= threshold, False]
-    starts, ends = np.flatnonzero(alarm[1:] & ~alarm[:-1]), np.flatnonzero(alarm[:-1] & ~alarm[1:]) - 1
+    alarm = np.zeros(len(clip.score) + 2, dtype=bool)
+    alarm[1:-1] = clip.score >= threshold
+    changes = np.flatnonzero(alarm[1:] != alarm[:-1])
+    starts, ends = changes[::2], changes[1::2] - 1
     if not len(starts):
         return np.zeros((0, 2))
     start, end = clip.time[starts], clip.time[ends] + clip.frame_seconds
-    apart = start[1:] - end[:-1] > merge + EPS
-    start, end = start[np.r_[True, apart]], end[np.r_[apart, True]]
+    apart = np.ones(len(start) + 1, dtype=bool)
+    apart[1:-1] = start[1:] - end[:-1] > merge + EPS
+    start, end = start[apart[:-1]], end[apart[1:]]
     return np.stack([start, end], axis=1)[end - start >= shortest - EPS]
 
 

@@ -13,7 +13,7 @@ from engine.report.compare import compare, shared
 from engine.report.frames import ScoredFrames, read_frames
 from engine.report.html import report_html
 from engine.report.text import report_text
-from engine.report.totals import baselines, by_position, calibration, data, groups, totals
+from engine.report.totals import PRIOR, baseline_scores, baselines, by_position, calibration, data, groups, totals
 from engine.report.units import units_of
 from utils.files import replaced
 from utils.logging import jsonable
@@ -59,16 +59,17 @@ def _of(frames: ScoredFrames, options: Options) -> dict[str, Any]:
     units = units_of(frames, options.replicates, options.seed)
     samples = {u.kind: u.replicated(frames, frames.score) for u in units}
     total = totals(frames, units, samples)
+    trivial = baseline_scores(frames, options.train)
     clips = frames.scored_clips()
     return {
         "path": frames.path,
         "data": data(frames),
         "total": total,
-        "baselines": baselines(frames, units[-1], samples[units[-1].kind], options.train, total["metrics"]),
+        "baselines": baselines(frames, trivial, units[-1], samples[units[-1].kind], total["metrics"]),
         "groups": groups(frames, options.replicates, options.seed),
         "by_position": by_position(frames),
         "calibration": calibration(frames),
-        "anticipation": anticipation(clips, frames, options.threshold),
+        "anticipation": anticipation(clips, frames, trivial[PRIOR][0], units[-1], options.threshold),
         "clips": extremes(frames),
         "false_alarms": worst_false_alarms(frames, clips, options.threshold),
     }

@@ -1,13 +1,16 @@
 """The clips behind the figures: the best and the worst with their curves, the worst false alarms, anticipation."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from engine import anticipation as ant
 from engine.episodes import episodes, event_detection, false_alarms
+from engine.intervals import ScoreTable, replicate
 from engine.published import mtta_of_clips
 from engine.report.frames import ScoredFrames
+from engine.report.units import Units, intervals
 
 SHOWN = 6  # best clips, and worst
 ALARMS = 10  # worst false alarms
@@ -16,6 +19,7 @@ MERGE = 1.0  # seconds between episodes that are one
 SUSTAINED_GAP = 1.0  # seconds below the threshold that void an alert
 FALSE_ALARM_RATES = (0.05, 0.1, 0.2)
 RECALLS = (0.5, 0.8)
+OWN_BEFORE = ant.TIME_BINS[-1][1]  # seconds before the event from which frames of its own clip are negatives
 REDUCTIONS = ("max_all", "last_all", "max_before", "last_before", "at_0.5", "at_1", "at_1.5", "at_2")
 
 
@@ -91,10 +95,13 @@ def worst_false_alarms(frames: ScoredFrames, clips: list[ant.ScoredClip], thresh
     ]
 
 
-def anticipation(clips: list[ant.ScoredClip], frames: ScoredFrames, threshold: float) -> dict[str, Any]:
+def anticipation(
+    clips: list[ant.ScoredClip], frames: ScoredFrames, prior: np.ndarray | None, units: Units, threshold: float
+) -> dict[str, Any]:
     """Return the anticipation metrics of clips, beside those of a constant and of a ramp; or why there are none.
 
-    The ramp rises from 0 to 1 over the scored frames of a clip.
+    The ramp rises from 0 to 1 over the scored frames of a clip. prior: (n,) scores of the position prior, which stand
+    beside the time bins where no clip is negative. units: of the intervals at the level of clips.
     """
     if not clips:
         return {"why_undefined": "No clip has times: give a file with the column time"}
@@ -112,11 +119,40 @@ def anticipation(clips: list[ant.ScoredClip], frames: ScoredFrames, threshold: f
         "why_undefined": None
         if counts["negative"]
         else "No clip is without an event: AUC, AP and false alarms of such clips are n/a",
-        "model": _figures(clips, threshold, gap),
-        "time_bins": ant.time_bins(clips, threshold),
+        "model": _figures(clips, threshold, gap) | _of_clips(clips),
+        "clip_level_intervals": _clip_intervals(clips, frames, units),
+        **_bins(clips, frames, prior, threshold),
         "as_published": _published(clips),
         "constant_0.51": _figures(constant, 0.5, gap),
         "ramp": _figures(ramp, 0.5, gap),
+    }
+
+
+def _clip_intervals(clips: list[ant.ScoredClip], frames: ScoredFrames, units: Units) -> dict[str, Any]:
+    """Return {reduction: {"auroc": interval, "ap": interval}} of AUC and AP over clips."""
+    number = dict(zip(frames.names, units.number.tolist(), strict=True))
+    unit = np.array([number[c.name] for c in clips])
+    label = np.array([c.positive for c in clips], dtype=np.int8)
+    result = {}
+    for reduction in REDUCTIONS:
+        score = np.array([ant.reduced(c, reduction) for c in clips])
+        known = ~np.isnan(score)
+        table = ScoreTable.of(score[known], label[known], unit[known], units.count)
+        result[reduction] = intervals(replicate(table, units.draws), ("auroc", "ap"))
+    return result
+
+
+def _bins(
+    clips: list[ant.ScoredClip], frames: ScoredFrames, prior: np.ndarray | None, threshold: float
+) -> dict[str, Any]:
+    """Return time_bins; without negative clips against the clips' own early frames, with the prior's beside."""
+    if any(not c.positive for c in clips):
+        return {"time_bins": ant.time_bins(clips, threshold), "time_bins_of_prior": None, "time_bins_against": None}
+    theirs = [] if prior is None else replace(frames, score=prior).scored_clips()
+    return {
+        "time_bins": ant.time_bins(clips, threshold, own_before=OWN_BEFORE),
+        "time_bins_of_prior": ant.time_bins(theirs, threshold, own_before=OWN_BEFORE) if theirs else None,
+        "time_bins_against": f"frames of the same clips more than {OWN_BEFORE:g} s before the event",
     }
 
 
@@ -129,9 +165,15 @@ def _figures(clips: list[ant.ScoredClip], threshold: float, gap: int) -> dict[st
         "stable_tta": ant.stable_tta(clips, threshold),
         "false_alarms": false_alarms(clips, threshold, MERGE),
         "event_detection": event_detection(clips, threshold, MERGE, 0.0, 1.0),
+        "brier_per_second": ant.brier_per_second(clips),
+    }
+
+
+def _of_clips(clips: list[ant.ScoredClip]) -> dict[str, Any]:
+    """Return the figures of one score a clip, whose chance levels are known: no baseline stands beside them."""
+    return {
         "clip_level": {reduction: ant.clip_level(clips, reduction) for reduction in REDUCTIONS},
         "nexar_map_shared_negatives": ant.nexar_map_shared_negatives(clips)["map"],
-        "brier_per_second": ant.brier_per_second(clips),
     }
 
 

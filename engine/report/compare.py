@@ -22,7 +22,8 @@ def shared(files: Sequence[ScoredFrames]) -> list[ScoredFrames]:
 
     Raises ScoresError where there are none.
     """
-    names = [name for name in files[0].names if all(name in set(f.names) for f in files)]
+    common_names = set.intersection(*(set(f.names) for f in files))
+    names = [name for name in files[0].names if name in common_names]
     numbers = {name: i for i, name in enumerate(names)}
     stride = 1 + max(int(f.frame.max()) for f in files)
     clips = [np.array([numbers.get(name, -1) for name in f.names], np.int64)[f.clip] for f in files]

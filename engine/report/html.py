@@ -47,6 +47,7 @@ def report_html(report: Mapping[str, Any]) -> str:
             "soft",
         ),
     ]
+    parts += [_p("Every figure is of the frames that all files have.")] if report["same_clips"] else []
     parts += [_comparison(report["comparison"])] if report["comparison"] else []
     parts += [_model(model) for model in report["models"]]
     names = escape(", ".join(model["name"] for model in report["models"]))
@@ -144,13 +145,10 @@ def _anticipation(found: Mapping[str, Any]) -> str:
     parts = [_p(f"Clips: {counts}. The event is the {found['event']}.")]
     parts += [_p(f"{found['why_undefined']}.")] if found["why_undefined"] else []
     parts.append(_table(text.anticipation_rows(found)))
-    heads = ["seconds before the event", "AUC", "recall", "frames", "clips", "safe frames"]
-    rows = [
-        [name, text.percent(row["auc"]), text.percent(row["recall"])]
-        + [str(row[key]) for key in ("frames_pos", "clips_pos", "frames_neg")]
-        for name, row in found["time_bins"].items()
-    ]
-    parts += [_table([heads, *rows]), _p(text.published_line(found["as_published"]), "soft")]
+    parts += [_table(text.clip_level_rows(found))] if found["counts"]["negative"] else []
+    parts.append(_table(text.time_bin_rows(found)))
+    parts += [_p(f"Safe frames: {found['time_bins_against']}.", "soft")] if found["time_bins_against"] else []
+    parts.append(_p(text.published_line(found["as_published"]) + ".", "soft"))
     return "".join(parts)
 
 

@@ -39,7 +39,7 @@ def text_table(rows: Iterable[Sequence[str]], indent: str = "  ") -> list[str]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Return the report for a terminal."""
-    lines: list[str] = []
+    lines = ["every figure is of the frames that all files have"] if report["same_clips"] else []
     for model in report["models"]:
         lines += _model(model)
     if report["comparison"]:
@@ -144,12 +144,33 @@ def anticipation_rows(found: Mapping[str, Any]) -> list[list[str]]:
         digits=1,
     )
     add("events found, F1 (1 s tolerance) (%)", "event_detection", "f1", scale=100)
-    for reduction in found["model"]["clip_level"] if negatives else ():
-        add(f"clip AP, {reduction} (%)", "clip_level", reduction, "ap", scale=100)
-        add(f"clip AUC, {reduction} (%)", "clip_level", reduction, "auc", scale=100)
-    if negatives:
-        add("mAP at 0.5, 1, 1.5 s, shared negatives (%)", "nexar_map_shared_negatives", scale=100)
     add("Brier score by the second", "brier_per_second", "brier", digits=4)
+    return rows
+
+
+def clip_level_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the table of AUC and AP over clips by the reduction of their scores, the heading first."""
+    rows = [["one score a clip", "AUC", "interval", "AP", "interval", "AP by chance", "with event", "safe", "left out"]]
+    for reduction, level in found["model"]["clip_level"].items():
+        auc, ap = (found["clip_level_intervals"][reduction][name] for name in ("auroc", "ap"))
+        n_pos, n_neg = level["n_pos"], level["n_neg"]
+        chance = percent(n_pos / (n_pos + n_neg)) if n_pos and n_neg else "n/a"
+        row = [reduction, percent(level["auc"]), span(auc), percent(level["ap"]) if n_neg else "n/a"]
+        rows.append([*row, span(ap) if n_neg else "n/a", chance, str(n_pos), str(n_neg), str(level["n_na"])])
+    shared = percent(found["model"]["nexar_map_shared_negatives"])
+    rows.append(["mAP at 0.5, 1, 1.5 s, all safe clips in each", "", "", shared, *[""] * 5])
+    return rows
+
+
+def time_bin_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the table by time before the event, the heading first."""
+    prior = found["time_bins_of_prior"]
+    rows = [["seconds before the event", "AUC", "recall", "frames", "clips", "safe frames"]]
+    rows[0] += ["AUC of the position prior"] if prior else []
+    for name, row in found["time_bins"].items():
+        cells = [name, percent(row["auc"]), percent(row["recall"])]
+        cells += [str(row[key]) for key in ("frames_pos", "clips_pos", "frames_neg")]
+        rows.append(cells + ([percent(prior[name]["auc"])] if prior else []))
     return rows
 
 
@@ -211,12 +232,10 @@ def _anticipation(found: Mapping[str, Any]) -> list[str]:
     lines = [f"  anticipation, clips: {counts}; event: {found['event']}"]
     lines += [f"    {why}"] if why else []
     lines += text_table(anticipation_rows(found), "    ")
-    bins = [f"{name} s {percent(row['auc'], 1)} ({row['frames_pos']})" for name, row in found["time_bins"].items()]
-    return [
-        *lines,
-        f"    AUC by time before the event (frames): {', '.join(bins)}",
-        f"    {published_line(found['as_published'])}",
-    ]
+    lines += text_table(clip_level_rows(found), "    ") if found["counts"]["negative"] else []
+    lines += text_table(time_bin_rows(found), "    ")
+    lines += [f"    safe frames: {found['time_bins_against']}"] if found["time_bins_against"] else []
+    return [*lines, f"    {published_line(found['as_published'])}"]
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:

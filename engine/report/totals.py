@@ -84,14 +84,18 @@ def baseline_scores(frames: ScoredFrames, train: LabelTable | None) -> dict[str,
 
 
 def baselines(
-    frames: ScoredFrames, units: Units, sample: Replicated, train: LabelTable | None, metrics: Mapping[str, float]
+    frames: ScoredFrames,
+    scores: Mapping[str, tuple[np.ndarray | None, str]],
+    units: Units,
+    sample: Replicated,
+    metrics: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the baselines' metrics, the model's distance from the position prior with intervals, and a verdict.
 
-    units: the honest ones; sample: the model's replicated metrics over them. metrics: of the model.
+    scores: as `baseline_scores` gives them. units: the honest ones; sample: the model's replicated metrics over them.
+    metrics: of the model.
     """
-    result: dict[str, Any] = {"of": {}, "trained_on_labels": train is not None}
-    scores = baseline_scores(frames, train)
+    result: dict[str, Any] = {"of": {}}
     for name, (score, how) in scores.items():
         found = None
         if score is not None:
@@ -154,7 +158,7 @@ def _group(frames: ScoredFrames, replicates: int, seed: int) -> dict[str, Any]:
         "clips": len(frames.names),
         "units": units.count,
         "unit": units.kind,
-        "metrics": {name: metrics[name] for name in (*METRICS, "n", "n_pos")},
+        "metrics": metrics,
         "why_undefined": _why_undefined(metrics["n_pos"], metrics["n"]),
         "intervals": intervals(units.replicated(frames, frames.score), HEADLINE),
     }
