@@ -21,7 +21,8 @@ import numpy as np
 
 from engine.metrics import HALF, THRESHOLDS
 
-EXACT = 2048  # distinct scores up to which each has its own count
+EXACT = 2048  # distinct scores up to which each has its own count,
+EXACT_OF_FEW, FEW_CELLS = 8192, 2**23  # or so many, where they times the units are no more cells than these
 BINS = 1024  # about, where there are more
 LEVEL = 0.95
 FEWEST_UNITS = 10  # of each class
@@ -64,12 +65,12 @@ class ScoreTable:
         if not ((labels == 0) | (labels == 1)).all():
             raise ValueError("labels must be 0 or 1")
         label = labels.astype(bool)
-        edges, exact = _edges(scores, label)
+        n_units = n_units or (int(unit.max()) + 1 if len(unit) else 0)
+        edges, exact = _edges(scores, label, n_units)
         column = (np.searchsorted(edges, scores, "right") - 1).astype(np.int32)
         if (np.diff(unit) < 0).any():
             order = np.argsort(unit, kind="stable")
             unit, column, label = unit[order], column[order], label[order]
-        n_units = n_units or (int(unit.max()) + 1 if len(unit) else 0)
         at = np.searchsorted(edges, THRESHOLDS.astype(np.float32), "left")
         return cls(unit, column, label, n_units, len(edges), at, exact)
 
@@ -128,11 +129,11 @@ class ScoreTable:
         return np.where(one_class & (np.arange(4) != 1)[:, None], np.nan, rows)
 
 
-def _edges(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, bool]:
+def _edges(scores: np.ndarray, label: np.ndarray, n_units: int) -> tuple[np.ndarray, bool]:
     """Return the lowest score of each column, ascending, and whether each distinct score has its own."""
     ordered = [np.sort(scores[label]), np.sort(scores[~label])]
     distinct = np.unique(np.concatenate([s[np.r_[True, s[1:] != s[:-1]]] if len(s) else s for s in ordered]))
-    if len(distinct) <= EXACT:
+    if len(distinct) <= EXACT or (len(distinct) <= EXACT_OF_FEW and len(distinct) * n_units <= FEW_CELLS):
         return distinct, True
     quantiles = [s[np.linspace(0, len(s) - 1, BINS // 2).astype(np.int64)] for s in ordered if len(s)]
     top = [s[-np.geomspace(1, len(s), BINS // 4).astype(np.int64)] for s in ordered if len(s)]  # AP hangs on them

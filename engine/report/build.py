@@ -41,7 +41,11 @@ def make_report(models: Mapping[str, Sequence[ScoredFrames]], options: Options) 
 
     models: {name: its runs, as of several seeds}. Raises ScoresError where files that are compared share no frame.
     """
-    named = [(name, run) for name, runs in models.items() for run in runs]
+    named = [
+        (name if len(runs) == 1 else f"{name}, run {number}", run)
+        for name, runs in models.items()
+        for number, run in enumerate(runs, 1)
+    ]
     comparison = compare(models, options.replicates, options.seed) if len(named) > 1 else None
     files = [run for _, run in named]
     files = shared(files) if options.same_clips and len(files) > 1 else files

@@ -259,7 +259,7 @@ def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
             rows.append([title, *(percent(run["metrics"][name]) for name in names)])
         if len(runs) > 1:
             rows.append([f"{model}: mean of {len(runs)} runs", *(_mean(found["mean"][model][name]) for name in names)])
-    if len(found["runs"]) > 1 and len(found["of"]) > 2:
+    if len(found["runs"]) == len(found["of"]) > 1:  # files without a name: they may be runs of one model
         rows.append([f"mean of all {len(found['of'])} runs", *(_mean(found["all_runs"][name]) for name in names)])
     return rows
 

@@ -134,7 +134,7 @@ def _verdict(difference: Mapping[str, Any], found: Mapping[str, float], metrics:
 def groups(frames: ScoredFrames, replicates: int, seed: int) -> dict[str, Any]:
     """Return {column: {value: clips, frames, metrics, intervals over the honest units}} of each free column.
 
-    A column of more than GROUP_VALUES values is said, not split; an empty value is "unknown".
+    A column of one value or of more than GROUP_VALUES is said, not split; an empty value is "unknown".
     """
     result: dict[str, Any] = {}
     for column, values in frames.columns.items():
@@ -142,8 +142,9 @@ def groups(frames: ScoredFrames, replicates: int, seed: int) -> dict[str, Any]:
             continue
         values = np.array([value or "unknown" for value in values])
         distinct = np.unique(values)
-        if len(distinct) > GROUP_VALUES:
-            result[column] = {"left_out": f"{len(distinct)} distinct values make no groups"}
+        if not 1 < len(distinct) <= GROUP_VALUES:
+            why = f"{len(distinct)} distinct values make no groups"
+            result[column] = {"left_out": why if len(distinct) > 1 else f"{distinct[0]} for every clip"}
             continue
         result[column] = {
             str(value): _group(frames.where((values == value)[frames.clip]), replicates, seed) for value in distinct

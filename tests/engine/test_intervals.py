@@ -73,7 +73,7 @@ def test_metrics_are_those_of_frame_metrics_with_every_multiplicity():
 
 
 def test_the_order_of_frames_makes_no_difference_and_binning_next_to_none():
-    score, label, unit = clustered(np.random.default_rng(2), 50, 400)
+    score, label, unit = clustered(np.random.default_rng(2), 50, 800)
     table = ScoreTable.of(score, label, unit)
     exact = frame_metrics(score, label)
     assert not table.exact

@@ -252,6 +252,7 @@ def test_the_page_is_whole_and_follows_the_system(tmp_path):
     rows = [row | {"category": "<b>&</b>"} for row in rows_of()]
     write_report({"<one>": [write(tmp_path / "x.csv", rows)]}, tmp_path, Options(replicates=100))
     page = (tmp_path / "report.html").read_text()
+    assert "By category" in page and "for every clip" in page
     assert "prefers-color-scheme: dark" in page and "<svg" in page
     assert not re.search(r'(src|href)="|url\(|<script', page)  # it needs nothing else
     assert "<b>&</b>" not in page and "&lt;b&gt;&amp;&lt;/b&gt;" in page and "&lt;one&gt;" in page
@@ -264,6 +265,14 @@ def test_auc_within_clips_is_that_of_each_clip(report):
         rows = coarse.clip == number
         expected = frame_metrics(coarse.score[rows], coarse.label[rows])["auroc"]
         assert value == pytest.approx(expected, nan_ok=True)
+
+
+def test_columns_that_make_no_groups_are_said(tmp_path):
+    rows = [row | {"ego": "", "category": row["clip"]} for row in rows_of()]
+    frames = read_frames(write(tmp_path / "x.csv", rows))
+    groups = make_report({"x": [frames]}, Options(replicates=100))["models"][0]["groups"]
+    assert groups["ego"] == {"left_out": "unknown for every clip"}
+    assert groups["category"] == {"left_out": "40 distinct values make no groups"} and len(groups["night"]) == 2
 
 
 def test_known_lists_have_names():
