@@ -92,6 +92,19 @@ class RiskCurve:
         edges = [0, *breaks.tolist(), len(self.frame)]
         return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
+    def filling(self) -> list[tuple[float, float]]:
+        """Return (start, end) in seconds of stretches with pictures where no window is full: at the beginning, the
+        windows that repeat the first frame included, and after each gap.
+        """
+        full = self.time[~self.warming_up]
+        starts = [0.0, *(gap.end for gap in self.gaps)]
+        ends = [*(gap.start for gap in self.gaps), self.duration]
+        spans = []
+        for start, end in zip(starts, ends, strict=True):
+            following = full[np.searchsorted(full, start - 1e-9) :]
+            spans.append((start, min(end, float(following[0])) if len(following) else end))
+        return [(start, end) for start, end in spans if end - start > 1e-9]
+
     def write_csv(self, path: str | Path) -> None:
         """Write time (seconds, %.6f), frame, score (%.9g, which holds all of a float32) and warming_up (0 or 1).
 
@@ -140,15 +153,22 @@ def read_scores(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return frame, score, np.array(warming_up, dtype=bool)
 
 
-def envelope(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most 2 x `most` + 2 points of a curve x, y (n,), among them the highest and lowest of each of `most`
-    equal parts, and both ends: no peak is lost.
+def envelope(curve: RiskCurve, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (time (k,), score (k,) float64) of each piece of a curve, few enough to draw.
+
+    The video is divided into `most` parts of equal length; of a piece that has more scores than that, those are kept
+    that are the highest and lowest of a part, and both ends: no peak is lost.
     """
-    if len(x) <= 2 * most + 2:
-        return x, y
-    edges = np.linspace(0, len(x), most + 1).astype(int)
-    keep = {0, len(x) - 1}
+    return [_envelope(curve.frame[piece] * (most / curve.num_frames), curve.time[piece], curve.score[piece])
+            for piece in curve.pieces()]  # fmt: skip
+
+
+def _envelope(part: np.ndarray, time: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    edges = [0, *(np.flatnonzero(np.diff(part.astype(int))) + 1).tolist(), len(part)]
+    if 2 * len(edges) >= len(part):
+        return time, score.astype(np.float64)
+    keep = {0, len(part) - 1}
     for a, b in zip(edges[:-1], edges[1:], strict=True):
-        keep |= {a + int(y[a:b].argmax()), a + int(y[a:b].argmin())}
-    kept = np.array(sorted(keep))
-    return x[kept], y[kept]
+        keep |= {a + int(score[a:b].argmax()), a + int(score[a:b].argmin())}
+    kept = sorted(keep)
+    return time[kept], score[kept].astype(np.float64)

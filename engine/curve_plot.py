@@ -14,7 +14,7 @@ from engine.summary import clock, score_at
 from utils.files import replaced
 from utils.text import label_of
 
-_MOST_POINTS = 1500  # parts of a curve, of which a figure has about as many columns of pixels
+_PARTS = 1000  # of a curve: a figure has about as many columns of pixels
 _COLUMNS = 6  # thumbnails of a row, as wide where there are fewer
 _MOST_NAMED = 3  # gaps whose reasons stand below the figure
 _CURVE, _EVENT, _GAP, _WARM = "#1f4e79", "#d1495b", "#555555", "#d9d9d9"
@@ -99,27 +99,17 @@ def _draw_scores(axes: Axes, curve: RiskCurve) -> None:
         axes.text(0.5, 0.5, "no frame is scored", transform=axes.transAxes, ha="center", va="center", color=_GAP)
         return
     _draw_warm_up(axes, curve)
-    for piece in curve.pieces():
-        x, y = envelope(curve.time[piece], curve.score[piece], _MOST_POINTS)
+    for x, y in envelope(curve, _PARTS):
         marker = {"marker": ".", "markersize": 3} if len(x) < 100 else {}
         axes.plot(x, y, color=_CURVE, linewidth=1.2, zorder=4, **marker)
 
 
 def _draw_warm_up(axes: Axes, curve: RiskCurve) -> None:
     """Shade where windows repeat the first frame, and where none is full: at the beginning and after gaps."""
-    warm, time = int(np.count_nonzero(curve.warming_up)), curve.time
-    spans = [(0.0, float(time[0]), "no full window yet")]
-    if warm:
-        spans = [(0.0, float(time[warm - 1] + curve.step / curve.fps), "warming up: the first frame is repeated")]
-    for gap in curve.gaps:
-        following = time[np.searchsorted(time, gap.end) :]
-        spans.append((gap.end, float(following[0]) if len(following) else curve.duration, "no full window yet"))
-    named = set()
-    for begin, end, label in spans:
-        if end > begin:
-            style = {"color": _WARM, "linewidth": 0, "zorder": 0}
-            axes.axvspan(begin, min(end, curve.duration), **style, label=None if label in named else label)
-            named.add(label)
+    repeated = "; at first the first frame is repeated" if curve.warming_up.any() else ""
+    for number, (begin, end) in enumerate(curve.filling()):
+        label = {"label": f"no full window yet{repeated}"} if number == 0 else {}
+        axes.axvspan(begin, end, color=_WARM, linewidth=0, zorder=0, **label)
 
 
 def _draw_rule(axes: Axes, curve: RiskCurve) -> None:

@@ -136,11 +136,10 @@ def score_at(curve: RiskCurve, frame: int) -> float | None:
 
 
 def clock(seconds: float, span: float) -> str:
-    """Return a time in words that suit a video of `span` seconds: "3.40 s", "2:03.4", "1:02:03"."""
+    """Return a time in words that suit a video of `span` seconds: "3.40 s", "2:03.4", "1:02:03.4"."""
     if span < 60:
         return f"{seconds:.2f} s"
-    tenths = int(round(seconds * 10)) if span < 3600 else int(round(seconds)) * 10
-    minutes, tenths = divmod(tenths, 600)
+    minutes, tenths = divmod(int(round(seconds * 10)), 600)
     if span < 3600:
         return f"{minutes}:{tenths / 10:04.1f}"
-    return f"{minutes // 60}:{minutes % 60:02d}:{tenths // 10:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{tenths / 10:04.1f}"

@@ -26,9 +26,14 @@ def short_reason(error: BaseException, limit: int = 120) -> str:
     return lines[0][:limit] if lines else type(error).__name__
 
 
+def printable(name: str) -> str:
+    """Return a name in one line, with escapes for what is not Unicode or cannot be seen, as what turns text around."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in unicode_name(name))
+
+
 def label_of(name: str, limit: int = 60) -> str:
-    """Return a name as a picture can show it: in one line, of printable characters, its middle cut."""
-    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in unicode_name(name))
+    """Return a name as a picture can show it: `printable`, its middle cut."""
+    name = printable(name)
     if len(name) <= limit:
         return name
     return f"{name[: (limit - 3) // 2]}...{name[len(name) - (limit - 2) // 2 :]}"
