@@ -52,12 +52,12 @@ def curve_for(frames, fps=FPS, **more):
         ((540, 960), 60000 / 1001, (540, 960)),
         ((271, 481), 25, (272, 482)),  # odd
         ((640, 360), 7, (854, 480)),  # portrait, too narrow for words
-        ((1000, 2000), 23.976, (960, 1920)),
+        ((965, 1930), 23.976, (960, 1920)),
     ],
 )
 def test_size_count_and_times(tmp_path, shape, fps, size):
-    frames = 12
-    write_overlay(tmp_path / "o.mp4", curve_for(frames, fps), None, flat(shape, frames))
+    frames = 8
+    write_overlay(tmp_path / "o.mp4", curve_for(frames, fps), None, flat(shape, frames), preset="ultrafast")
     pictures, times, duration = decode(tmp_path / "o.mp4")
     assert len(pictures) == frames and pictures.shape[2] == size[1]
     assert 72 <= pictures.shape[1] - size[0] <= 160  # the panel
