@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,10 @@ class RiskCurve:
 
     def events(self) -> list[Event]:
         """Return the events of the scores by the rule; none where there is no rule."""
+        return list(self._events)
+
+    @cached_property
+    def _events(self) -> list[Event]:
         return find_events(self.time, self.score, self.rule) if self.rule else []
 
     def pieces(self) -> list[slice]:

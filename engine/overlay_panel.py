@@ -28,8 +28,8 @@ _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
 def frame_states(curve: RiskCurve) -> tuple[np.ndarray, np.ndarray]:
     """Return (state (num_frames,) uint8, a number in STATES, score (num_frames,) float32, NaN where there is none).
 
-    A frame has the last score at or before it, unless a gap came since. A frame is at risk from its threshold on, and
-    of an alert from the time that the rule was met to the end of the event.
+    A frame has the last score at or before it, unless a gap came since. It is at risk where that reaches the threshold,
+    not smoothed, and of an alert from the time that the rule was met to the end of the event.
     """
     number = np.searchsorted(curve.frame, np.arange(curve.num_frames), side="right") - 1
     score = np.full(curve.num_frames, np.nan, np.float32)
@@ -38,12 +38,10 @@ def frame_states(curve: RiskCurve) -> tuple[np.ndarray, np.ndarray]:
     score[known] = curve.score[number[known]]
     state[known] = SCORED
     if curve.rule:
-        risky = score >= np.float64(curve.rule.threshold)
+        risky = score >= np.float32(curve.rule.threshold)
         state[known] = np.where(risky[known], AT_RISK, BELOW)
         for event in curve.events():
-            first, alert, last = (int(round(t * curve.fps)) for t in (event.start, event.alert, event.end))
-            span = slice(first, last + curve.step)
-            state[span] = np.where(known[span], AT_RISK, state[span])
+            alert, last = (int(round(t * curve.fps)) for t in (event.alert, event.end))
             state[alert : last + curve.step] = ALERT
     state[known & np.append(curve.warming_up, False)[number]] = WARMING_UP
     for gap in curve.gaps:

@@ -1,7 +1,7 @@
 """report.html: the risk of all videos on one page, which needs no network and no other file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.curve import RiskCurve, Thumbnail
@@ -61,9 +61,9 @@ def rule_words(rule: EventRule | None) -> str:
     words += [f"an alert after {rule.alert_after:g} s of them"] if rule.alert_after else []
     words += [f"up to {rule.gap:g} s below within an event"] if rule.gap else []
     words += [f"events of at least {rule.min_duration:g} s"] if rule.min_duration else []
-    said = {"threshold", "alert_after", "gap", "min_duration", "source"}
-    rest = [(f.name, getattr(rule, f.name)) for f in fields(rule) if f.name not in said]
-    return ", ".join(words + [f"{name} {value:g}" for name, value in rest if value])
+    words += [f"scores smoothed over {rule.rise:g} s as they rise"] if rule.rise else []
+    words += [f"scores smoothed over {rule.fall:g} s as they fall"] if rule.fall else []
+    return ", ".join(words)
 
 
 def write_report(

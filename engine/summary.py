@@ -75,8 +75,8 @@ def summary_row(curve: RiskCurve) -> SummaryRow:
 
 
 def risky(curve: RiskCurve) -> np.ndarray:
-    """Return (n,) bool: whether a score, as it came from the model, is at or above the threshold of the rule."""
-    return curve.score.astype(np.float64) >= curve.rule.threshold
+    """Return (n,) bool: whether a score, not smoothed, reaches the threshold of the rule, in float32 as there."""
+    return curve.score >= np.float32(curve.rule.threshold)
 
 
 def riskiest_first(results: Iterable[Result]) -> list[tuple[Result, SummaryRow]]:
