@@ -1,13 +1,12 @@
 """The panel below the pictures of an overlay: score and state in words, a bar, and the curve so far."""
 
 from functools import lru_cache
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from engine.curve import RiskCurve
+from engine.fonts import fitting, font
 from engine.summary import clock
 
 # States of a frame: words, colour.
@@ -22,7 +21,6 @@ STATES = (
 NO_PICTURE, WARMING_UP, SCORED, BELOW, AT_RISK, ALERT = range(len(STATES))
 _COLOURS = np.array([colour for _, colour in STATES], np.uint8)
 _BACKGROUND, _INK, _DIM = (24, 24, 27), (240, 240, 240), (150, 150, 155)
-_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
 
 
 def frame_states(curve: RiskCurve) -> tuple[np.ndarray, np.ndarray]:
@@ -92,14 +90,14 @@ class Panel:
         image = Image.new("RGB", (self._left, self.height), _BACKGROUND)
         draw, pad = ImageDraw.Draw(image), self.height // 12
         room = self._left - 2 * pad
-        draw.text((pad, int(0.27 * self.height)), score, _INK, _font(int(0.42 * self.height)), anchor="lm")
-        small = _fitting(time, int(0.17 * self.height), int(0.42 * room))
+        draw.text((pad, int(0.27 * self.height)), score, _INK, font(int(0.42 * self.height)), anchor="lm")
+        small = fitting(time, int(0.17 * self.height), int(0.42 * room))
         draw.text((self._left - pad, int(0.27 * self.height)), time, _DIM, small, anchor="rm")
         box = (pad, int(0.56 * self.height), self._left - pad, self.height - pad)
         draw.rectangle(box, colour)
         middle = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
         ink = _BACKGROUND if sum(colour) > 380 else _INK  # which of the two can be read on it
-        draw.text(middle, name, ink, _fitting(name, int(0.26 * self.height), room - pad), anchor="mm")
+        draw.text(middle, name, ink, fitting(name, int(0.26 * self.height), room - pad), anchor="mm")
         return np.asarray(image)
 
     def _strips(self) -> tuple[np.ndarray, np.ndarray]:
@@ -129,15 +127,3 @@ class Panel:
                 strip[min(row, self.height - 1), dashes] = _INK
                 strip[min(row, self.height - 1), self._bar] = _INK
         return faint, bright
-
-
-@lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_FONT), max(size, 6))
-
-
-def _fitting(text: str, size: int, room: int) -> ImageFont.FreeTypeFont:
-    """Return a font of at most `size`, in which a text is at most `room` pixels wide."""
-    while size > 6 and _font(size).getlength(text) > room:
-        size -= 1
-    return _font(size)
