@@ -30,6 +30,10 @@ class WindowIndex:
         num_frames: frames of a window.
         view_fps: frames per second of a window.
         stride: step between windows in SOURCE frames.
+        forward: anchor windows at the beginning instead: the first one starts on frame 0, and left-over frames are
+            dropped at the end, so that a longer clip has the windows of a shorter one that it begins with.
+        warm_up: begin with the window that ends on frame 0; where a window begins before the clip, frame 0 repeats.
+            Windows go forward then.
 
     Raises ValueError for a number that is not positive.
     """
@@ -42,6 +46,8 @@ class WindowIndex:
         num_frames: int,
         view_fps: float,
         stride: int = 1,
+        forward: bool = False,
+        warm_up: bool = False,
     ):
         self.frame_counts = np.asarray(frame_counts, dtype=np.int64)
         self.src_fps = np.broadcast_to(np.asarray(src_fps, dtype=np.float64), self.frame_counts.shape)
@@ -55,9 +61,13 @@ class WindowIndex:
         rates, self._rate_of = np.unique(self.src_fps / self.view_fps, return_inverse=True)
         self._offsets = window_offsets(rates, self.num_frames)  # one row for each distinct rate
         self.spans = 1 - self._offsets[self._rate_of, 0]
-        self.counts = np.maximum((self.frame_counts - self.spans) // self.stride + 1, 0)
+        first_lasts = np.zeros_like(self.spans) if warm_up else self.spans - 1
+        self._warm_up = warm_up
+        self.counts = np.maximum((self.frame_counts - 1 - first_lasts) // self.stride + 1, 0)
         self._ends = np.cumsum(self.counts)
-        self._first_lasts = self.frame_counts - 1 - (self.counts - 1) * self.stride  # of each clip's first window
+        if not (forward or warm_up):
+            first_lasts = self.frame_counts - 1 - (self.counts - 1) * self.stride
+        self._first_lasts = first_lasts  # of each clip's first window
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -85,7 +95,12 @@ class WindowIndex:
 
     def frames(self, clip: int, last: int | np.ndarray) -> np.ndarray:
         """Return the (..., num_frames) int64 source frames of the windows of the clip that end on `last` (...)."""
-        return np.asarray(last)[..., None] + self._offsets[self._rate_of[clip]]
+        frames = np.asarray(last)[..., None] + self._offsets[self._rate_of[clip]]
+        return np.maximum(frames, 0) if self._warm_up else frames
+
+    def warming_up(self, clip: int, last: int | np.ndarray) -> np.ndarray:
+        """Return (...) bool: which windows of the clip that end on `last` (...) begin before it, and repeat frame 0."""
+        return np.asarray(last) < self.spans[clip] - 1
 
     def needed_frames(self, clip: int) -> np.ndarray:
         """Return the sorted source frames that at least one window of the clip uses."""

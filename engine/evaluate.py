@@ -53,6 +53,12 @@ class Windows(Protocol):
         """Return the faults of all ranks, with number, name and frames that can be used, or refuse them."""
 
 
+def risk_of(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax probability of an anomaly, (n,) float32, of logits (n, 2), safe and anomalous."""
+    margin = logits[:, 0].astype(np.float64) - logits[:, 1]
+    return (1 / (1 + np.exp(np.clip(margin, -700, 700)))).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Scored windows, sorted by clip and frame.
@@ -73,8 +79,7 @@ class Predictions:
     @property
     def score(self) -> np.ndarray:
         """(n,) float32: softmax probability of an anomaly."""
-        margin = self.logits[:, 0].astype(np.float64) - self.logits[:, 1]
-        return (1 / (1 + np.exp(np.clip(margin, -700, 700)))).astype(np.float32)
+        return risk_of(self.logits)
 
     def metrics(self) -> dict[str, float]:
         """Return `frame_metrics` of the scores, and the mean cross-entropy as "loss". The windows must be labelled."""
@@ -84,6 +89,27 @@ class Predictions:
         if metrics["n_pos"] in (0, metrics["n"]):
             logger.warning("all evaluated frames are of one class: AUC_ROC, AP and MCC say nothing")
         return metrics
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """The scored windows of a clip.
+
+    clip: its number.
+    frame: (n,) last source frame of each window, ascending.
+    logits: (n, 2) float32, safe and anomalous.
+    end: what the windows said of the clip at its end.
+    """
+
+    clip: int
+    frame: np.ndarray
+    logits: np.ndarray
+    end: Any
+
+    @property
+    def score(self) -> np.ndarray:
+        """(n,) float32: softmax probability of an anomaly."""
+        return risk_of(self.logits)
 
 
 @dataclass(frozen=True)
@@ -112,31 +138,73 @@ class Scorer:
         scored, expected = (keep_usable(columns, usable) for columns in (scored, self.windows.locations()))
         return gather_predictions(scored, expected, self.windows.clips, faults, self.dtype)
 
-    @torch.inference_mode()
+    def by_clip(self, model: nn.Module) -> Iterator[ClipScores]:
+        """Yield the scores of each clip of this rank as it ends, whatever the other ranks do.
+
+        windows.batches must yield, after the windows of a clip, its end, which has `clip`, the number, and no video.
+
+        Raises EvaluationError for logits that are not finite, and what windows.batches raises.
+        """
+        parts: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
+        for item, output in self._outputs(_on_device(model, self.windows.device)):
+            if output is None:
+                frames, logits = _joined(parts.pop(item.clip, []))
+                require_finite(logits, self.dtype)
+                yield ClipScores(item.clip, frames, logits, item)
+                continue
+            for clip in np.unique(item.clip).tolist():
+                rows = np.flatnonzero(item.clip == clip)
+                parts.setdefault(clip, []).append((item.last[rows], output[rows]))
+
     def _score_share(self, model: nn.Module, session: Session | None) -> tuple[Columns, list]:
         """Return (clip (n,), frame (n,), logits (n, 2) float32) of this rank's windows as they come, and the faults."""
+        clips, parts, faults = [], [], []
+        for item, output in self._outputs(model):
+            if session and stop_requested():
+                break
+            if output is None:
+                faults.append(item)
+                continue
+            clips.append(item.clip)
+            parts.append((item.last, output))
+        if session:
+            session.stop_if_asked("in an evaluation, which will be repeated")
+        return (np.concatenate([np.zeros(0, np.int64), *clips]), *_joined(parts)), faults
+
+    @torch.inference_mode()
+    def _outputs(self, model: nn.Module) -> Iterator[tuple[Any, Tensor | None]]:
+        """Yield what the windows yield, batches of videos with their logits (n, 2) float32, which stay on the device:
+        nothing waits for a batch.
+        """
         model.eval()
-        clips, frames, logits, faults = [], [], [], []
 
         def normalize(video: Tensor) -> Tensor:
             return model.normalize(video).to(self.dtype)  # which a first layer under autocast would do to each window
 
         for item in self.windows.batches(normalize):
-            if session and stop_requested():
-                break
             if not hasattr(item, "video"):
-                faults.append(item)
+                yield item, None
                 continue
             with torch.autocast(item.video.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 output = model(item.video)
-            clips.append(item.clip)
-            frames.append(item.last)
-            logits.append(output[: len(item.last)].float())  # stays on the device: no wait per batch
-        if session:
-            session.stop_if_asked("in an evaluation, which will be repeated")
-        if not logits:
-            return (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2), np.float32)), faults
-        return (np.concatenate(clips), np.concatenate(frames), torch.cat(logits).cpu().numpy()), faults
+            yield item, output[: len(item.last)].float()
+
+
+def require_finite(logits: np.ndarray, dtype: torch.dtype) -> None:
+    """Raise EvaluationError where logits (n, 2) are not finite. dtype: of autocast."""
+    if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
+        overflow = "" if dtype == torch.float32 else f", or {dtype} overflows, where --precision fp32 does not"
+        raise EvaluationError(
+            f"{len(broken)} of {len(logits)} windows have NaN or infinite logits: the weights have diverged, as "
+            f"at too high a rate{overflow}"
+        )
+
+
+def _joined(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (frame (n,), logits (n, 2) float32) of batches of them."""
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
+    return np.concatenate([last for last, _ in parts]), torch.cat([output for _, output in parts]).cpu().numpy()
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -190,12 +258,7 @@ def gather_predictions(
             f"scored {len(clip)} windows for {len(expected[0])} expected; the first that is missing, double or "
             f"foreign is clip {first[0]}, frame {first[1]}"
         )
-    if len(broken := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
-        overflow = "" if dtype == torch.float32 else f", or {dtype} overflows, where --precision fp32 does not"
-        raise EvaluationError(
-            f"{len(broken)} of {len(clip)} windows have NaN or infinite logits: the weights have diverged, as "
-            f"at too high a rate{overflow}"
-        )
+    require_finite(logits, dtype)
     label = None
     if all(clips[c].labels is not None for c in np.unique(clip)):
         label = np.concatenate([np.asarray(clips[c].labels)[frame[clip == c]] for c in np.unique(clip)])

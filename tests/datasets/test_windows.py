@@ -128,3 +128,28 @@ def test_kinetics_clips_are_the_reference_s(case):
 def test_random_clips_refuse_what_is_not_positive():
     with pytest.raises(ValueError, match="num_frames and step must be positive, not 16 and 0"):
         RandomClipIndex([50], num_frames=16, step=0)
+
+
+@pytest.mark.parametrize("fps", [7, 10, 25, 30, 59.94])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_forward_windows_of_a_clip_are_the_first_of_a_longer_one(fps, stride, warm_up):
+    options = {"src_fps": fps, "num_frames": 8, "view_fps": 10, "stride": stride, "forward": True, "warm_up": warm_up}
+    longest = windows(200, **options)
+    for count in (1, 20, 50, 51, 199):
+        shorter = windows(count, **options)
+        assert shorter == [window for window in longest if window[-1] < count]
+    backward = windows(200, src_fps=fps, num_frames=8, view_fps=10)  # each window that there is
+    full = [window for window in longest if window in backward]
+    assert full == [window for window in backward if (window[-1] - longest[0][-1]) % stride == 0]
+    if not warm_up:
+        assert full == longest and longest[0][0] == 0
+
+
+def test_a_warm_up_begins_on_the_first_frame_and_repeats_it():
+    index = WindowIndex([12, 3], src_fps=20, num_frames=3, view_fps=10, stride=2, warm_up=True)
+    lasts = index.last_frames(0)
+    assert lasts.tolist() == [0, 2, 4, 6, 8, 10] and index.last_frames(1).tolist() == [0, 2]
+    assert index.frames(0, lasts)[:3].tolist() == [[0, 0, 0], [0, 0, 2], [0, 2, 4]]
+    assert index.warming_up(0, lasts).tolist() == [True, True, False, False, False, False]
+    assert len(index.short_clips) == 0 and index.needed_frames(0).tolist() == [0, 2, 4, 6, 8, 10]
