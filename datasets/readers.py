@@ -90,7 +90,7 @@ class Reader:
         return torch.stack(frames)
 
     def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
-        """Yield uint8 (H, W, 3) RGB for each of the ascending frame_ids, or why it cannot be used, as where it is damaged.
+        """Yield uint8 (H, W, 3) RGB for each of the ascending frame_ids, or why that one cannot be used.
 
         Each call goes on where the last one ended, of all calls together asking for the frames `every`.
         """
