@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import logging
 from collections import Counter
@@ -212,7 +213,8 @@ def _joined(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, or a copy of it where it is kept elsewhere, as an average on the CPU is."""
-    return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
+    own = next(itertools.chain(model.parameters(), model.buffers())).device  # an exported program has no parameters
+    return model if own == device else copy.deepcopy(model).to(device)
 
 
 def keep_usable(windows: Columns, usable: Mapping[int, int]) -> Columns:
