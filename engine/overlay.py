@@ -99,8 +99,8 @@ class _Mp4:
         rate = Fraction(fps).limit_denominator(100_000)
         with _named(path):
             self._output = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
-            self._stream = stream = self._output.add_stream("libx264", rate=rate)
-        stream.options = {"preset": preset, "crf": str(crf)}
+            options = {"preset": preset, "crf": str(crf)}
+            self._stream = stream = self._output.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *shape[:2], "yuv420p"
         context = stream.codec_context
         context.time_base, context.thread_count = 1 / rate, threads

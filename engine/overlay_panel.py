@@ -65,7 +65,7 @@ class Panel:
         self._strip = slice(self._bar.stop + height // 8, width - height // 12)
         self._rows = slice(height // 12, height - height // 12)
         self._future, self._past = self._strips()
-        self._words = lru_cache(maxsize=256)(self._draw_words)
+        self._words = lru_cache(maxsize=4)(self._draw_words)  # neighbours are often alike
 
     def state(self, frame: int) -> int:
         """Return the state of a frame, a number in STATES."""
