@@ -189,7 +189,10 @@ class Proof:
         self.expected = {what: _in_batches(model, video, max(batches)) for what, video in self.windows.items()}
 
     def compare(self, run: Run) -> str:
-        """Compare another model's logits; returns what was found, in a line. Raises ProofError where they differ, or all are 0."""
+        """Compare another model's logits; returns what was found, in a line.
+
+        Raises ProofError where they differ, or all of the weights file's are 0.
+        """
         largest = max(logits.abs().max().item() for logits in self.expected.values())
         if largest == 0:
             raise ProofError("all logits of the weights file are 0, so that a comparison says nothing: its head is not "
