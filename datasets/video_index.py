@@ -20,7 +20,7 @@ _TAIL = 16  # pictures at the end that may come late, and by how many frames
 _MOST_PIXELS = 8192 * 8192  # of a picture, 200 MB as RGB; a damaged or hostile file may claim any size
 _GAP = 10.0  # seconds without a picture in a transport stream: another recording begins
 # FFmpeg opens text, pictures and playlists as videos, too; of playlists it may never come back.
-_CONTAINERS = (
+CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,ivf,nut,dv,rm,wtv,nsv,gxf,dhav,gif,apng,yuv4mpegpipe,"
     "h261,h263,h264,hevc,vvc,m4v,mjpeg,vc1,vc1test,av1,obu,cavsvideo,dirac"
 )
@@ -31,7 +31,7 @@ _IN_ORDER = ("msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "flv1", "wmv1", "wmv2")
 
 def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """Open a video file, and choose its video stream as ffmpeg does. Raises Unreadable with the reason."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     try:
         container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as e:
@@ -39,6 +39,14 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
         reason = getattr(e, "strerror", None) or short_reason(e, 160)
         reason = "no container of videos that is known" if unknown else reason
         raise Unreadable("the file is empty" if _is_empty(path) else reason) from e
+    return container, video_stream_of(container)
+
+
+def video_stream_of(container: av.container.InputContainer) -> av.VideoStream:
+    """Choose the video stream of an open container as ffmpeg does, to be decoded in one thread.
+
+    Raises Unreadable with the reason, and closes the container, where there is none that can be decoded.
+    """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         container.close()
@@ -53,7 +61,7 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
         raise Unreadable(f"pictures of {context.width} x {context.height} pixels, up to {_MOST_PIXELS} are read")
     context.options = {"max_pixels": str(_MOST_PIXELS)}  # where its size changes on the way
     context.thread_count, context.thread_type = 1, "NONE"
-    return container, stream
+    return stream
 
 
 def _is_empty(path: str) -> bool:
