@@ -39,6 +39,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     end_with_torchrun()
 
 import logging
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -218,7 +219,7 @@ def main(args: Namespace) -> None:
     timeout = timedelta(minutes=args.dist_timeout)
     joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
     with joined as process, ExitStack() as held:
-        setup_logging(process.rank, to_stderr=bool(args.stream))
+        setup_logging(process.rank, sys.stderr if args.stream else None)
         from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         require_same(common_flags(args))
         if args.stream:
