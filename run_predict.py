@@ -4,6 +4,9 @@ The weights file says which model it is of, how that is fed and what counts as a
     python run_predict.py dashcam.mp4 /data/trips --weights runs/videomae_s_dota/checkpoint-best_auroc.pth \\
         --output_dir runs/risk
 
+A live source: alerts are lines of JSON on stdout, scores go to a file in the folder:
+    python run_predict.py --stream rtsp://camera/1 --weights w.pth --output_dir runs/camera1
+
 Files are shared over processes, on N GPUs (Slurm: see jobs/predict.sh); the same command goes on where one stopped:
     torchrun --standalone --nproc_per_node=N run_predict.py ...the same flags...
 
@@ -22,7 +25,7 @@ if __name__ == "__main__":  # first, so that what follows is answered in a line
     report_uncaught()
 
 from utils.cli import ConfigError, config_errors
-from utils.files import check_writable
+from utils.files import check_writable, replaced
 from utils.lock import end_with_torchrun, folder_lock
 from utils.predict_flags import OUTPUTS, predict_parser
 from utils.record import differing, read_run_record, write_run_record
@@ -36,40 +39,50 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     end_with_torchrun()
 
 import logging
+import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from datasets import Clip, ClipTable, DataError, VideoScan, load_inputs, open_clip
 from datasets.augment.frames import EvalTransform
-from datasets.readers import Reader, VideoReader
+from datasets.live import LiveSource
 from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import WindowIndex
-from engine.curve import Gap, RiskCurve, Thumbnail
+from engine.alerts import Alerts, command_notifier, webhook_notifier
+from engine.curve import Gap, RiskCurve
 from engine.evaluate import EvaluationError, Scorer
 from engine.events import EventRule
+from engine.explain import explain_picture, saliency
+from engine.live import ScoreFile, watch
 from engine.optim import DTYPES
-from engine.overlay import OverlayError, write_overlay
+from engine.overlay import OverlayError
 from engine.prediction import (
     BYTES_OF_A_SCORE,
+    Outputs,
     VideoResult,
+    draw_curve,
+    draw_overlay,
     fingerprint,
-    load_result,
     rule_by,
-    save_result,
-    stamp,
+    thumbnails,
 )
-from engine.summary import peak_frames, write_summary
+from engine.prediction_report import About, footage_warning, rule_words, write_report
+from engine.stream import RiskStream
+from engine.summary import write_summary
 from models import classifier_of, load
 from models.weights import CheckpointError, fetch
 from utils.distributed import Process, ended_together, from_main, local_main_first, process_group, require_same
@@ -77,6 +90,7 @@ from utils.logging import setup_logging
 from utils.text import first_few
 
 ERRORS = (CheckpointError, ConfigError, DataError, EvaluationError, OverlayError)
+SCORED_WITH = ("fingerprint", "stride", "warm_up", "assume_fps", "precision")  # what scores depend on
 logger = logging.getLogger("tad")
 
 
@@ -205,10 +219,13 @@ def main(args: Namespace) -> None:
     timeout = timedelta(minutes=args.dist_timeout)
     joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
     with joined as process, ExitStack() as held:
-        setup_logging(process.rank)
+        setup_logging(process.rank, sys.stderr if args.stream else None)
         from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         require_same(common_flags(args))
-        predict(args, process)
+        if args.stream:
+            watch_source(args, process)
+        else:
+            predict(args, process)
 
 
 def resolve(args: Namespace) -> None:
@@ -216,8 +233,8 @@ def resolve(args: Namespace) -> None:
     args.write = args.write.split(",")
     if unknown := set(args.write) - set(OUTPUTS):
         raise ConfigError(f"--write {','.join(sorted(unknown))}: unknown; known are {', '.join(OUTPUTS)}")
-    if not args.inputs:
-        raise ConfigError("no video is given: name files or folders")
+    if bool(args.inputs) == bool(args.stream):
+        raise ConfigError("give videos to score, or a live source by --stream" + ", not both" * bool(args.stream))
     cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if cuda else "cpu")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
@@ -259,22 +276,83 @@ def predict(args: Namespace, process: Process) -> None:
     if process.is_main:
         remove_marker(output_dir)
         say_what_it_rests_on(scorer)
-    args.fingerprint = fingerprint(scorer.model)  # of the weights, so that args.json holds it
+    args.fingerprint = fingerprint(scorer.model, fetch(args.weights))
     clips = from_main(lambda: begin(args, scorer, process))
-    of = {name: getattr(args, name) for name in ("fingerprint", "stride", "warm_up", "assume_fps", "precision")}
-    writer = Writer(output_dir, clips, {*args.write, *(["explain"] if args.explain else [])}, of, scorer)
+    of = {name: getattr(args, name) for name in SCORED_WITH}
+    draw = {"curve": partial(draw_curve, open_clip), "overlay": partial(draw_overlay, open_clip)}
+    draw |= {"explain": partial(explain, scorer)} if args.explain else {}
+    outputs = Outputs(output_dir, frozenset({*args.write, "explain"}), of, scorer.rule, draw)
     with ended_together(), marked_if_stopped(output_dir):
-        done = from_main(lambda: {number: result for number in range(len(clips)) if (result := writer.known(number))})
+        done = from_main(lambda: {n: known for n, clip in enumerate(clips) if (known := outputs.known(clip))})
         if done:
             logger.info(f"{len(done)} of {len(clips)} videos are scored already")
         for number in sorted(done)[process.rank :: process.world_size]:
-            writer.write(number, done[number])
+            write(outputs, clips[number], done[number])
         to_do = [number for number in range(len(clips)) if number not in done]
         rest = replace(clips, clips=[clips[number] for number in to_do], unreadable={})
-        for place, result in scorer.results(rest, process.rank, process.world_size) if to_do else ():
-            writer.write(to_do[place], result)
+        for number, result in scorer.results(rest, process.rank, process.world_size) if to_do else ():
+            write(outputs, rest[number], result)
     if process.is_main:
-        summarize(clips, writer, args.write)
+        summarize(args, scorer, clips, outputs)
+
+
+def write(outputs: Outputs, clip: Clip, result: VideoResult) -> None:
+    """Write what is missing of a video, and say what it comes to. Raises Preempted after a signal."""
+    if stop_requested():
+        raise Preempted(EXIT_CODE)
+    outputs.write(clip, result)
+    if result.problem:
+        logger.error(f"{clip.name}: not scored: {result.problem}")
+        return
+    highest, curve = int(np.argmax(result.curve.score)), result.curve
+    logger.info(f"{clip.name}: highest score {curve.score[highest]:.3f} at {curve.time[highest]:.2f} s, "
+                f"{len(curve.events())} events")  # fmt: skip
+    for gap in curve.gaps:
+        logger.warning(f"{clip.name}: no picture from {gap.start:.2f} to {gap.end:.2f} s: {gap.reason}")
+
+
+def explain(scorer: VideoScorer, clip: Clip, curve: RiskCurve, folder: Path) -> None:
+    """Write explain-<n>.png of each event: where the model looked at its peak. Raises OSError, which names the file."""
+    index = scorer.index(ClipTable("", "", [clip]))
+    for number, event in enumerate(curve.events(), start=1):
+        frames = index.frames(0, round(event.peak * curve.fps))
+        with open_clip(clip) as reader:
+            pictures = reader.read(frames)
+        heat = saliency(scorer.model, EvalTransform(scorer.spec["input_size"])(pictures).transpose(0, 1))
+        caption = f"{clip.name}, event {number}: score {event.peak_score:.3f} at {event.peak:.2f} s"
+        labels = [f"{frame / curve.fps:.2f} s" for frame in frames.tolist()]
+        with replaced(folder / f"explain-{number}.png") as temporary:
+            Image.fromarray(explain_picture(pictures.numpy(), heat, caption, labels)).save(temporary, "PNG")
+
+
+def watch_source(args: Namespace, process: Process) -> None:
+    """Score a live source as it comes, and tell of events, until it ends or a signal comes."""
+    if process.world_size > 1:
+        raise ConfigError("--stream: a live source is scored by one process; start it without torchrun")
+    scorer, output_dir = build_scorer(args, process), Path(args.output_dir)
+    say_what_it_rests_on(scorer)
+    write_run_record(output_dir / "stream_args.json", vars(args), process.world_size)
+    with config_errors():
+        notifiers = [command_notifier(args.on_event)] if args.on_event else []
+        notifiers += [webhook_notifier(args.webhook)] if args.webhook else []
+    transform, spec = EvalTransform(scorer.spec["input_size"]), scorer.spec
+    source = LiveSource(
+        args.stream, timeout=args.stream_timeout, reconnect=args.reconnect, outage=args.outage, paced=args.paced
+    )
+    stream = RiskStream(
+        scorer.model,
+        lambda picture: transform([picture])[0],
+        num_frames=spec["num_frames"],
+        view_fps=spec["view_fps"],
+        fps=args.stream_fps or source.fps,
+        stride=args.stride,
+        warm_up=scorer.warm_up,
+        dtype=scorer.dtype,
+        device=process.device,
+    )
+    alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
+    scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
+    watch(source, stream, alerts=alerts, scores=scores, report_every=args.report_every)
 
 
 @contextmanager
@@ -310,104 +388,31 @@ def begin(args: Namespace, scorer: VideoScorer, process: Process) -> ClipTable:
 def say_what_it_rests_on(scorer: VideoScorer) -> None:
     """Log what the weights were trained on and where events come from."""
     spec = scorer.spec
-    logger.info(f"{spec['model']}: {spec['num_frames']} frames at {spec['view_fps']:g} per second, trained on "
-                f"{spec.get('data_set', 'unknown footage')}; of other footage nothing is known")  # fmt: skip
-    if scorer.rule:
-        logger.info(f"events: score {scorer.rule.threshold:.4g} and above; {scorer.rule.source}")
-    else:
-        logger.info("no events: the weights file has no operating point (run_finetune.py --eval stores one), and no "
-                    "--threshold is given")  # fmt: skip
+    logger.info(f"{spec['model']}, {spec['num_frames']} frames at {spec['view_fps']:g} per second")
+    logger.warning(footage_warning(spec.get("data_set", "")))
+    source = f" ({scorer.rule.source})" if scorer.rule else "; run_finetune.py --eval finds one, --threshold gives one"
+    logger.info(f"events: {rule_words(scorer.rule)}{source}")
 
 
-def thumbnails(clip: Clip, curve: RiskCurve) -> list[Thumbnail]:
-    """Return the pictures that say most of a curve."""
-    frames = peak_frames(curve)
-    with open_clip(clip) as reader:
-        pictures = [picture.numpy().copy() for picture in reader.frames(frames)] if frames else []
-    return [Thumbnail(frame, picture) for frame, picture in zip(frames, pictures, strict=True)]
-
-
-def all_pictures(reader: Reader, curve: RiskCurve) -> Iterator[np.ndarray | None]:
-    """Yield uint8 (H, W, 3) of each frame of a video, None in gaps."""
-    there = np.ones(curve.num_frames, dtype=bool)
-    for gap in curve.gaps:
-        there[round(gap.start * curve.fps) : round(gap.end * curve.fps)] = False
-    frames = reader.frames(np.flatnonzero(there))
-    for readable in there:
-        yield next(frames).numpy() if readable else None
-
-
-def draw_curve(clip: Clip, curve: RiskCurve, folder: Path) -> None:
-    """Write curve.png."""
-    curve.plot(folder / "curve.png", thumbnails(clip, curve))
-
-
-def draw_overlay(clip: Clip, curve: RiskCurve, folder: Path) -> None:
-    """Write overlay.mp4."""
-    with open_clip(clip) as reader:
-        source = clip.source if isinstance(reader, VideoReader) else None
-        write_overlay(folder / "overlay.mp4", curve, source, all_pictures(reader, curve))
-
-
-DRAW = {"curve": draw_curve, "overlay": draw_overlay}
-
-
-def summarize(clips: ClipTable, writer: "Writer", wanted: Collection[str]) -> None:
+def summarize(args: Namespace, scorer: VideoScorer, clips: ClipTable, outputs: Outputs) -> None:
     """Count what was scored, name what was not, and write the report over all."""
-    results = [writer.left(number) for number in range(len(clips))]
+    results = [outputs.left(clip) for clip in clips]
     results += [VideoResult(name, problem=reason) for name, reason in clips.unreadable.items()]
-    failed = [f"{result.name} ({result.problem})" for result in results if result.problem]
-    if failed:
+    if failed := [f"{result.name} ({result.problem})" for result in results if result.problem]:
         logger.error(f"{len(failed)} of {len(results)} videos are not scored: {first_few(failed, sep='; ')}")
-    if "report" in wanted:
-        write_summary(writer.output_dir / "summary.csv", results)
-    logger.info(f"{len(results) - len(failed)} of {len(results)} videos scored; see {writer.output_dir}")
-
-
-class Writer:
-    """Writes what is wanted of each video, and knows what is there already."""
-
-    def __init__(self, output_dir: Path, clips: ClipTable, wanted: set[str], of: dict[str, Any], scorer: VideoScorer):
-        self.output_dir, self.clips, self.wanted, self._of, self._scorer = output_dir, clips, wanted, of, scorer
-
-    def known(self, number: int) -> VideoResult | None:
-        """Return the scores of a video that are there already."""
-        clip = self.clips[number]
-        result = load_result(self._folder(clip), clip.name, self._of_clip(clip), self._scorer.rule)
-        return result if result and not result.problem else None
-
-    def left(self, number: int) -> VideoResult:
-        """Return what is known of a video at the end."""
-        name = self.clips[number].name
-        result = load_result(self._folder(self.clips[number]), name, None, self._scorer.rule)
-        return result or VideoResult(name, problem="its events.json is damaged; the same command writes it again")
-
-    def write(self, number: int, result: VideoResult) -> None:
-        """Write what is missing of a video, events.json before what takes longer, and once more at the end."""
-        if stop_requested():
-            raise Preempted(EXIT_CODE)
-        clip, folder = self.clips[number], self._folder(self.clips[number])
-        missing = () if result.problem else sorted(self.wanted - {"scores", "report"} - result.written)
-        if {"scores", "events"} <= result.written and not missing:
-            return
-        save_result(folder, result, self._of_clip(clip))
-        if result.problem:
-            logger.error(f"{clip.name}: not scored: {result.problem}")
-            return
-        for name in missing:
-            DRAW[name](clip, result.curve, folder)
-        if missing:
-            written = frozenset({"scores", "events", *result.written, *missing})
-            save_result(folder, replace(result, written=written), self._of_clip(clip))
-        highest = int(np.argmax(result.curve.score))
-        logger.info(f"{clip.name}: highest score {result.curve.score[highest]:.3f} at "
-                    f"{result.curve.time[highest]:.2f} s, {len(result.curve.events())} events")  # fmt: skip
-
-    def _folder(self, clip: Clip) -> Path:
-        return self.output_dir / clip.name
-
-    def _of_clip(self, clip: Clip) -> dict[str, Any]:
-        return {**self._of, "source": clip.source, "stamp": stamp(clip.source)}
+    if "report" in args.write:
+        write_summary(outputs.folder / "summary.csv", results)
+        by_name = {clip.name: clip for clip in clips}
+        spec = scorer.spec
+        about = About(
+            args.weights, spec["model"], spec.get("data_set", ""), spec.get("epoch"), scorer.rule, args.stride,
+            args.warm_up == "repeat",
+        )  # fmt: skip
+        write_report(
+            outputs.folder / "report.html", results, about,
+            lambda curve: thumbnails(open_clip, by_name[curve.name], curve),
+        )  # fmt: skip
+    logger.info(f"{len(results) - len(failed)} of {len(results)} videos scored; see {outputs.folder}")
 
 
 if __name__ == "__main__":

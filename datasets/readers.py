@@ -1,13 +1,11 @@
 """Frames out of a zip of pictures, a folder of pictures or a video file, behind one protocol.
 
     with open_clip(clip) as reader:
-        frames = reader.read([0, 3, 6])          # uint8 (3, H, W, 3) RGB
-        for frame in reader.frames([0, 3, 6]):   # one uint8 (H, W, 3) at a time: half the memory traffic
-            ...
+        frames = reader.read([0, 3, 6])          # uint8 (3, H, W, 3) RGB; reader.frames yields one at a time
 
 JPEGs are decoded by libjpeg-turbo itself and all else by Pillow: the same pixels as OpenCV's, at full size unless less
-is asked for. Of 16 bit, grey or colour, the upper 8 count
-(65535 becomes 255); 32-bit integer and float pictures are refused, since nothing says which of their values is white.
+is asked for. Of 16 bit, grey or colour, the upper 8 count (65535 becomes 255); 32-bit integer and float pictures are
+refused, since nothing says which of their values is white.
 Palettes, grey and alpha become RGB, and a picture is turned as its EXIF orientation asks, as players turn videos.
 Hidden files (see `is_hidden`) are no part of a folder or zip.
 
@@ -68,7 +66,9 @@ _TURNS = dict(  # {EXIF orientation: what sets the picture upright}
 
 
 class Reader:
-    """Frames of one clip by number."""
+    """Frames of one clip by number. is_video: whether they come from a video file, which may have sound."""
+
+    is_video = False
 
     def __init__(self, clip: Clip, path: str):
         self.clip, self.path = clip, path
@@ -342,6 +342,8 @@ class FolderReader(PictureReader):
 
 class VideoReader(Reader):
     """A video file."""
+
+    is_video = True
 
     def __init__(self, clip: Clip, path: str):
         super().__init__(clip, path)

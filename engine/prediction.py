@@ -5,25 +5,27 @@ OUTPUT_DIR/
     <video>/
         scores.csv          a row for each score
         events.json         events and gaps, what the scores are of and, under "written", what is complete
-        curve.png  overlay.mp4  explain-<n>.png
+        curve.png  overlay.mp4  explain-<n>.png of each event
     summary.csv             a row for each video, the riskiest first
     report.html
 """
 
 import hashlib
-import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
-from engine.curve import Gap, RiskCurve, read_scores
+from engine.curve import Gap, RiskCurve, Thumbnail, read_scores
 from engine.evaluate import EvaluationError
 from engine.events import EventRule
+from engine.overlay import write_overlay
+from engine.summary import peak_frames
 from utils.damage import parse_json
 from utils.record import write_json
 
@@ -46,13 +48,13 @@ class VideoResult:
     written: frozenset[str] = frozenset()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of the weights of a model and of what it is fed, whatever else its file says."""
-    digest = hashlib.sha256(json.dumps(model.spec, sort_keys=True, default=str).encode())
-    for key, tensor in model.state_dict().items():
+def fingerprint(model: nn.Module, path: str) -> str:
+    """Return a SHA-256 of the weights of a model, whatever its file says beside them; of an ONNX file all of it."""
+    digest, state = hashlib.sha256(), model.state_dict()
+    for key, tensor in state.items():
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest() if state else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def stamp(source: str) -> list[int] | None:
@@ -126,3 +128,77 @@ def rule_by(spec: Mapping[str, Any], given: Mapping[str, float | None]) -> Event
     rule = EventRule.from_spec(stored)
     changed = ", ".join(given)
     return replace(rule, **given, source=f"{rule.source}, but for {changed}") if given else rule
+
+
+class Pictures(Protocol):
+    """Opens a clip for reading; `datasets.open_clip` does."""
+
+    def __call__(self, clip: Any) -> AbstractContextManager[Any]:
+        """Return a reader, with `is_video`, `path` and `sound_frames`."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written of each video, and what is there already.
+
+    folder: OUTPUT_DIR.
+    wanted: names of `draw`, and what else there may be.
+    of: what scores must be of, in plain types.
+    rule: that makes events of scores.
+    draw: {name: function of (clip, curve, the video's folder) that writes it}.
+    """
+
+    folder: Path
+    wanted: frozenset[str]
+    of: Mapping[str, Any]
+    rule: EventRule | None
+    draw: Mapping[str, Callable[[Any, RiskCurve, Path], None]]
+
+    def known(self, clip: Any) -> VideoResult | None:
+        """Return the scores of a clip that are there already."""
+        result = load_result(self.folder / clip.name, clip.name, self._of(clip), self.rule)
+        return result if result and not result.problem else None
+
+    def left(self, clip: Any) -> VideoResult:
+        """Return what is there of a clip at the end."""
+        result = load_result(self.folder / clip.name, clip.name, self._of(clip), self.rule)
+        return result or VideoResult(clip.name, problem="its scores are gone or damaged; the same command scores it")
+
+    def write(self, clip: Any, result: VideoResult) -> None:
+        """Write what is missing of a clip: the scores before what takes longer.
+
+        Raises OSError, which names the file, and what `draw` raises.
+        """
+        folder = self.folder / clip.name
+        missing = () if result.problem else sorted((self.wanted & self.draw.keys()) - result.written)
+        if {"scores", "events"} <= result.written and not missing:
+            return
+        save_result(folder, result, self._of(clip))
+        for name in missing:
+            self.draw[name](clip, result.curve, folder)
+        if missing:
+            save_result(folder, replace(result, written=result.written.union(missing, ["scores"])), self._of(clip))
+
+    def _of(self, clip: Any) -> dict[str, Any]:
+        return {**self.of, "source": clip.source, "stamp": stamp(clip.source)}
+
+
+def thumbnails(open_clip: Pictures, clip: Any, curve: RiskCurve) -> list[Thumbnail]:
+    """Return the pictures that say most of a curve."""
+    frames = peak_frames(curve)
+    with open_clip(clip) as reader:
+        pictures = [p if isinstance(p, str) else p.numpy().copy() for p in reader.sound_frames(frames, frames)]
+    return [Thumbnail(f, p) for f, p in zip(frames, pictures, strict=True) if not isinstance(p, str)]
+
+
+def draw_curve(open_clip: Pictures, clip: Any, curve: RiskCurve, folder: Path) -> None:
+    """Write curve.png. Raises OSError, which names the file."""
+    curve.plot(folder / "curve.png", thumbnails(open_clip, clip, curve))
+
+
+def draw_overlay(open_clip: Pictures, clip: Any, curve: RiskCurve, folder: Path) -> None:
+    """Write overlay.mp4. Raises OverlayError, and OSError, which names the file."""
+    frames = range(curve.num_frames)
+    with open_clip(clip) as reader:
+        pictures = (None if isinstance(p, str) else p.numpy() for p in reader.sound_frames(frames, frames))
+        write_overlay(folder / "overlay.mp4", curve, reader.path if reader.is_video else None, pictures)

@@ -189,8 +189,14 @@ class Proof:
         self.expected = {what: _in_batches(model, video, max(batches)) for what, video in self.windows.items()}
 
     def compare(self, run: Run) -> str:
-        """Compare another model's logits; returns what was found, in a line. Raises ProofError where they differ."""
+        """Compare another model's logits; returns what was found, in a line.
+
+        Raises ProofError where they differ, or all of the weights file's are 0.
+        """
         largest = max(logits.abs().max().item() for logits in self.expected.values())
+        if largest == 0:
+            raise ProofError("all logits of the weights file are 0, so that a comparison says nothing: its head is not "
+                             "trained")  # fmt: skip
         limit = self.tolerance * min(1, largest)  # smaller logits agree to any tolerance, whatever the weights
         differences = {what: self._difference(run, what) for what in self.windows}
         found = ", ".join(f"{value:.2g} on {len(self.windows[what])} windows {what}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.vit import VideoViT
@@ -124,7 +124,7 @@ def hf_processor(spec: Mapping[str, Any]) -> dict[str, Any]:
 def write_hf(folder: Path, model: VideoViT, spec: dict, *, biases: str, tolerance: float) -> str:
     """Write a folder, which is there, for transformers. Returns the record. biases: PUBLISHED or LINEAR."""
     tensors = contiguous(hf_state(model.state_dict(), biases))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
     for name, content in (("config.json", hf_config(model)), ("preprocessor_config.json", hf_processor(spec))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     record = export_record(spec, kind=HF, batch="dynamic", tolerance=tolerance, sha256=sum_of_tensors(tensors))

@@ -57,6 +57,7 @@ class ExportedModel(nn.Module):
         self.input_shape = (3, spec["num_frames"], spec["input_size"], spec["input_size"])
         self.register_buffer("mean", torch.tensor(spec["mean"], dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(spec["std"], dtype=torch.float32), persistent=False)
+        self.training = False
 
     def normalize(self, video: Tensor) -> Tensor:
         """Map uint8 RGB (B, 3, T, H, W), on the model's device, to float32, as the program takes it."""
@@ -194,9 +195,13 @@ def check_harmless(file: io.BytesIO) -> None:
     PyTorch unpickles some parts, evaluates sizes and guards as Python, finds operators by any name within its package,
     and makes Python of the names in the graph: all are compared with what ours hold.
     """
+    seen = set()
     with zipfile.ZipFile(file) as z:
         for name in z.namelist():
             inner = name if _MEMBER.fullmatch(name) else name.partition("/")[2]
+            if inner in seen:  # PyTorch may take the other one
+                raise ValueError(f"it holds {first_few([name])} twice: refused, it may hide code")
+            seen.add(inner)
             if not _MEMBER.fullmatch(inner):
                 raise ValueError(f"it holds {first_few([name])}, which no file of ours does: refused, it may be code")
             if inner.endswith(".pt"):

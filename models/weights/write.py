@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.weights.container import (
@@ -90,7 +90,7 @@ def write_safetensors(path: Path, model: nn.Module, spec: dict, *, batch: str, t
     tensors = contiguous(model.state_dict())
     about = {"kind": SAFETENSORS, "batch": "dynamic", "tolerance": tolerance, "sha256": sum_of_tensors(tensors)}
     record = export_record(spec, **about)
-    save_file(tensors, path, metadata={"format": "pt", "spec": record})
+    path.write_bytes(save(tensors, {"format": "pt", "spec": record}))
     return record
 
 
