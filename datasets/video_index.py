@@ -109,6 +109,7 @@ class Index:
     may_skip: whether the decoder may leave out pictures that no other refers to.
     count: frames, once known.
     told: whether damage was logged.
+    damaged: times of the pictures whose packets are marked as corrupt, as where some before them were lost.
 
     Derived: fps, constant, and times: of each frame, the time of its picture.
     """
@@ -128,6 +129,7 @@ class Index:
     may_skip: bool
     count: int | None = None
     told: bool = False
+    damaged: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     fps: float = 0.0
     constant: bool = True
     times: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -184,10 +186,11 @@ def index_of(path: str, container: av.container.InputContainer, stream: av.Video
 
 def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
     codec, seconds = stream.codec_context.codec.canonical_name, float(stream.time_base)
-    rows, corrupt = [], False  # time shown, time decoded, key frame, shown, bytes
+    rows, damaged, corrupt = [], [], False  # time shown, time decoded, key frame, shown, bytes
     for packet in packets_of(container, stream):
         if packet is not None:
             corrupt = packet.is_corrupt
+            damaged += [packet.pts] if corrupt and packet.pts is not None else []
             rows.append((packet.pts, packet.dts, packet.is_keyframe, _is_shown(packet, codec), packet.size))
     if corrupt:  # the file ends within it
         rows.pop()
@@ -219,6 +222,7 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Ind
         leading=not note and (not rows[0][2] or times[0] < min(row[0] for row in rows if row[2])),
         suspect=corrupt or stated is None,
         may_skip=not note and codec == "h264" and progressive,
+        damaged=np.array(damaged, np.int64),
     )
     index.suspect |= bool(ends_early(index))
     return index
