@@ -25,7 +25,7 @@ from datasets.video_index import open_stream
 from engine.live import watch
 from engine.stream import RiskStream
 from models import create_model
-from utils.cli import Number, positive, positive_float
+from utils.cli import positive, wait
 
 _AWAY = 2.0  # seconds that a killed player is away
 
@@ -138,13 +138,11 @@ def main() -> None:
     """Run the command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--video", default="", help="file to play (default: rendered roads at 30 fps)")
-    parser.add_argument("--seconds", type=positive_float, default=180, help="how long (default: 180)")
+    parser.add_argument("--seconds", type=wait, default=180, help="how long (default: 180)")
     parser.add_argument("--model", default="vit_tiny_patch16_64", help="its name (default: vit_tiny_patch16_64)")
     parser.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
     parser.add_argument("--stride", type=positive, default=1, help="frames from one score to the next (default: 1)")
-    parser.add_argument(
-        "--kill_every", type=Number(1), help="seconds after which the player is killed (default: never)"
-    )
+    parser.add_argument("--kill_every", type=wait, help="seconds after which the player is killed (default: never)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     options = {"seconds": args.seconds, "name": args.model, "device": args.device, "stride": args.stride}
