@@ -352,7 +352,15 @@ def watch_source(args: Namespace, process: Process) -> None:
     )
     alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
     scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
-    watch(source, stream, alerts=alerts, scores=scores, report_every=args.report_every)
+    watch(
+        source,
+        stream,
+        alerts=alerts,
+        scores=scores,
+        report_every=args.report_every,
+        realtime=args.realtime or None,
+        max_delay=args.max_delay,
+    )
 
 
 @contextmanager
