@@ -39,6 +39,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     end_with_torchrun()
 
 import logging
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -218,7 +219,7 @@ def main(args: Namespace) -> None:
     timeout = timedelta(minutes=args.dist_timeout)
     joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
     with joined as process, ExitStack() as held:
-        setup_logging(process.rank, to_stderr=bool(args.stream))
+        setup_logging(process.rank, sys.stderr if args.stream else None)
         from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         require_same(common_flags(args))
         if args.stream:
@@ -351,7 +352,15 @@ def watch_source(args: Namespace, process: Process) -> None:
     )
     alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
     scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
-    watch(source, stream, alerts=alerts, scores=scores, report_every=args.report_every)
+    watch(
+        source,
+        stream,
+        alerts=alerts,
+        scores=scores,
+        report_every=args.report_every,
+        realtime=args.realtime or None,
+        max_delay=args.max_delay,
+    )
 
 
 @contextmanager

@@ -21,16 +21,17 @@ from utils.text import first_few, short_reason
 logger = logging.getLogger("tad")
 
 
-def setup_logging(rank: int, *, to_stderr: bool = False) -> None:
+def setup_logging(rank: int, stream: TextIO | None = None) -> None:
     """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank.
 
     What the others would warn of, rank 0 warns of too. Lines that cannot be written, to a full disk say, are missed.
-    to_stderr: whether they go there, where stdout is for something else.
+
+    stream: where the lines go; None: standard output.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler = _Console(sys.stderr if to_stderr else sys.stdout)
+    handler = _Console(sys.stdout if stream is None else stream)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
@@ -39,7 +40,7 @@ def setup_logging(rank: int, *, to_stderr: bool = False) -> None:
 
 
 class _Console(logging.Handler):
-    """Lines on stdout or stderr, which do not tear the progress bar of a terminal."""
+    """Lines on a stream, which do not tear the progress bar of a terminal."""
 
     def __init__(self, stream: TextIO):
         super().__init__()

@@ -1,6 +1,6 @@
 """The flags of run_predict.py, in groups. `fixed` ones are in the scores: a folder is continued with the same."""
 
-from utils.cli import Number, Parser, frame_rate, from_to, positive, positive_float, share, wait
+from utils.cli import Number, Parser, frame_rate, from_to, positive, share, wait
 from utils.flags import FlagGroup
 
 OUTPUTS = ("scores", "curve", "overlay", "report")
@@ -45,9 +45,13 @@ def _add_live_flags(parser: Parser) -> None:
     group.free("stream", None, help, metavar="SOURCE")
     group.free("stream_fps", None, "frame rate of the source (default: what it states)", type=frame_rate)
     group.free("paced", False, "read a file at its own pace, as a camera would come")
+    help = "leave scores out rather than fall behind, where a pipe or file comes at a camera's pace"
+    group.free("realtime", False, help)
+    help = "seconds after which, in real time, a picture is not scored if a newer one waits"
+    group.free("max_delay", 0.2, help, type=Number(0, 60))
     group.free("on_event", None, "command that gets the JSON of each event on stdin", metavar="COMMAND")
     group.free("webhook", None, "address to post the JSON of an event to", metavar="URL")
-    group.free("report_every", 10.0, "seconds between lines of the log", type=positive_float)
+    group.free("report_every", 10.0, "seconds between lines of the log", type=wait)
     help = "seconds in which a source must open, and in which something must come from a camera or URL"
     group.free("stream_timeout", 10.0, help, type=wait)
     help = "seconds before a source that broke is opened again, doubled after each failure up to 30; 0: never"
