@@ -423,7 +423,7 @@ def test_values_in_other_files_are_refused(files, tmp_path):
     entry = next(p for p in model.metadata_props if p.key == "spec")
     onnx.external_data_helper.convert_model_to_external_data(model, location="values.bin", size_threshold=0)
     onnx.save(model, path)
-    record = json.loads(entry.value)
+    record = parse_json(entry.value)
     record["export"]["sha256"] = container.sum_of(path, "onnx")
     model = onnx.load(path, load_external_data=False)
     model.metadata_props[0].value = json.dumps(record)
