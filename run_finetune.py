@@ -254,7 +254,6 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     if process.is_main:
         content = outputs.finish_evaluation(output_dir, known, wanted)
         logger.info(f"{summary(content)}  {content['coverage']}")
-        logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
 def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
@@ -440,9 +439,8 @@ def keep_weights(args: Namespace, process: Process, model: nn.Module, progress: 
     if is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq):
         kept.append(str(progress.epoch))
     for name in kept if args.save_ckpt and process.is_main else ():
-        save_weights(
-            Path(args.output_dir, f"checkpoint-{name}.pth"), model, data_set=args.data_set, epoch=progress.epoch
-        )
+        path = Path(args.output_dir, f"checkpoint-{name}.pth")
+        save_weights(path, model, data_set=args.data_set, epoch=progress.epoch)
 
 
 if __name__ == "__main__":

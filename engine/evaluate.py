@@ -275,8 +275,8 @@ def gather_predictions(
     return Predictions(clip, frame, label, logits, list(faults), time)
 
 
-COLUMNS = ("clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc", "category", "ego",
-           "night")  # fmt: skip
+_LABELS = ("label", "ttc", "category", "ego", "night")
+COLUMNS = ("clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", *_LABELS)
 
 
 def write_predictions(path: str | Path, predictions: Predictions, clips: Any) -> None:

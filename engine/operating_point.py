@@ -61,7 +61,7 @@ class OperatingPoint:
         return self.rule.to_spec() | {"criterion": self.criterion, "measured": self.measured}
 
     def __str__(self) -> str:
-        shown = {name: "n/a" if value is None else f"{value:.3g}" for name, value in self.measured.items()}
+        shown = {k: "n/a" if v is None else f"{v:.3g}" if isinstance(v, float) else v for k, v in self.measured.items()}
         return (
             f"operating point: {self.rule.source}: threshold {self.rule.threshold:.4g}; MCC {shown['mcc']}, F1 "
             f"{shown['f1']}, precision {shown['precision']}, recall {shown['recall']}; "

@@ -30,7 +30,7 @@ from utils.files import replaced
 from utils.record import differing, write_json, write_run_record
 
 SCORES, RECORD = "predictions.csv", "eval_args.json"
-BYTES_OF_A_ROW = 128  # of predictions.csv, about
+BYTES_OF_A_ROW = 160  # of predictions.csv, about
 _REST = ("metrics.json", *(f"plots/{name}.png" for name in FIGURES))
 logger = logging.getLogger("tad")
 
@@ -223,4 +223,5 @@ def finish_evaluation(folder: Path, known: Mapping[str, Any], wanted: WantedPoin
         raise EvaluationError(
             f"{e.filename}: cannot be written ({e.strerror}); {SCORES} is kept, and the same command goes on from it"
         ) from e
+    logger.info(f"{SCORES}, metrics.json and plots/ are in {folder}")
     return content

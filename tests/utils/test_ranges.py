@@ -25,6 +25,7 @@ OFF = {"--warmup_steps -1"}
 # A share has no value above 1. What is no share is named here, so that a new flag is a decision.
 ABOVE_1 = {"--lr", "--min_lr", "--weight_decay", "--weight_decay_end", "--clip_grad", "--init_scale"}
 ABOVE_1 |= {"--view_fps", "--assume_fps", "--fps", "--read_timeout", "--dist_timeout", "--save_every_minutes"}
+ABOVE_1 |= {"--false_alarms_per_hour", "--alert_after", "--event_gap", "--event_min_duration"}
 HUGE = {"--clip_grad", "--save_every_minutes"}  # 1e30 harms nobody
 
 
