@@ -4,6 +4,9 @@ The weights file says which model it is of, how that is fed and what counts as a
     python run_predict.py dashcam.mp4 /data/trips --weights runs/videomae_s_dota/checkpoint-best_auroc.pth \\
         --output_dir runs/risk
 
+A live source: alerts are lines of JSON on stdout, scores go to a file in the folder:
+    python run_predict.py --stream rtsp://camera/1 --weights w.pth --output_dir runs/camera1
+
 Files are shared over processes, on N GPUs (Slurm: see jobs/predict.sh); the same command goes on where one stopped:
     torchrun --standalone --nproc_per_node=N run_predict.py ...the same flags...
 
@@ -36,7 +39,9 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     end_with_torchrun()
 
 import logging
+import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,13 +58,16 @@ from torch import nn
 
 from datasets import Clip, ClipTable, DataError, VideoScan, load_inputs, open_clip
 from datasets.augment.frames import EvalTransform
+from datasets.live import LiveSource
 from datasets.slots import reserve
 from datasets.stream import SplitWindows
 from datasets.windows import WindowIndex
+from engine.alerts import Alerts, command_notifier, webhook_notifier
 from engine.curve import Gap, RiskCurve
 from engine.evaluate import EvaluationError, Scorer
 from engine.events import EventRule
 from engine.explain import explain_picture, saliency
+from engine.live import ScoreFile, watch
 from engine.optim import DTYPES
 from engine.overlay import OverlayError
 from engine.prediction import (
@@ -73,6 +81,7 @@ from engine.prediction import (
     thumbnails,
 )
 from engine.prediction_report import About, footage_warning, rule_words, write_report
+from engine.stream import RiskStream
 from engine.summary import write_summary
 from models import classifier_of, load
 from models.weights import CheckpointError, fetch
@@ -210,10 +219,13 @@ def main(args: Namespace) -> None:
     timeout = timedelta(minutes=args.dist_timeout)
     joined = process_group(args.device, timeout=timeout, expected=ERRORS, same=common_flags(args))
     with joined as process, ExitStack() as held:
-        setup_logging(process.rank)
+        setup_logging(process.rank, sys.stderr if args.stream else None)
         from_main(lambda: held.enter_context(folder_lock(args.output_dir)))
         require_same(common_flags(args))
-        predict(args, process)
+        if args.stream:
+            watch_source(args, process)
+        else:
+            predict(args, process)
 
 
 def resolve(args: Namespace) -> None:
@@ -221,8 +233,8 @@ def resolve(args: Namespace) -> None:
     args.write = args.write.split(",")
     if unknown := set(args.write) - set(OUTPUTS):
         raise ConfigError(f"--write {','.join(sorted(unknown))}: unknown; known are {', '.join(OUTPUTS)}")
-    if not args.inputs:
-        raise ConfigError("no video is given: name files or folders")
+    if bool(args.inputs) == bool(args.stream):
+        raise ConfigError("give videos to score, or a live source by --stream" + ", not both" * bool(args.stream))
     cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if cuda else "cpu")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
@@ -311,6 +323,36 @@ def explain(scorer: VideoScorer, clip: Clip, curve: RiskCurve, folder: Path) -> 
         labels = [f"{frame / curve.fps:.2f} s" for frame in frames.tolist()]
         with replaced(folder / f"explain-{number}.png") as temporary:
             Image.fromarray(explain_picture(pictures.numpy(), heat, caption, labels)).save(temporary, "PNG")
+
+
+def watch_source(args: Namespace, process: Process) -> None:
+    """Score a live source as it comes, and tell of events, until it ends or a signal comes."""
+    if process.world_size > 1:
+        raise ConfigError("--stream: a live source is scored by one process; start it without torchrun")
+    scorer, output_dir = build_scorer(args, process), Path(args.output_dir)
+    say_what_it_rests_on(scorer)
+    write_run_record(output_dir / "stream_args.json", vars(args), process.world_size)
+    with config_errors():
+        notifiers = [command_notifier(args.on_event)] if args.on_event else []
+        notifiers += [webhook_notifier(args.webhook)] if args.webhook else []
+    transform, spec = EvalTransform(scorer.spec["input_size"]), scorer.spec
+    source = LiveSource(
+        args.stream, timeout=args.stream_timeout, reconnect=args.reconnect, outage=args.outage, paced=args.paced
+    )
+    stream = RiskStream(
+        scorer.model,
+        lambda picture: transform([picture])[0],
+        num_frames=spec["num_frames"],
+        view_fps=spec["view_fps"],
+        fps=args.stream_fps or source.fps,
+        stride=args.stride,
+        warm_up=scorer.warm_up,
+        dtype=scorer.dtype,
+        device=process.device,
+    )
+    alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
+    scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
+    watch(source, stream, alerts=alerts, scores=scores, report_every=args.report_every)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from datasets.tools.synthetic import render_videos, write_video
 from datasets.video import Video
 from models import create_model
 from run_predict import VideoScorer
-from utils.cli import positive, positive_float
+from utils.cli import positive, wait
 
 
 def beginning(video: str, seconds: float, folder: Path) -> str:
@@ -97,7 +97,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--video", default="", help="video to score the beginning of (default: a rendered road)")
     parser.add_argument("--model", default="vit_small_patch16_224", help="model to run, or none")
-    parser.add_argument("--seconds", type=positive_float, default=3.0, help="of the video (default: 3)")
+    parser.add_argument("--seconds", type=wait, default=3.0, help="of the video (default: 3)")
     parser.add_argument("--strides", type=positive, nargs="+", default=[1, 3], help="steps between scores in frames")
     parser.add_argument("--rounds", type=positive, default=3, help="rounds to take the median of (default: 3)")
     args = parser.parse_args()

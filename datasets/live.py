@@ -17,8 +17,7 @@ from datasets.clips import DataError, Unreadable
 from datasets.live_clock import Clock
 from datasets.live_pipe import Pipe, Stopped, is_pipe
 from datasets.parallel import available_cores
-from datasets.video import Video
-from datasets.video_index import CONTAINERS, open_stream, video_stream_of
+from datasets.video_index import CONTAINERS, index_of, open_stream, video_stream_of
 from datasets.video_rgb import ToRGB
 from utils.text import short_reason
 
@@ -102,11 +101,13 @@ class LiveSource:
         self.name, self.kind, self.counts = _without_password(url), _kind(url), LiveCounts()
         if paced and self.kind != "file":
             raise DataError(f"{self.name}: a {self.kind} has a pace of its own; only files can be paced")
-        self.fps = _rate_of_file(url) if self.kind == "file" else None
         self._to_rgb, self._stopped, self._sign = ToRGB(), threading.Event(), time.monotonic()
         self._container: av.container.InputContainer | None = None
         self._pipe: Pipe | None = None
+        fps, timed = None, True
         try:
+            if self.kind == "file":
+                fps, timed = _known_of_file(url)
             self._pipe = Pipe(url, limit=timeout, on_wait=self._look) if self.kind == "pipe" else None
             self._open()
         except _ERRORS as e:
@@ -119,8 +120,8 @@ class LiveSource:
         self.live = paced or self.kind == "camera" or (self.kind == "url" and not recording)
         self._opens_again = reconnect > 0 and not recording and self.kind != "file" and url != "-"
         no_timestamps = bool(self._container.format.flags & av.format.Flags.no_timestamps.value)
-        self._untimed = self.live and no_timestamps  # FFmpeg makes times up, 1 / 25 s apart
-        self.fps = self.fps or (None if self._untimed else _stated_rate(self._stream))
+        self._untimed = not timed or (self.live and no_timestamps)  # where FFmpeg makes times up, 1 / 25 s apart
+        self.fps = fps or (None if self._untimed else _stated_rate(self._stream))
         self._clock = Clock(self.fps, live=self.live)
         self._seen = time.monotonic()  # when the last picture came
         self._broke: float | None = None  # when the last picture before a break came
@@ -330,12 +331,12 @@ def _ffmpeg_words(url: str, kind: str, timeout: float) -> tuple[str, dict]:
     return url, limits | {"options": options | ({"rtsp_transport": "tcp"} if url.startswith("rtsp") else {})}
 
 
-def _rate_of_file(path: str) -> float:
-    """Return the frames per second of a video file, as the recorded path takes it."""
-    video = Video(path)
-    fps = video.fps
-    video.close()
-    return fps
+def _known_of_file(path: str) -> tuple[float, bool]:
+    """Return the frames per second of a video file, and whether its timestamps are right, as in `datasets.video`."""
+    container, stream = open_stream(path)
+    index, _ = index_of(path, container, stream)
+    container.close()
+    return index.fps, index.method == "timestamps"
 
 
 def _stated_rate(stream: av.VideoStream) -> float | None:
@@ -348,4 +349,6 @@ def _reason(error: BaseException, timeout: float) -> str:
     """Say why FFmpeg gave up."""
     if isinstance(error, av.error.ExitError):
         return f"nothing came for {timeout:g} s"
+    if isinstance(error, av.error.InvalidDataError):
+        return "it is no video that FFmpeg knows"
     return getattr(error, "strerror", None) or short_reason(error)

@@ -29,6 +29,7 @@ MISSING = "a picture is missing"
 MARKED = "the decoder calls a picture damaged"
 COMPLAINT = "the decoder complains: {}"
 BROKEN = "the data of a picture is damaged"
+ENDED = "the file ends before"
 HOLE = "no pictures for a while"
 _UNTIL_KEY = "; up to the next key frame others are made of it"
 _UNNUMBERED = "; pictures after it are counted from the beginning, so that their numbers are unknown"
@@ -55,21 +56,27 @@ class SoundVideo(Video):
     def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int] | None = None) -> Iterator[Tensor | str]:
         """Yield uint8 (H, W, 3) RGB for each of the ascending frame_ids, or why it cannot be used.
 
-        Each call goes on where the last one ended. Raises DataError where there are no such frames or the file is gone.
+        Each call goes on where the last one ended. Raises DataError where the file is gone.
 
         every: the frames that this call and all others ask for; others need not be decoded unless these are made of
         them. None: that is not known.
         """
+        ids = self._within(frame_ids)
         if self._every is None and every is not None:
-            self._every = frozenset(self.marks(every))
-        marks = self.marks(frame_ids)
-        in_hole = self._in_hole(np.asarray(frame_ids, np.int64))
-        for mark, hole in zip(marks, in_hole, strict=True):
-            yield HOLE if hole else self._sound(mark)
+            self._every = frozenset(self.marks(self._within(every)))
+        if len(ids):
+            for mark, hole in zip(self.marks(ids), self._in_hole(ids), strict=True):
+                yield HOLE if hole else self._sound(mark)
+        yield from [ENDED] * (len(frame_ids) - len(ids))
 
     def close(self) -> None:
         self._flow = self._place = None
         super().close()
+
+    def _within(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """Return those of ascending frames that the file has, as far as its packets tell."""
+        ids = np.asarray(frame_ids, np.int64)
+        return ids if self._index.method == "sequence" else ids[ids < len(self._index.times)]
 
     def _sound(self, mark: int) -> Tensor | str:
         if self._place and self._place[0] == mark:
@@ -81,7 +88,7 @@ class SoundVideo(Video):
                 usable = found == mark and not isinstance(picture, str)
                 self._place = (mark, self._rgb(picture) if usable else picture if found == mark else MISSING)
                 return self._place[1]
-        return MISSING
+        return ENDED
 
     def _in_hole(self, frame_ids: np.ndarray) -> np.ndarray:
         """Tell of frames, (n,) bool, whether their picture, of a variable rate, is of another time: a stretch is lost.
@@ -134,12 +141,14 @@ class SoundVideo(Video):
             for picture in pictures:
                 judge.came(picture)
             judge.decide(ended=packet is None)
-            while place < len(shown) and shown[place] in judge.verdicts:
-                yield shown[place], judge.verdicts.pop(shown[place])
+            while place < len(shown) and (packet is None or shown[place] in judge.verdicts):
+                yield shown[place], judge.verdicts.pop(shown[place], MISSING)
                 place += 1
 
     def _counted(self) -> Iterator[tuple[int, av.VideoFrame | str]]:
-        """Yield (number, picture or why it is not sound) where they are counted: after a lost one, none is."""
+        """Yield (number, picture or why it is not sound) where they are counted: none is after damage, as some may
+        be lost, but for what a recording began with that was joined to another.
+        """
         held: deque[av.VideoFrame | str] = deque()
         count, reason, since, lost = 0, "", 0, False  # since: packets decoded since damage
         for packet, _, fault, pictures in self._decoded_packets(-1):
@@ -150,7 +159,8 @@ class SoundVideo(Video):
                     reason = ""
                 held.append(reason or picture)
             if fault:  # it may be of what came before, since pictures are shown in another order
-                lost, since = lost or fault == REFUSED, 0
+                joined = packet is not None and packet.is_corrupt and packet.is_keyframe  # another recording begins
+                lost, since = lost or not joined, 0
                 reason = fault + (_UNNUMBERED if lost else _UNTIL_KEY)
                 held = deque(reason for _ in held)
             while held and (packet is None or len(held) > _REORDERED):
@@ -272,13 +282,15 @@ class _Judge:
 @contextmanager
 def _listening() -> Iterator[list[tuple]]:
     """Yield a list of what FFmpeg complains of in this thread meanwhile: (level, name, text)."""
-    before = av.logging.get_level()
+    level, skip = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else what it said of another video goes unsaid of this one
     try:
         with av.logging.Capture() as said:
             yield said
     finally:
-        av.logging.set_level(before)
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skip)
 
 
 def _is_intra(picture: av.VideoFrame) -> bool:

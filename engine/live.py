@@ -22,6 +22,8 @@ _POLL = 0.2  # seconds after which a wait looks whether to go on
 _LATENCIES = 10_000  # of the last scores, that percentiles are of
 _WAITING = 8  # pictures that wait to be scored where the source waits for the model
 _WAITING_LIVE = 64  # where it does not; a window's span if that is more, so that none is lost that a window needs
+_DRIFT = 1e-3  # seconds per second that the clock of a source may be slow; quartz is within a tenth of that
+_MUCH_BEHIND = 5.0  # seconds
 _TO_END = 5.0  # seconds that the reading thread may take to end
 
 
@@ -123,12 +125,16 @@ class Monitor:
     """Counts what becomes of a live source, and logs it every report_every seconds.
 
     Rates are per second since the report before, in the summary since the beginning. Latencies are those of the last
-    10,000 scores.
+    10,000 scores. They say nothing of the time before a picture arrives: where decoding is slower than the source,
+    pictures wait in the system's buffers. So "behind" says how many seconds later a picture arrived, by its own time,
+    than the most punctual one; the latter is forgotten at 1 ms per second, as clocks drift.
     """
 
     def __init__(self, source: Source, stream: RiskStream, *, report_every: float = 10.0):
         self.source, self.stream, self.report_every = source, stream, report_every
         self.dropped = 0
+        self.behind = self.most_behind = 0.0
+        self._punctual: tuple[float, float] | None = None  # least arrival less time so far, and when it was noted
         self.latest: Score | None = None
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._began = time.monotonic()
@@ -138,6 +144,19 @@ class Monitor:
         """Note a score."""
         self.latest = result.score
         self._latencies.append(result.latency)
+
+    def arrived(self, time: float, arrival: float) -> None:
+        """Note when a picture of a source with a pace of its own arrived, on time.monotonic()."""
+        least, noted = self._punctual or (arrival - time, arrival)
+        least = min(arrival - time, least + _DRIFT * (arrival - noted))
+        self._punctual = least, arrival
+        self.behind = arrival - time - least
+        if self.behind > _MUCH_BEHIND >= self.most_behind:
+            logger.warning(
+                f"{self.source.name}: pictures come {self.behind:.1f} s late: decoding them takes longer than they "
+                "last, or the source holds them up; smaller pictures, or a machine with less to do, would help"
+            )
+        self.most_behind = max(self.most_behind, self.behind)
 
     def tick(self) -> None:
         """Log a line if it is time."""
@@ -163,6 +182,7 @@ class Monitor:
             "pictures_per_second": round(counts.pictures / max(seconds, 1e-9), 3),
             "scores_per_second": round(counts.scores / max(seconds, 1e-9), 3),
             "latency_ms": self.latencies(),
+            "behind_s": {"end": round(self.behind, 2), "most": round(self.most_behind, 2)},
         }
 
     def latencies(self) -> dict[str, float | None]:
@@ -180,7 +200,8 @@ class Monitor:
             "repeated": counts.repeated,
         } | self.source.about()
         latency = ", ".join(f"{name} {value:.0f}" for name, value in self.latencies().items() if value is not None)
-        return f"latency {latency or 'unknown'} ms; " + ", ".join(f"{name} {value}" for name, value in numbers.items())
+        late = f"latency {latency or 'unknown'} ms, behind {self.behind:.1f} s"
+        return f"{late}; " + ", ".join(f"{name} {value}" for name, value in numbers.items())
 
 
 def follow(
@@ -225,6 +246,8 @@ def follow(
                 continue
             picture, at, arrived = item
             stream.add(picture, at)
+            if realtime:
+                monitor.arrived(at, arrived)
             behind = realtime and pictures.waiting > 0 and (behind or time.monotonic() - arrived > max_delay)
             if not behind and (score := stream.score()) is not None:
                 result = LiveScore(score, time.monotonic() - arrived)
@@ -292,6 +315,8 @@ def watch(
 ) -> dict[str, Any]:
     """Score a source until it ends or a signal comes; return what came of it, which is logged as well, errors or not.
 
+    That is `Monitor.summary`, with "alerts" and "undelivered" of `Alerts.close`, and "stopped", whether a signal came.
+
     Args:
         source, stream, realtime, max_delay, stop: as for `follow`.
         alerts: tells of events.
@@ -318,6 +343,6 @@ def watch(
                 scores.close()
             told = alerts.close() if alerts else {}
         finally:
-            summary = monitor.summary() | told
+            summary = monitor.summary() | told | {"stopped": stop()}
             logger.info(f"{source.name}: over; " + ", ".join(f"{name} {value}" for name, value in summary.items()))
     return summary

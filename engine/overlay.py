@@ -98,7 +98,7 @@ class _Mp4:
         self._path, self._fps, self._frames, self._sound = path, fps, 0, None
         rate = Fraction(fps).limit_denominator(100_000)
         with _named(path):
-            self._output = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            self._output = av.open(f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart"})
             options = {"preset": preset, "crf": str(crf)}
             self._stream = stream = self._output.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *shape[:2], "yuv420p"

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from background import Run
-from helpers import render_small, write_video
+from helpers import render_small, run, write_video
 
 import run_finetune
 import run_predict
+from datasets.tools import synthetic
 from engine.checkpoint import save_weights
 from models import create_model
 from run_predict import load_scorer
@@ -156,6 +157,53 @@ def test_three_lines(predicted, videos, weights, tmp_path):
     assert np.allclose(list(scores(predicted / "a.mp4").values()), curve.score, atol=1e-6)
 
 
+def test_a_stream_gets_the_same_scores(predicted, videos, weights, tmp_path):
+    words = ["--stream", videos / "a.mp4", "--weights", weights, "--output_dir", tmp_path / "live", "--threshold", 0.5]
+    done = run("run_predict.py", *words, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = map(json.loads, done.stdout.splitlines())
+    (event, *_) = json.loads((predicted / "a.mp4" / "events.json").read_text())["events"]
+    assert (first["type"], last["type"]) == ("alert", "end") and first["time"] == pytest.approx(
+        event["alert"], abs=1e-6
+    )
+    (path,) = (tmp_path / "live").glob("scores-*.csv")
+    path.rename(tmp_path / "scores.csv")
+    assert scores(tmp_path) == pytest.approx(scores(predicted / "a.mp4"), abs=1e-6)
+
+
+def test_a_damaged_stretch_is_a_gap_and_shifts_nothing(weights, tmp_path):
+    write_long(tmp_path / "whole.mp4")
+    data = bytearray((tmp_path / "whole.mp4").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    scorer = load_scorer(weights, device="cpu")
+    whole, damaged = scorer(tmp_path / "whole.mp4"), scorer(tmp_path / "damaged.mp4")
+    (gap,) = damaged.gaps
+    assert 1 < gap.start < gap.end < 9 and gap.reason and not whole.gaps
+    known = dict(zip(whole.frame.tolist(), whole.score.tolist(), strict=True))
+    assert 50 < len(damaged.frame) < len(whole.frame) and damaged.frame[-1] == whole.frame[-1]
+    assert not ((damaged.time >= gap.start) & (damaged.time < gap.end)).any()
+    assert all(
+        known[f] == pytest.approx(s, abs=1e-6) for f, s in zip(damaged.frame.tolist(), damaged.score, strict=True)
+    )
+
+
+def write_long(path):
+    """10 seconds with a key frame every second."""
+    rng = np.random.default_rng(0)
+    pictures = (np.roll(rng.integers(0, 255, (48, 64, 3), np.uint8), i, 1) for i in range(200))
+    synthetic.write_video(path, pictures, size=(64, 48), fps=20, g="20", keyint_min="20")
+
+
+def test_an_exported_model_scores_alike(predicted, videos, weights, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run("-m", "models.export", weights, "--to", "onnx", "--output", tmp_path / "w.onnx").returncode == 0
+    predict(videos / "a.mp4", "--weights", tmp_path / "w.onnx", "--output_dir", tmp_path / "run", "--write", "scores")
+    assert scores(tmp_path / "run" / "a.mp4") == pytest.approx(scores(predicted / "a.mp4"), abs=1e-4)
+
+
 @pytest.mark.slow
 def test_many_videos_over_two_processes_killed_twice(weights, tmp_path):
     write_video(tmp_path / "videos" / "000.mp4", frames=40, fps=20)
@@ -168,9 +216,9 @@ def test_many_videos_over_two_processes_killed_twice(weights, tmp_path):
         return list(folder.glob("*.mp4/events.json"))
 
     for least in (30, 100):
-        run = Run([*words, "--num_workers", 1], folder)
-        assert run.until(lambda least=least: len(complete()) >= least)
-        run.kill(run.tree())
+        started = Run([*words, "--num_workers", 1], folder)
+        assert started.until(lambda least=least: len(complete()) >= least)
+        started.kill(started.tree())
         done.append({path: path.stat().st_mtime_ns for path in (p.with_name("scores.csv") for p in complete())})
     last = Run([*words, "--num_workers", 1], folder)
     assert last.end(300) == 0, last.output

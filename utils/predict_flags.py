@@ -20,6 +20,7 @@ def predict_parser(description: str) -> Parser:
     help = "frame rate of zips and folders of pictures"
     group.fixed("assume_fps", 30.0, help, type=frame_rate)
     _add_event_flags(parser)
+    _add_live_flags(parser)
     _add_output_flags(parser)
     _add_runtime_flags(parser)
     return parser
@@ -36,6 +37,22 @@ def _add_event_flags(parser: Parser) -> None:
     help = "time constant in seconds by which scores are smoothed for events, while they rise (default: no)"
     group.free("smooth_rise", None, help, type=seconds)
     group.free("smooth_fall", None, "the same while they fall", type=seconds)
+
+
+def _add_live_flags(parser: Parser) -> None:
+    group = FlagGroup(parser, "live; alerts are lines of JSON on stdout, the log is on stderr")
+    help = "score this as it comes: a camera (/dev/video0), a URL (rtsp, http), a named pipe, - for stdin, or a file"
+    group.free("stream", None, help, metavar="SOURCE")
+    group.free("stream_fps", None, "frame rate of the source (default: what it states)", type=frame_rate)
+    group.free("paced", False, "read a file at its own pace, as a camera would come")
+    group.free("on_event", None, "command that gets the JSON of each event on stdin", metavar="COMMAND")
+    group.free("webhook", None, "address to post the JSON of an event to", metavar="URL")
+    group.free("report_every", 10.0, "seconds between lines of the log", type=wait)
+    help = "seconds in which a source must open, and in which something must come from a camera or URL"
+    group.free("stream_timeout", 10.0, help, type=wait)
+    help = "seconds before a source that broke is opened again, doubled after each failure up to 30; 0: never"
+    group.free("reconnect", 1.0, help, type=Number(0, 3600))
+    group.free("outage", 600.0, "seconds without a picture after which a source is given up", type=wait)
 
 
 def _add_output_flags(parser: Parser) -> None:

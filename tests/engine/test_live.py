@@ -338,3 +338,17 @@ def test_the_source_may_be_killed_and_so_may_the_command(tmp_path, number):
         made, reconnects = map(int, out.split())
         assert command.returncode == 0 and made == len(rows) - 1 and reconnects >= 1
         assert "over; source" in (tmp_path / "log").read_text()
+
+
+def test_pictures_that_the_decoder_is_late_with_are_noticed(caplog):
+    caplog.set_level(logging.WARNING, "tad")
+    monitor = Monitor(Fake(0), make_stream())
+    for i in range(100):  # the source's clock is slow, as clocks are
+        monitor.arrived(i, 50 + 1.0001 * i)
+    assert monitor.behind < 0.01 and not caplog.records
+    for i in range(100, 130):
+        monitor.arrived(i, 50 + 1.0001 * i + 0.3 * (i - 99))
+    assert monitor.behind == pytest.approx(9, abs=0.1) and monitor.summary()["behind_s"]["most"] == pytest.approx(
+        9, abs=0.1
+    )
+    assert len(caplog.records) == 1 and "late" in caplog.text

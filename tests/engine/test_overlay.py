@@ -1,7 +1,9 @@
 """The video with its risk curve, decoded again: pictures, times, size, sound."""
 
 import os
+import shutil
 from itertools import repeat
+from pathlib import Path
 
 import av
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from curves import bumpy
 
 from datasets.video import Video
-from engine.curve import Gap
+from engine.curve import Gap, read_scores
 from engine.overlay import NARROWEST, OverlayError, write_overlay
 from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, frame_states
 from tests.datasets.video_files import FFMPEG, SIZE, X264, burned, ffmpeg, number_of
@@ -257,6 +259,18 @@ def test_names_what_cannot_be_read_or_written(tmp_path):
         write_overlay(tmp_path / "o.mp4", curve_for(3), tmp_path / "text.mp4", flat((64, 96), 3))
     with pytest.raises(OSError, match="gone/o.mp4"):
         write_overlay(tmp_path / "gone" / "o.mp4", curve_for(3), None, flat((64, 96), 3))
+
+
+def test_odd_names(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = Path("a:b %03d \udcff ü$x$.mp4")
+    place.mkdir()
+    shutil.copy(folder / "video.mp4", place / "s:%d\udcff.mp4")
+    curve = curve_for(FRAMES, name="odd \udcff")
+    write_overlay(place / "overlay.mp4", curve, place / "s:%d\udcff.mp4", flat((64, 96), FRAMES))
+    curve.plot(place / "curve.png")
+    curve.write_csv(place / "scores.csv")
+    assert len(list(place.iterdir())) == 4 and len(read_scores(place / "scores.csv")[0]) == len(curve.frame)
 
 
 def test_sizes_that_change_and_no_picture_at_all(tmp_path):
