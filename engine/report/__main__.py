@@ -21,6 +21,7 @@ REPLICATES = Number(100, 10**6, whole=True)
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
+    parser.prog = "python -m engine.report"
     parser.add_argument("files", nargs="+", metavar="[NAME=]FILE", help="predictions.csv, or a folder that holds it")
     parser.add_argument("--out", metavar="DIR", help="where report.json and report.html go (the first file's folder)")
     parser.add_argument("--replicates", type=REPLICATES, default=1000, help="of the bootstrap (%(default)s)")

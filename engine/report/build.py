@@ -15,7 +15,7 @@ from engine.report.html import report_html
 from engine.report.text import report_text
 from engine.report.totals import PRIOR, baseline_scores, baselines, by_position, calibration, data, groups, totals
 from engine.report.units import units_of
-from utils.files import replaced
+from utils.files import check_writable, replaced
 from utils.logging import jsonable
 
 
@@ -87,10 +87,10 @@ def write_report(
     files: {name of a model: its runs}. Raises ScoresError for a file that cannot be read, OSError, which names the
     file, for one that cannot be written.
     """
+    out = Path(out)
+    check_writable(out)
     models = {name: [read_frames(path) for path in paths] for name, paths in files.items()}
     report = make_report(models, options)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     contents = {"report.json": json.dumps(jsonable(report), indent=1) + "\n", "report.html": report_html(report)}
     for name, content in contents.items():
         with replaced(out / name) as temporary:

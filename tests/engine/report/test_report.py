@@ -10,8 +10,10 @@ import pytest
 from golden_clips import CLIPS, GOLDEN, labels_of
 from helpers import ROOT, SHARED
 
+from datasets import Clip, ClipTable
 from engine.anticipation import first_crossing
 from engine.baselines import LabelTable, prior
+from engine.evaluate import Predictions, write_predictions
 from engine.metrics import frame_metrics
 from engine.report import Options, ScoresError, clip_hash, clip_list, make_report, read_frames, write_report
 from engine.report.clips import auc_of_clips
@@ -283,3 +285,22 @@ def test_known_lists_have_names():
     assert clip_list(names[::-1])["name"] == "DoTA val, 1402 clips"
     assert clip_list(names[:1250], names)["name"] == "1250 of the 1402 clips of DoTA val"
     assert clip_list(names[:3])["name"] == "a list of 3 clips"
+
+
+def test_what_an_evaluation_writes_is_read(tmp_path):
+    labels = np.repeat([0, 1, 0], 10).astype(np.uint8)
+    clips = [
+        Clip(f"c{i}", "", 30, 10.0, labels=labels * (i > 0), category="turning", ego=bool(i % 2)) for i in range(3)
+    ]
+    clip, frame = np.repeat(np.arange(3), 15), np.tile(np.arange(15, 30), 3)
+    logits = np.random.default_rng(0).standard_normal((45, 2)).astype(np.float32)
+    label = np.concatenate([c.labels[15:] for c in clips]).astype(np.int64)
+    predictions = Predictions(clip, frame, label, logits, time=frame / 10)
+    write_predictions(tmp_path / "predictions.csv", predictions, ClipTable("DoTA", "val", clips))
+    frames = read_frames(tmp_path / "predictions.csv")
+    assert np.array_equal(frames.score, predictions.score) and np.array_equal(frames.label, label)
+    assert np.array_equal(frames.time, frame / 10) and frames.columns["ego"] == ["0", "1", "0"]
+    assert frames.columns["night"] == ["", "", ""] and not frames.notes and frames.sources[0] is None
+    assert [c.positive for c in frames.scored_clips()] == [False, True, True]
+    page, text = tmp_path / "report.html", run(tmp_path, "--replicates", 100).stdout
+    assert "needed" in text and page.exists()  # three clips have no interval
