@@ -69,16 +69,29 @@ def exact_threshold_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.nd
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (false, true) positive rates by distinct score, from (0, 0) to (1, 1); NaN where a class is absent."""
-    tp, fp = _cumulative(*_checked(scores, labels))
+    return _roc(*_cumulative(*_checked(scores, labels)))
+
+
+def _roc(tp: np.ndarray, fp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.r_[0.0, fp / fp[-1]], np.r_[0.0, tp / tp[-1]]
 
 
 def precision_recall_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (precision, recall) at every distinct score, recall ascending. Recall is NaN without positives."""
-    tp, fp = _cumulative(*_checked(scores, labels))
+    return _precision_recall(*_cumulative(*_checked(scores, labels)))
+
+
+def _precision_recall(tp: np.ndarray, fp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         return tp / (tp + fp), tp / tp[-1]
+
+
+def auroc_and_ap(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Scores in [0, 1] and 0/1 labels, (n,) each -> exact AUROC and AP; NaN where a class that they need is absent."""
+    counts = _cumulative(*_checked(scores, labels))
+    (fpr, tpr), (precision, recall) = _roc(*counts), _precision_recall(*counts)
+    return float(np.trapezoid(tpr, fpr)), float(np.sum(np.diff(np.r_[0.0, recall]) * precision))
 
 
 def _cumulative(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,15 +114,14 @@ def frame_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     auroc needs both classes, ap a positive one; without they are NaN. Raises ValueError for other input.
     """
     curve = threshold_curve(scores, labels)
-    fpr, tpr = roc_curve(scores, labels)
-    precision, recall = precision_recall_curve(scores, labels)
+    auroc, ap = auroc_and_ap(scores, labels)
     mcc = curve.mcc
     tp, fp, fn, tn = (int(x[HALF]) for x in (curve.tp, curve.fp, curve.fn, curve.tn))
     n, n_pos = tp + fp + fn + tn, tp + fn
     p, r = _ratio(tp, tp + fp), _ratio(tp, n_pos)
     return {
-        "auroc": float(np.trapezoid(tpr, fpr)),
-        "ap": float(np.sum(np.diff(np.r_[0.0, recall]) * precision)),
+        "auroc": auroc,
+        "ap": ap,
         "auc_mcc": float(np.trapezoid(mcc, THRESHOLDS)),
         "mcc_max": float(mcc.max()),
         "mcc_max_threshold": round(float(THRESHOLDS[mcc.argmax()]), 2),
