@@ -106,7 +106,7 @@ class Reader:
             return f"{self.path}: holds none of the {expected} frames expected, {self.clip.filename(0)} and on"
         if usable < expected:
             return f"{self.path}: ends after {usable} of {expected} frames; the labels of the others go unused"
-        if self._has(expected):
+        if self.clip.offset is None and self._has(expected):
             return f"{self.path}: goes on after the {expected} frames expected; the rest goes unused"
         return ""
 
@@ -320,13 +320,15 @@ class VideoReader(Reader):
 
     def _has(self, frame: int) -> bool:
         # where only decoding tells, the scan has: a file that was changed since ends with an error of the read
-        return frame < (len(self._video) if self._video.counted else self.clip.num_frames)
+        if not self._video.counted:
+            return frame < self.clip.num_frames
+        return self.clip.in_source(frame) < len(self._video)
 
     def frames(self, frame_ids: Sequence[int], fit: Fit | None = None) -> Iterator[Tensor]:
-        return self._video.frames(frame_ids)
+        return self._video.frames([self.clip.in_source(int(i)) for i in frame_ids])
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
-        return self._video.read(frame_ids)
+        return self._video.read([self.clip.in_source(int(i)) for i in frame_ids])
 
     def close(self) -> None:
         self._video.close()

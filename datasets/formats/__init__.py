@@ -10,7 +10,7 @@ from functools import partial
 
 from datasets.clips import ClipTable, DataError
 from datasets.formats.dada import load_dada
-from datasets.formats.dota import load_dota, video_of
+from datasets.formats.dota import load_dota
 from datasets.formats.video_csv import load_csv
 from datasets.formats.videos import load_bdd100k, load_kinetics, load_videos
 
@@ -26,7 +26,6 @@ class DataSet:
     val_stride: published step between the windows evaluated during training, in source frames.
     splits: those to check and to pack.
     published: {split: (clips, frames)}.
-    video_of: tells from a clip's name which video it was cut from.
     dapt_split: split that DAPT uses by default.
     dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
     dapt_aligned: whether it crops clips as fine-tuning sees them.
@@ -40,7 +39,6 @@ class DataSet:
     val_stride: int = 1
     splits: tuple[str, ...] = ("train", "val")
     published: dict[str, tuple[int, int]] = field(default_factory=dict)
-    video_of: Callable[[str], str] | None = None
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -50,8 +48,8 @@ class DataSet:
 _VIDEOS = partial(DataSet, of_videos=True, labelled=False)
 _DOTA = {"train": (3275, 334_903), "val": (1402, 142_747)}
 DATA_SETS = {
-    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA, video_of=video_of),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}, video_of=video_of),
+    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}),
     "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),

@@ -120,4 +120,5 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
         category=category,
         ego=ego,
         night=night,
+        recording=video_of(name),
     )

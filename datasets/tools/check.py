@@ -34,14 +34,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.clips import BeyondEnd, Unreadable, data_errors
 from datasets.formats.packed import PackedClip, read_manifest
+from datasets.labels import ANOMALOUS, IGNORED
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip, picture_size
 from datasets.scan import probe
 from datasets.tools.check_video import look_deep
-from datasets.windows import WindowIndex
+from datasets.windows import WindowIndex, kept_frames
 from utils.cli import Parser, frame_count, frame_rate, processes
 from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
@@ -119,7 +122,9 @@ def check(
         findings += [Finding(task.split, task.clip.name, *pair) for pair in found]
     numbers = {}
     for split, table in tables.items():
-        index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=num_frames, view_fps=view_fps)
+        index = WindowIndex(
+            table.frame_counts, src_fps=table.fps, num_frames=num_frames, view_fps=view_fps, keep=kept_frames(table)
+        )
         window = f"a window of {num_frames} frames at {view_fps:g} fps spans"
         for i in index.short_clips:
             message = f"{table[i].num_frames} frames; {window} {index.spans[i]}"
@@ -170,7 +175,7 @@ def _look_at_pictures(reader: PictureReader, clip: Clip, deep: bool) -> Iterator
     names = sorted(name for name in reader.file_names() if name.lower().endswith(PICTURE_SUFFIXES))
     there = [expected[name] for name in names if name in expected]
     yield from _lacking(clip, reader.path, there, f"; it holds {names[0]} and so on" if names and not there else "")
-    if there and (extra := [name for name in names if name not in expected]):
+    if there and clip.offset is None and (extra := [name for name in names if name not in expected]):
         yield "extra_frames", f"{reader.path}: {len(extra)} more than the {len(expected)} annotated: {_some(extra)}"
     broken: list[str] = []
     sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # {(height, width): names}
@@ -198,22 +203,23 @@ def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str
     if info.problem:
         yield "unreadable", f"{reader.path}: {info.problem}"
         return
-    frames = range(min(info.frames, clip.num_frames))
+    frames = range(max(min(info.frames - clip.in_source(0), clip.num_frames), 0))
     yield from _lacking(clip, reader.path, frames, "")
     if abs(info.fps / clip.fps - 1) > 0.01:
         yield "rate", f"{reader.path}: {info.fps:g} fps, annotated as {clip.fps:g}"
     if info.short:
         yield "truncated", f"{reader.path}: {info.short}"
     if deep:
-        yield from look_deep(reader.path, len(frames))
+        yield from look_deep(reader.path, clip.in_source(len(frames)))
 
 
 def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator[tuple[str, str]]:
     """Yield what to say of annotated frames that are not in `there`, ascending; anomalous ones after its end differ."""
     end = there[-1] + 1 if there else 0
-    beyond = clip.labels is not None and bool(clip.labels[end:].any())
+    anomalous = np.flatnonzero(clip.labels == ANOMALOUS) if clip.labels is not None else np.zeros(0, np.int64)
+    beyond = bool((anomalous >= end).any())
     if there and beyond:
-        last = int(clip.labels.nonzero()[0][-1])
+        last = int(anomalous[-1])
         yield "label_beyond_end", f"{path}: anomalous up to frame {last}, the last one there is {end - 1}"
     have = set(there)
     missing = [i for i in clip.stored_frames.tolist() if i not in have and not (there and beyond and i >= end)]
@@ -263,10 +269,12 @@ def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
     }
     if not len(table) or table[0].labels is None:
         return numbers
+    lasts = (clip.labels[index.last_frames(i)] for i, clip in enumerate(table))
     return numbers | {
-        "anomalous_frames": int(sum(int(clip.labels.sum()) for clip in table)),
-        "anomalous_windows": int(sum(clip.labels[index.last_frames(i)].sum() for i, clip in enumerate(table))),
-        "clips_with_anomaly": sum(bool(clip.labels.any()) for clip in table),
+        "anomalous_frames": sum(int((clip.labels == ANOMALOUS).sum()) for clip in table),
+        "ignored_frames": sum(int((clip.labels == IGNORED).sum()) for clip in table),
+        "anomalous_windows": sum(int((of_clip == ANOMALOUS).sum()) for of_clip in lasts),
+        "clips_with_anomaly": sum(bool((clip.labels == ANOMALOUS).any()) for clip in table),
         "categories": dict(Counter(str(clip.category) for clip in table).most_common()),
         "ego": sum(bool(clip.ego) for clip in table),
         "night": sum(bool(clip.night) for clip in table),
@@ -276,14 +284,13 @@ def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
 def _compare_with_published(
     name: str, numbers: dict[str, dict[str, Any]], findings: Sequence[Finding], tables: Mapping[str, ClipTable]
 ) -> None:
-    """Add the published numbers, and how many clips are cut from videos of an earlier split, in place."""
+    """Add the published numbers, and how many clips are cut from recordings of an earlier split, in place."""
     data_set, videos = find_data_set(name), set()
     for split, counts in numbers.items():
         counts["unusable_annotations"] = sum(f.split == split and f.kind == "annotation" for f in findings)
         if split in data_set.published:
             counts["published"] = dict(zip(("clips", "frames"), data_set.published[split], strict=True))
-        if data_set.video_of:
-            of_split = [data_set.video_of(clip.name) for clip in tables[split]]
+        if of_split := [clip.recording for clip in tables[split] if clip.recording is not None]:
             counts["clips_of_videos_in_earlier_splits"] = sum(video in videos for video in of_split)
             videos.update(of_split)
 
@@ -318,6 +325,8 @@ def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
             f"    anomalous: {counts['clips_with_anomaly']} clips, {counts['anomalous_frames']} frames ({share:.1%}), "
             f"{counts['anomalous_windows']} windows; ego {counts['ego']}, night {counts['night']}"
         )
+        if ignored := counts["ignored_frames"]:
+            yield f"    ignored: {ignored} frames, which no window that is trained on or scored ends on"
         yield "    " + ", ".join(f"{category} {n}" for category, n in counts["categories"].items())
     if shared := counts.get("clips_of_videos_in_earlier_splits"):
         yield f"    {shared} clips are cut from videos of an earlier split"
