@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from datasets.clips import ClipTable, DataError
+from datasets.formats.a3d import load_a3d
+from datasets.formats.ccd import load_ccd
+from datasets.formats.dad import load_dad
 from datasets.formats.dada import load_dada
 from datasets.formats.dota import load_dota
+from datasets.formats.nexar import load_nexar
 from datasets.formats.video_csv import load_csv
 from datasets.formats.videos import load_bdd100k, load_kinetics, load_videos
 
@@ -25,7 +29,7 @@ class DataSet:
     labelled: it can be fine-tuned and evaluated on.
     val_stride: published step between the windows evaluated during training, in source frames.
     splits: those to check and to pack.
-    published: {split: (clips, frames)}.
+    published: {split: (clips, frames)}, frames None where nobody has said.
     dapt_split: split that DAPT uses by default.
     dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
     dapt_aligned: whether it crops clips as fine-tuning sees them.
@@ -38,7 +42,7 @@ class DataSet:
     labelled: bool = True
     val_stride: int = 1
     splits: tuple[str, ...] = ("train", "val")
-    published: dict[str, tuple[int, int]] = field(default_factory=dict)
+    published: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -53,6 +57,10 @@ DATA_SETS = {
     "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
+    "Nexar": DataSet(load_nexar, of_videos=True, published={"train": (1500, None), "val": (667, None)}),
+    "CCD": DataSet(load_ccd, of_videos=True),
+    "DAD": DataSet(load_dad, of_videos=True, published={"train": (1284, 128_400), "val": (466, 46_600)}),
+    "A3D": DataSet(load_a3d, splits=("all",), published={"all": (1500, 128_175)}),
     "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
     "BDD100K": _VIDEOS(load_bdd100k, splits=("train", "val", "test"), dapt_split="all", dapt_stride=16),
     "Kinetics": _VIDEOS(load_kinetics, splits=("train",), dapt_stride=4, dapt_aligned=False),

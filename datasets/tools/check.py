@@ -314,7 +314,7 @@ def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]
 
 
 def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
-    published = {k: f" ({n} are published)" for k, n in counts.get("published", {}).items()}
+    published = {k: f" ({n} are published)" for k, n in counts.get("published", {}).items() if n}
     clips, frames = (f"{counts[k]} {k}{published.get(k, '')}" for k in ("clips", "frames"))
     fps = ", ".join(f"{n} at {fps} fps" for fps, n in counts["fps"].items())
     low, high = counts["frames_per_clip"]
