@@ -13,6 +13,7 @@ if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the f
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats import find_data_set, find_data_sets
 from datasets.formats.consensus import OWN, with_consensus
+from datasets.formats.lists import base_of, of_list
 from datasets.formats.packed import is_packed, load_packed
 from datasets.readers import open_clip
 from datasets.scan import VideoScan
@@ -35,7 +36,7 @@ def build_clips(
     problems: dict[str, DataError] | None = None,
     labels: str = OWN,
 ) -> ClipTable:
-    """Return the clips of a split of a data set on disk, or of a pack of it.
+    """Return the clips of a split of a data set on disk, one's own included (formats/lists.py), or of a pack of it.
 
     Args:
         scan: counts the frames of data sets of video files.
@@ -62,7 +63,9 @@ def build_clips(
                     scan_option = 'build_clips(..., scan=VideoScan("videos.json", workers=4))'
                     raise DataError(f"{name} has video files, whose frames are to be counted: {scan_option}")
                 options["scan"] = scan
-            table = data_set.load(root, split, selection=selection, **options)
+            base = base_of(root, split)
+            table = data_set.load(root, base or split, selection=selection, **options)
+            table = of_list(table, root, split) if base else table
         if labels != OWN:
             table = with_consensus(table, root, labels)
     except OSError as e:

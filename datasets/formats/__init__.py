@@ -28,7 +28,7 @@ class DataSet:
     assumes_fps: its annotations leave the frame rate open, which is `fps`.
     labelled: it can be fine-tuned and evaluated on.
     val_stride: published step between the windows evaluated during training, in source frames.
-    splits: those to check and to pack.
+    splits: those to check and to pack, unless others are named.
     published: {split: (clips, frames)}, frames None where nobody has said.
     dapt_split: split that DAPT uses by default.
     dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
