@@ -124,6 +124,11 @@ class Clip:
         return bool((np.asarray(self.labels) == ANOMALOUS).any())
 
     @property
+    def has_ignored(self) -> bool:
+        """Whether windows may be left out since they end on IGNORED frames."""
+        return self.labels is not None and bool((np.asarray(self.labels) == IGNORED).any())
+
+    @property
     def ttc(self) -> np.ndarray:
         """The `time_to_anomaly` of the labels, (num_frames,) float64 seconds."""
         return time_to_anomaly(self.labels, self.fps)

@@ -175,8 +175,7 @@ class RandomClipIndex:
 
 def kept_frames(clips: ClipTable) -> dict[int, np.ndarray]:
     """Return the `keep` of a WindowIndex that leaves out windows which end on IGNORED frames."""
-    labelled = ((number, clip.labels) for number, clip in enumerate(clips) if clip.labels is not None)
-    return {number: labels != IGNORED for number, labels in labelled if (labels == IGNORED).any()}
+    return {number: np.asarray(clip.labels) != IGNORED for number, clip in enumerate(clips) if clip.has_ignored}
 
 
 def index_clips(

@@ -130,6 +130,7 @@ def _positive(clip: Clip, row: _Row) -> Clip:
 
 def _negative(clip: Clip, row: _Row) -> Clip:
     count = frame_at(NEGATIVE, clip.fps)
+    count -= (count - clip.num_frames) % (clip.pack_step or 1)  # a pack's frames are counted back from the last
     return replace(
         clip,
         name=f"{clip.name}_first4s",
