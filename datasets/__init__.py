@@ -1,4 +1,7 @@
-"""Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier."""
+"""Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier.
+
+`load_inputs(paths, scan, fps)` makes one of any videos, for prediction.
+"""
 
 import logging
 import sys
@@ -13,6 +16,7 @@ if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the f
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats import find_data_set, find_data_sets
 from datasets.formats.consensus import OWN, with_consensus
+from datasets.formats.inputs import load_inputs
 from datasets.formats.lists import base_of, of_list
 from datasets.formats.packed import is_packed, load_packed
 from datasets.readers import open_clip
@@ -20,7 +24,17 @@ from datasets.scan import VideoScan
 from utils.names import LABELS
 from utils.text import first_few
 
-__all__ = ["Clip", "ClipTable", "DataError", "VideoScan", "build_clips", "find_data_set", "find_data_sets", "open_clip"]
+__all__ = [
+    "Clip",
+    "ClipTable",
+    "DataError",
+    "VideoScan",
+    "build_clips",
+    "find_data_set",
+    "find_data_sets",
+    "load_inputs",
+    "open_clip",
+]
 
 logger = logging.getLogger("tad")
 

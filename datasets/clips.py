@@ -98,8 +98,8 @@ class Clip:
         """Return the number of frame i in the names of its source."""
         return self.first_frame + self.in_source(frame)
 
-    def in_source(self, frame: int) -> int:
-        """Return the place of frame i in its source, counted from 0."""
+    def in_source(self, frame: int | np.ndarray) -> int | np.ndarray:
+        """Return the place of frame i, or of each of an array, in its source, counted from 0."""
         return (self.offset or 0) + frame
 
     def filename(self, frame: int) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import logging
 from collections import Counter
@@ -19,7 +20,7 @@ from engine.session import Session
 from utils.distributed import gather
 from utils.files import replaced
 from utils.logging import jsonable
-from utils.signals import stop_requested
+from utils.signals import EXIT_CODE, Preempted, stop_requested
 
 logger = logging.getLogger("tad")
 Columns = tuple[np.ndarray, ...]  # of windows: (clip (n,), last frame (n,), ...)
@@ -143,10 +144,13 @@ class Scorer:
 
         windows.batches must yield, after the windows of a clip, its end, which has `clip`, the number, and no video.
 
-        Raises EvaluationError for logits that are not finite, and what windows.batches raises.
+        Raises EvaluationError for logits that are not finite, what windows.batches raises, and Preempted after a signal
+        that `catch_signals` caught; the clips in progress are lost.
         """
         parts: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
         for item, output in self._outputs(_on_device(model, self.windows.device)):
+            if stop_requested():
+                raise Preempted(EXIT_CODE)
             if output is None:
                 frames, logits = _joined(parts.pop(item.clip, []))
                 require_finite(logits, self.dtype)
@@ -209,7 +213,8 @@ def _joined(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, or a copy of it where it is kept elsewhere, as an average on the CPU is."""
-    return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
+    own = next(itertools.chain(model.parameters(), model.buffers())).device  # an exported program has no parameters
+    return model if own == device else copy.deepcopy(model).to(device)
 
 
 def keep_usable(windows: Columns, usable: Mapping[int, int]) -> Columns:

@@ -3,7 +3,8 @@
 What torch.save writes holds a CRC-32 of each part, which is checked. Older pickles, safetensors and flax checkpoints
 hold no sums: of these, damage is found in their structure alone, not within the values of a tensor.
 
-A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}.
+A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}, or what
+`python -m models.export` makes of it.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.registry import SPEC_VERSION
+from models.weights import container
+from models.weights.container import is_safetensors
 from utils.damage import zip_damage
 from utils.exits import explain
 from utils.pickles import refused_code
@@ -101,11 +104,6 @@ def _safe_types() -> list:
     return [argparse.Namespace, np.dtype, *dtypes, *scalars]
 
 
-def is_safetensors(head: bytes) -> bool:
-    """Tell whether a file that begins with these 9 bytes is one: the length of a JSON header, and the header."""
-    return head[8:9] == b"{"
-
-
 def is_flax(head: bytes) -> bool:
     """Tell whether a file that begins with these 9 bytes is a flax checkpoint: a msgpack map. No pickle does."""
     return bool(head) and not is_safetensors(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
@@ -131,11 +129,15 @@ def _explain_unreadable(path: Path, error: Exception) -> str:
 
 def _load(file: Path, *, mapped: bool) -> object:
     """Return the content of a PyTorch or safetensors file. mapped: tensors stay in the file, unread, where they can."""
+    if kind := container.kind_of(file):
+        record = container.read_record(file, kind, check=not mapped)
+        if kind != container.SAFETENSORS:
+            return {"spec": record, "program": kind}
+        if record is None or mapped:
+            return load_file(file) if record is None else {"spec": record}
+        return {"model": load_file(file), "spec": record}
     with file.open("rb") as f:
-        head = f.read(9)
-    if is_safetensors(head):
-        return load_file(file)
-    is_zip = head[:2] == b"PK"
+        is_zip = f.read(2) == b"PK"
     if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):
         raise ValueError(damage)
     with torch.serialization.safe_globals(_safe_types()):
@@ -153,6 +155,8 @@ def _read(path: str, *, mapped: bool = False) -> dict:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again")
     try:
         content = _load(file, mapped=mapped)
+    except container.ExportedFileError as e:
+        raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
     if not isinstance(content, dict):
@@ -170,6 +174,11 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
     """
     content = _read(path)
+    if content.get("program") in (container.ONNX, container.PROGRAM):
+        raise CheckpointError(
+            f"{path}: an exported program, which runs as it is (models.load) and cannot be trained or changed; give "
+            "the weights file that it was exported from"
+        )
     if model_key == MODEL_KEYS and "ranks" in content and content.get("model_ema"):
         raise CheckpointError(
             f"{path}: the state of a run that averages its weights: use its checkpoint-<epoch>.pth, or name the "
@@ -255,6 +264,8 @@ def _checked_spec(content: dict, path: str) -> dict | None:
     if "spec" not in content or _is_state_dict(content):
         return None
     spec = content["spec"]
+    if isinstance(spec, dict) and "export" in spec:
+        spec = {key: value for key, value in spec.items() if key != "export"}  # of the file it was exported from
     remedy = (
         "take another copy, or its weights alone (torch.save({'model': torch.load(FILE)['model']}, NEW_FILE)), with "
         "--model, --num_frames, --view_fps, --input_size, --tubelet_size, --gelu and --final_reduction of the run's "
