@@ -10,10 +10,13 @@ import torch
 from helpers import AsRead, window_of
 from PIL import Image
 
+from datasets.augment.frames import EvalTransform
 from datasets.clips import Clip, ClipTable, DataError
 from datasets.formats.packed import PackedClip, describe
 from datasets.labels import IGNORED, frame_at, labels_of_times, smooth_labels, time_to_anomaly
 from datasets.loader import Source, WindowDataset
+from datasets.readers import open_clip
+from datasets.stream import SplitWindows
 from datasets.windows import WindowIndex, index_clips
 
 
@@ -116,6 +119,25 @@ def test_training_windows_end_on_no_ignored_frame(tmp_path, caplog):
     assert all(torch.isfinite(sample["soft_label"]).all() for sample in samples)
     with pytest.raises(DataError, match="every window ends on an ignored frame"):
         index_clips(ClipTable("mine", "train", [replace(table[0], labels=np.full(14, 2))]), **window)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2, "world_size": 2}], ids=str)
+def test_evaluation_scores_no_window_that_ends_on_an_ignored_frame(tmp_path, options):
+    labels = [0] * 6 + [2] * 9 + [1] * 6 + [2], [2] * 12, [0] * 9, [2] * 5 + [0] * 40
+    table = labelled(tmp_path, *labels)
+    index, world = index_clips(table, num_frames=4, view_fps=10, stride=1), options.pop("world_size", 1)
+    seen = {}
+    for rank in range(world):
+        part = SplitWindows(table, index, EvalTransform(16), batch_size=5, rank=rank, world_size=world, **options)
+        for item in part.batches(lambda frames: frames):
+            for clip, last, video in zip(item.clip.tolist(), item.last.tolist(), item.video, strict=False):
+                assert (clip, last) not in seen
+                seen[clip, last] = video.clone()
+    expected = [(c, t) for c, of_clip in enumerate(labels) for t in range(3, len(of_clip)) if of_clip[t] != 2]
+    assert sorted(seen) == expected == list(zip(*(a.tolist() for a in index.locations()), strict=True))
+    for (clip, last), video in seen.items():
+        with open_clip(table[clip]) as reader:
+            assert torch.equal(video, EvalTransform(16)(reader.frames(range(last - 3, last + 1))).transpose(0, 1))
 
 
 def test_a_pack_knows_ignored_frames(tmp_path):

@@ -88,6 +88,8 @@ def test_two_clips_of_a_file_are_stretches_of_it(table, sources, tmp_path):
     for clip, grey in ((early, 0), (late, 80)):
         with open_clip(clip) as reader:
             assert reader.mismatch() == "" and reader.usable_frames() == clip.num_frames
+            sound = list(reader.sound_frames([2, 5], range(clip.num_frames)))
+            assert all((a == b).all() for a, b in zip(sound, reader.read([2, 5]), strict=True))
             levels = np.median(reader.read([0, 5]).numpy(), axis=(1, 2, 3))
             assert levels == pytest.approx([grey, grey + 20], abs=3)
     assert mine.filename(0) == "000005.png"
