@@ -24,6 +24,7 @@ from datasets.formats.text import read_lines
 from utils.text import short_reason
 
 FPS, USTRING_FPS = 10.0, 20.0
+_LABELS = {"0": 0, "1": 1}
 _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
     (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
 }
@@ -83,9 +84,9 @@ def _of_entry(root: str, name: str, entry: dict[str, Any], path: Path) -> Clip:
 
 def _of_lines(root: str, name: str, path: Path) -> Clip:
     try:
-        rows = sorted((int(frame), int(label)) for frame, label in (line.split() for line in read_lines(path)))
-    except ValueError as e:
-        raise DataError(f"{path}: lines are '<frame> <0 or 1>' ({short_reason(e)})") from e
+        rows = sorted((int(frame), _LABELS[label]) for frame, label in (line.split() for line in read_lines(path)))
+    except (KeyError, ValueError) as e:
+        raise DataError(f"{path}: lines are '<frame> <0 or 1>' ({type(e).__name__}: {short_reason(e)})") from e
     if [frame for frame, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
     labels = np.array([label for _, label in rows], dtype=np.int64)

@@ -260,7 +260,8 @@ def _labels(
     if "frame" in table.columns:
         return _frame_labels(table, name, entry, count, stretch), _AS_WRITTEN
     if label is False and (entry.intervals or entry.spans or event is not None):
-        table.fail(entry.row, "label", f"0, but the rows of clip {name} say when something happens")
+        problem = f"0, but the rows of clip {name} say when something happens"
+        table.fail(entry.row, "label", f"{problem}; a stretch of the file is clip_start to clip_end")
     if entry.intervals or entry.spans:
         return _interval_labels(table, name, entry, count, clock), _AS_WRITTEN
     if event is not None:

@@ -49,6 +49,7 @@ from utils.cli import Parser, frame_count, frame_rate, processes
 from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
+from utils.names import LABELS
 from utils.text import first_few
 
 WARNINGS = ("extra_frames", "short", "rate", "truncated")
@@ -95,6 +96,7 @@ def check(
     num_frames: int = 16,
     view_fps: float = 10,
     assume_fps: float | None = None,
+    labels: str = "own",
     workers: int = 1,
 ) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
     """Return (findings in the order of splits and clips, {split: its numbers}) of a data set.
@@ -103,14 +105,14 @@ def check(
         splits: those to check; None: all there are.
         deep: whether every frame is decoded.
         num_frames, view_fps: the window that clips are measured by.
-        assume_fps: as in build_clips.
+        assume_fps, labels: as in build_clips.
         workers: processes that inspect clips.
 
     Raises DataError for an unknown data set or where no split can be read.
     """
     (data_set,) = find_data_sets([name], assume_fps)
     splits = splits or data_set.splits
-    tables, findings = _read_tables(name, root, splits, assume_fps, workers)
+    tables, findings = _read_tables(name, root, splits, workers, assume_fps=assume_fps, labels=labels)
     if not tables:
         raise DataError(findings[0].message)
     packed = {entry.clip["name"]: entry for entry in read_manifest(Path(root))}
@@ -137,7 +139,7 @@ def check(
 
 
 def _read_tables(
-    name: str, root: str, splits: Sequence[str], assume_fps: float | None, workers: int
+    name: str, root: str, splits: Sequence[str], workers: int, **options: Any
 ) -> tuple[dict[str, ClipTable], list[Finding]]:
     tables, findings = {}, []
     with tempfile.TemporaryDirectory() as folder:  # a scan of its own: files may have broken since an earlier one
@@ -145,7 +147,7 @@ def _read_tables(
         for split in splits:
             problems: dict[str, DataError] = {}
             try:
-                tables[split] = build_clips(name, root, split, scan, assume_fps, problems=problems)
+                tables[split] = build_clips(name, root, split, scan, problems=problems, **options)
             except DataError as e:
                 findings.append(Finding(split, "", "annotation", str(e)))
             findings += [Finding(split, c, KINDS.get(type(e), "annotation"), str(e)) for c, e in problems.items()]
@@ -267,14 +269,15 @@ def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
         "fps": {f"{fps:g}": n for fps, n in sorted(Counter(table.fps.round(3).tolist()).items())},
         "windows": len(index),
     }
-    if not len(table) or table[0].labels is None:
+    labels = {i: clip.labels for i, clip in enumerate(table) if clip.labels is not None}
+    if not labels:
         return numbers
-    lasts = (clip.labels[index.last_frames(i)] for i, clip in enumerate(table))
     return numbers | {
-        "anomalous_frames": sum(int((clip.labels == ANOMALOUS).sum()) for clip in table),
-        "ignored_frames": sum(int((clip.labels == IGNORED).sum()) for clip in table),
-        "anomalous_windows": sum(int((of_clip == ANOMALOUS).sum()) for of_clip in lasts),
-        "clips_with_anomaly": sum(bool((clip.labels == ANOMALOUS).any()) for clip in table),
+        "unlabelled_clips": len(table) - len(labels),
+        "anomalous_frames": sum(int((of_clip == ANOMALOUS).sum()) for of_clip in labels.values()),
+        "ignored_frames": sum(int((of_clip == IGNORED).sum()) for of_clip in labels.values()),
+        "anomalous_windows": sum(int((labels[i][index.last_frames(i)] == ANOMALOUS).sum()) for i in labels),
+        "clips_with_anomaly": sum(bool((of_clip == ANOMALOUS).any()) for of_clip in labels.values()),
         "categories": dict(Counter(str(clip.category) for clip in table).most_common()),
         "ego": sum(bool(clip.ego) for clip in table),
         "night": sum(bool(clip.night) for clip in table),
@@ -327,6 +330,8 @@ def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
         )
         if ignored := counts["ignored_frames"]:
             yield f"    ignored: {ignored} frames, which no window that is trained on or scored ends on"
+        if unlabelled := counts["unlabelled_clips"]:
+            yield f"    unlabelled: {unlabelled} clips, which can be neither fine-tuned on nor evaluated"
         yield "    " + ", ".join(f"{category} {n}" for category, n in counts["categories"].items())
     if shared := counts.get("clips_of_videos_in_earlier_splits"):
         yield f"    {shared} clips are cut from videos of an earlier split"
@@ -362,6 +367,9 @@ def main() -> None:
     parser.add_argument("--num_frames", type=frame_count, default=16, help="frames of a window (default: 16)")
     parser.add_argument("--view_fps", type=frame_rate, default=10.0, help="and their rate (default: 10)")
     parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
+    parser.add_argument(
+        "--labels", choices=LABELS, default="own", help="of its frames (default: own), see docs/data.md"
+    )
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
     parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
@@ -369,6 +377,7 @@ def main() -> None:
     logging.getLogger("tad").setLevel(logging.WARNING)
     about = {"data_set": args.data_set, "root": os.path.abspath(args.root), "deep": args.deep}
     window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "assume_fps": args.assume_fps}
+    window["labels"] = args.labels
     folder = Path(args.output_dir)
     try:
         with data_errors(folder, "written, choose another --output_dir"):  # known before the work

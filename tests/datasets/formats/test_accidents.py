@@ -251,6 +251,8 @@ def test_dad(put, read, tmp_path):
     assert every[1].groups == {"event": "near collision", "support": "9", "article_category": "pos-ego"}
     with open_clip(every[2]) as reader:
         assert reader.mismatch() == ""
+    findings, numbers = check("DAD", str(put.root), splits=["val"], num_frames=4, labels="consensus")
+    assert findings == [] and numbers["val"]["clips"] == 4 and numbers["val"]["ignored_frames"] == 70 + 50
     with pytest.raises(DataError, match="no row is of a clip of DAD train; the labels are of the test split"):
         (put.root / "videos/training/negative/000001.mp4").unlink()
         put("videos/training/negative/000002.mp4", 100)

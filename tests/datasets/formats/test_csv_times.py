@@ -66,10 +66,11 @@ def test_seconds_become_frames_by_the_stated_rules(table, caplog):
     assert "3 from alert to event, 2 as the table has them, 2 from 1.5 s before the event" in caplog.text
 
 
-def test_a_label_is_of_a_clip_without_times(table):
+def test_a_label_is_of_a_clip_without_times(table, sources):
     one, none, unknown = table("path,label,fps\nb.mov,1,\n822,no,\nf,,10\n")
     assert one.labels.all() and not none.labels.any() and unknown.labels is None
     assert (one.is_positive, none.is_positive, unknown.is_positive) == (True, False, None)
+    assert check("csv", str(sources), splits=["train"], num_frames=4)[1]["train"]["unlabelled_clips"] == 1
     timed, untimed, safe = table("path,label,event_time,fps\nb.mov,1,3,\n822,1,,\nf,0,,10\n")
     assert runs(timed.labels) == [(0, 15), (1, 15), (2, 10)] and runs(untimed.labels) == [(2, 40)]
     assert untimed.is_positive and not safe.labels.any()
