@@ -85,6 +85,7 @@ from engine.stream import RiskStream
 from engine.summary import write_summary
 from models import classifier_of, load
 from models.weights import CheckpointError, fetch
+from models.weights.programs import ExportedModel
 from utils.distributed import Process, ended_together, from_main, local_main_first, process_group, require_same
 from utils.logging import setup_logging
 from utils.text import first_few
@@ -258,6 +259,8 @@ def build_scorer(args: Namespace, process: Process) -> VideoScorer:
         read_timeout=args.read_timeout,
         pin_memory=args.pin_mem,
     )
+    if args.explain and isinstance(scorer.model, ExportedModel):
+        raise ConfigError(f"--explain: {args.weights} has no gradients; give the weights file that it was made from")
     given = {
         "threshold": args.threshold,
         "alert_after": args.alert_after,
@@ -352,7 +355,15 @@ def watch_source(args: Namespace, process: Process) -> None:
     )
     alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
     scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
-    watch(source, stream, alerts=alerts, scores=scores, report_every=args.report_every)
+    watch(
+        source,
+        stream,
+        alerts=alerts,
+        scores=scores,
+        report_every=args.report_every,
+        realtime=args.realtime or None,
+        max_delay=args.max_delay,
+    )
 
 
 @contextmanager

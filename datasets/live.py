@@ -196,7 +196,7 @@ class LiveSource:
         if self._container is not None:
             self._container.close()
             self._container = self._stream = None
-            gc.collect(1)  # PyAV's containers and streams refer to each other
+            gc.collect()  # PyAV's containers and streams refer to each other, and have lived long
 
     def _wait_to_open(self, reason: str) -> None:
         """Wait before the source is opened again. Raises DataError where the outage is too long."""

@@ -146,23 +146,30 @@ class SoundVideo(Video):
                 place += 1
 
     def _counted(self) -> Iterator[tuple[int, av.VideoFrame | str]]:
-        """Yield (number, picture or why it is not sound) where they are counted: none is after damage, as some may
-        be lost, but for what a recording began with that was joined to another.
+        """Yield (number, picture or why it is not sound) where pictures are counted.
+
+        None is sound after damage, as some may be lost; but where recordings were joined, none is lost.
         """
         held: deque[av.VideoFrame | str] = deque()
-        count, reason, since, lost = 0, "", 0, False  # since: packets decoded since damage
+        count, reason, since, lost, unsure, time = 0, "", 0, False, False, None  # since: packets decoded since damage
         for packet, _, fault, pictures in self._decoded_packets(-1):
             since += 1
+            if packet is not None:
+                joined = None not in (packet.dts, time) and packet.dts < time
+                unsure, time = unsure and not joined, packet.dts
+            lost = lost or (unsure and since > _REORDERED)
+            marked = packet is not None and packet.is_corrupt and fault == MARKED  # as where a recording breaks off
+            unsure = unsure or (marked and not joined)
             for picture in pictures:
                 fault = fault or (MARKED if picture.is_corrupt else "")
                 if since > _REORDERED and picture.key_frame and not (lost or fault):
                     reason = ""
                 held.append(reason or picture)
             if fault:  # it may be of what came before, since pictures are shown in another order
-                joined = packet is not None and packet.is_corrupt and packet.is_keyframe  # another recording begins
-                lost, since = lost or not joined, 0
-                reason = fault + (_UNNUMBERED if lost else _UNTIL_KEY)
+                lost, since, reason = lost or not marked, 0, fault + _UNTIL_KEY
                 held = deque(reason for _ in held)
+            if lost and not reason.endswith(_UNNUMBERED):
+                reason = reason.removesuffix(_UNTIL_KEY) + _UNNUMBERED
             while held and (packet is None or len(held) > _REORDERED):
                 yield count, held.popleft()
                 count += 1

@@ -184,7 +184,9 @@ class Alerts:
     def _tell(self, kind: str, time: float, values: Mapping[str, float]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         head = {"type": kind, "source": self.source, "time": time, "wall_time": now, "threshold": self.rule.threshold}
-        line = json.dumps({name: round(v, 6) if isinstance(v, float) else v for name, v in (head | values).items()})
+        line = json.dumps(
+            {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in (head | values).items()}
+        )
         print(line, file=self.out, flush=True)
         for notifier in self.notifiers:
             notifier.send(line)

@@ -127,13 +127,14 @@ class Monitor:
     Rates are per second since the report before, in the summary since the beginning. Latencies are those of the last
     10,000 scores. They say nothing of the time before a picture arrives: where decoding is slower than the source,
     pictures wait in the system's buffers. So "behind" says how many seconds later a picture arrived, by its own time,
-    than the most punctual one; the latter is forgotten at 1 ms per second, as clocks drift.
+    than the most punctual one of its stretch; the latter is forgotten at 1 ms per second, as clocks drift.
     """
 
     def __init__(self, source: Source, stream: RiskStream, *, report_every: float = 10.0):
         self.source, self.stream, self.report_every = source, stream, report_every
         self.dropped = 0
         self.behind = self.most_behind = 0.0
+        self._stretch = 0
         self._punctual: tuple[float, float] | None = None  # least arrival less time so far, and when it was noted
         self.latest: Score | None = None
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
@@ -147,6 +148,8 @@ class Monitor:
 
     def arrived(self, time: float, arrival: float) -> None:
         """Note when a picture of a source with a pace of its own arrived, on time.monotonic()."""
+        if self._stretch != self.stream.counts.stretches:  # a connection of its own, perhaps
+            self._stretch, self._punctual = self.stream.counts.stretches, None
         least, noted = self._punctual or (arrival - time, arrival)
         least = min(arrival - time, least + _DRIFT * (arrival - noted))
         self._punctual = least, arrival

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.evaluate import Predictions
 from engine.events import ROUNDING, EventRule, counts, find_events, is_missing, smooth
 from engine.metrics import exact_threshold_curve
 
@@ -58,6 +59,24 @@ class OperatingPoint:
     def to_spec(self) -> dict[str, Any]:
         """Return it in plain types, as metrics.json and the spec of a weights file hold it."""
         return self.rule.to_spec() | {"criterion": self.criterion, "measured": self.measured}
+
+    def __str__(self) -> str:
+        shown = {k: "n/a" if v is None else f"{v:.3g}" if isinstance(v, float) else v for k, v in self.measured.items()}
+        return (
+            f"operating point: {self.rule.source}: threshold {self.rule.threshold:.4g}; MCC {shown['mcc']}, F1 "
+            f"{shown['f1']}, precision {shown['precision']}, recall {shown['recall']}; "
+            f"{shown['accidents_detected']} of {shown['accidents']} accidents found, {shown['false_alarms_per_hour']} "
+            f"false alarms per hour in {shown['normal_hours']} h without anomaly"
+        )
+
+
+def labelled_curves(predictions: Predictions) -> list[LabelledCurve]:
+    """Return the scores of each clip. Raises NoOperatingPoint where their times or labels are not known."""
+    if predictions.time is None or predictions.label is None:
+        raise NoOperatingPoint("the scores are without times or labels, as an earlier version wrote them")
+    starts = np.flatnonzero(np.diff(predictions.clip)) + 1
+    columns = (np.split(values, starts) for values in (predictions.time, predictions.score, predictions.label))
+    return [LabelledCurve(*columns) for columns in zip(*columns, strict=True)]
 
 
 def find_operating_point(

@@ -89,7 +89,7 @@ def export(
 
     Returns what there is to say, in lines. Raises CheckpointError: weights that cannot be read or have no logits, a
     format that has no place for them, a missing package, a proof that failed; ConfigError: windows or an output that
-    cannot be used. Nothing is left behind then.
+    cannot be used. No file is left behind then.
     """
     model, spec = load(weights)
     if isinstance(model, ExportedModel):
@@ -101,13 +101,13 @@ def export(
         hf.check_architecture(model, weights)
     for package in PACKAGES.get(to, ()):
         require(package)
+    target = Path(output) if output else _default_output(weights, to)
+    if target.resolve() == Path(weights).resolve():
+        raise ConfigError(f"{target}: this is the file to export; give another --output")
     windows = {"random": random_windows(spec)}
     windows |= {"of video": read_windows(clips, spec)} if clips else {"video-like": moving_windows(spec)}
     batch = batch if to in (ONNX, PROGRAM) else "dynamic"
     proof = Proof(model, windows, BATCHES if batch == "dynamic" else (1,), tolerance)
-    target = Path(output) if output else _default_output(weights, to)
-    if target.resolve() == Path(weights).resolve():
-        raise ConfigError(f"{target}: this is the file to export; give another --output")
     if to == hf.HF:
         lines = _write_folder(target, model, spec, proof)
     else:

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 from utils.cli import Number, share
 
-seconds = Number(0, 86400)
+seconds = Number(0, 3600)
 RANGES = MappingProxyType(
     {"threshold": share, **dict.fromkeys(("alert_after", "gap", "min_duration", "rise", "fall"), seconds)}
 )

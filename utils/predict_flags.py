@@ -45,6 +45,10 @@ def _add_live_flags(parser: Parser) -> None:
     group.free("stream", None, help, metavar="SOURCE")
     group.free("stream_fps", None, "frame rate of the source (default: what it states)", type=frame_rate)
     group.free("paced", False, "read a file at its own pace, as a camera would come")
+    help = "leave scores out rather than fall behind, where a pipe or file comes at a camera's pace"
+    group.free("realtime", False, help)
+    help = "seconds after which, in real time, a picture is not scored if a newer one waits"
+    group.free("max_delay", 0.2, help, type=Number(0, 60))
     group.free("on_event", None, "command that gets the JSON of each event on stdin", metavar="COMMAND")
     group.free("webhook", None, "address to post the JSON of an event to", metavar="URL")
     group.free("report_every", 10.0, "seconds between lines of the log", type=wait)

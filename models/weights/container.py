@@ -6,7 +6,8 @@
     FILE.spec.json      the same record beside each of them, for other programs to read
 
 A record is the spec of the weights file, and under "export" what `export_record` says, the SHA-256 of all else in the
-file with it, by which a file with another weight is found. Nothing here runs, unpickles or needs what a file holds.
+file with it, by which a file with another weight is found; it has a sum of its own. Nothing here runs, unpickles or
+needs what a file holds.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from utils.damage import parse_json
+from utils.damage import parse_json, with_sum
 
 ONNX, PROGRAM, SAFETENSORS = "onnx", "torch_export", "safetensors"
 SUFFIXES = {ONNX: ".onnx", PROGRAM: ".pt2", SAFETENSORS: ".safetensors"}
@@ -82,7 +83,7 @@ def export_record(spec: Mapping[str, Any], *, kind: str, batch: str, tolerance: 
     batch: "dynamic" or "1". tolerance: within which its logits are those of the weights. sha256: see `sum_of`.
     """
     made_by = {"format": kind, "batch": batch, "tolerance": tolerance, "torch": str(torch.__version__)}
-    return json.dumps({**spec, "export": {**made_by, "sha256": sha256}}, indent=2) + "\n"
+    return json.dumps(with_sum({**spec, "export": {**made_by, "sha256": sha256}}), indent=2) + "\n"
 
 
 def beside(path: Path) -> Path:
@@ -125,7 +126,7 @@ def _parsed(text: str | None, name: str) -> dict[str, Any] | None:
     try:
         record = parse_json(text)
     except ValueError as e:
-        raise ExportedFileError(f"{name} is damaged ({e}); copy it again") from e
+        raise ExportedFileError(f"{name} is damaged, or was changed by hand ({e}); copy it again") from e
     export = record.get("export") if isinstance(record, dict) else None
     if not isinstance(export, dict) or not isinstance(export.get("sha256"), str) or "batch" not in export:
         raise ExportedFileError(f"{name} does not say what was exported; {_AGAIN} onnx, torch_export or safetensors")

@@ -28,6 +28,7 @@ from models.registry import SPEC_VERSION
 from models.weights import container
 from models.weights.container import is_safetensors
 from utils.damage import zip_damage
+from utils.event_rule import check_operating_point
 from utils.exits import explain
 from utils.pickles import refused_code
 from utils.text import first_few, short_reason
@@ -292,4 +293,9 @@ def _checked_spec(content: dict, path: str) -> dict | None:
         )
         if not right:
             raise CheckpointError(f"{path}: its spec says {key} = {value!r}; {remedy}")
+    if "operating_point" in spec:
+        try:
+            check_operating_point(spec["operating_point"])
+        except ValueError as e:
+            raise CheckpointError(f"{path}: its spec is damaged: {e}; {remedy}") from e
     return spec

@@ -178,15 +178,16 @@ def classifier_of_spec(spec: dict) -> str:
 @contextmanager
 def quiet_export() -> Iterator[None]:
     """Leave out what torch.export and torch.onnx print beside errors."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.export", "torch.onnx"))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def check_harmless(file: io.BytesIO) -> None:

@@ -184,6 +184,16 @@ def test_a_file_that_ends_early_has_a_gap_at_its_end(made, tmp_path):
     assert check_gaps(index, windows, ends[0])
 
 
+@needs_ffmpeg
+def test_recordings_that_were_joined_go_on_after_the_place(made, tmp_path):
+    one = (made / "plain.ts").read_bytes()
+    (tmp_path / "two.ts").write_bytes(one + one)
+    index, windows, ends = windows_of(table_of(tmp_path / "two.ts", tmp_path))
+    (gap,) = ends[0].gaps
+    assert gap.first > FRAMES - 24 and gap.end < FRAMES + 50 and check_gaps(index, windows, ends[0])
+    assert all(torch.equal(windows[0, last], windows[0, last - FRAMES]) for last in range(FRAMES + 60, FRAMES + 95, 7))
+
+
 @pytest.mark.skipif(not DRIVING.is_file() or FFMPEG is None, reason="needs ../shared/data/driving")
 def test_a_real_video_with_a_lost_sector(tmp_path):
     intact = table_of(DRIVING, tmp_path)

@@ -242,7 +242,7 @@ def test_a_rule_goes_through_plain_types():
         ({"threshold": 1.5}, "threshold = 1.5, which is not a number from 0 to 1"),
         ({"threshold": True}, "threshold = True"),
         ({"threshold": None}, "threshold = None"),
-        ({"gap": -1}, "gap = -1, which is not a number from 0 to 86400"),
+        ({"gap": -1}, "gap = -1, which is not a number from 0 to 3600"),
         ({"alert_after": float("nan")}, "alert_after = nan"),
         ({"min_duration": "1"}, "min_duration = 1"),
         ({"rise": [0]}, "rise = "),

@@ -352,3 +352,6 @@ def test_pictures_that_the_decoder_is_late_with_are_noticed(caplog):
         9, abs=0.1
     )
     assert len(caplog.records) == 1 and "late" in caplog.text
+    monitor.stream.counts.stretches += 1  # another connection brings nothing of that
+    monitor.arrived(200, 300)
+    assert monitor.behind == 0 and monitor.most_behind > 8

@@ -26,7 +26,8 @@ OFF = {"--warmup_steps -1"}
 ABOVE_1 = {"--lr", "--min_lr", "--weight_decay", "--weight_decay_end", "--clip_grad", "--init_scale"}
 ABOVE_1 |= {"--view_fps", "--assume_fps", "--fps", "--read_timeout", "--dist_timeout", "--save_every_minutes"}
 ABOVE_1 |= {"--alert_after", "--event_gap", "--event_min_duration", "--smooth_rise", "--smooth_fall", "--stream_fps"}
-ABOVE_1 |= {"--report_every", "--stream_timeout", "--reconnect", "--outage", "--seconds", "--kill_every"}
+ABOVE_1 |= {"--report_every", "--stream_timeout", "--reconnect", "--outage", "--seconds", "--kill_every", "--max_delay"}
+ABOVE_1 |= {"--false_alarms_per_hour"}
 HUGE = {"--clip_grad", "--save_every_minutes"}  # 1e30 harms nobody
 
 
