@@ -289,7 +289,8 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
             logger.warning(f"{clips}: unaligned clips are cropped from frames as filmed, and this pack holds them "
                            "squashed, so they are stretched and blurred: pack them without --squash")  # fmt: skip
         with config_errors():
-            index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=stride)
+            window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "stride": stride}
+            index = index_clips(clips, **window, unlabelled=True)
             transform = PretrainTransform(
                 args.input_size,
                 grid=model.grid,

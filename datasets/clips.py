@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.labels import time_to_anomaly
+from datasets.labels import ANOMALOUS, IGNORED, time_to_anomaly
 from utils.text import first_few
 
 logger = logging.getLogger("tad")
@@ -50,7 +50,7 @@ class Clip:
     fps: frames per second of the source.
     frame_name: format of a frame's file name.
     first_frame: number of frame 0 in these names.
-    labels: (num_frames,) uint8, 1 = anomalous; None for unlabelled video.
+    labels: (num_frames,) uint8, 0 safe, 1 anomalous, 2 IGNORED (see datasets.labels); None for unlabelled video.
     category: name of the accident type; None = unknown.
     ego: whether the recording car is involved; None = unknown.
     night: whether it was filmed at night; None = unknown.
@@ -58,9 +58,15 @@ class Clip:
         the last; numbers, rate and labels are those of the original all the same. None = not packed.
     aspect: width / height of the frames as filmed, upright, where the source holds them squashed to another shape; at
         least 1, so their height is that of the short side. None = they are as filmed, or shrunk alike.
+    offset: the clip is a stretch of its source: its frame 0 is the source's frame `offset`. None = it is all of it.
+    recording: name of the recording it was cut from: clips of one recording belong into one split, and are no
+        independent samples. None = no other clip is of the same.
+    positive: whether it holds, or leads up to, an accident, where its labels do not tell; None = they do.
+    event_time, alert_time: seconds from frame 0 to the accident, and to when a careful person could first tell; after
+        the last frame where the clip was cut before. None = unknown, or there is none.
+    groups: whatever else is known of it, {name: value}, to report by.
 
-
-    Raises ValueError where there is not one label for each frame.
+    Raises ValueError where there is not one label for each frame, or a label is above IGNORED.
     """
 
     name: str
@@ -75,24 +81,52 @@ class Clip:
     night: bool | None = None
     pack_step: int | None = None
     aspect: float | None = None
+    offset: int | None = None
+    recording: str | None = None
+    positive: bool | None = None
+    event_time: float | None = None
+    alert_time: float | None = None
+    groups: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.labels is not None and len(self.labels) != self.num_frames:
             raise ValueError(f"clip {self.name}: {len(self.labels)} labels for {self.num_frames} frames")
+        if self.labels is not None and len(self.labels) and (highest := np.max(self.labels)) > IGNORED:
+            raise ValueError(f"clip {self.name}: a label {highest}; 0, 1 and {IGNORED} are known")
+
+    def number(self, frame: int) -> int:
+        """Return the number of frame i in the names of its source."""
+        return self.first_frame + self.in_source(frame)
+
+    def in_source(self, frame: int | np.ndarray) -> int | np.ndarray:
+        """Return the place of frame i, or of each of an array, in its source, counted from 0."""
+        return (self.offset or 0) + frame
 
     def filename(self, frame: int) -> str:
         """Return the name of frame i in the original source."""
-        return self.frame_name.format(self.first_frame + frame)
+        return self.frame_name.format(self.number(frame))
 
     def picture(self, frame: int) -> str:
         """Return the name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
-        return f"{self.first_frame + frame:06d}.jpg" if self.pack_step else self.filename(frame)
+        return f"{self.number(frame):06d}.jpg" if self.pack_step else self.filename(frame)
 
     @property
     def stored_frames(self) -> np.ndarray:
         """The ascending int64 numbers of the frames that the source holds: all of them, or what the pack kept."""
         step = self.pack_step or 1
         return np.arange((self.num_frames - 1) % step, self.num_frames, step)
+
+    @property
+    def is_positive(self) -> bool | None:
+        """Whether the clip holds, or leads up to, an accident: as stated, else by its labels; None = unknown."""
+        if self.positive is not None or self.labels is None:
+            return self.positive
+        return bool((np.asarray(self.labels) == ANOMALOUS).any())
+
+    @property
+    def has_ignored(self) -> bool:
+        """Whether windows may be left out since they end on IGNORED frames."""
+        return self.labels is not None and bool((np.asarray(self.labels) == IGNORED).any())
 
     @property
     def ttc(self) -> np.ndarray:

@@ -114,7 +114,7 @@ class Reader:
             return f"{self.path}: holds none of the {expected} frames expected, {self.clip.filename(0)} and on"
         if usable < expected:
             return f"{self.path}: ends after {usable} of {expected} frames; the labels of the others go unused"
-        if self._has(expected):
+        if self.clip.offset is None and self._has(expected):
             return f"{self.path}: goes on after the {expected} frames expected; the rest goes unused"
         return ""
 
@@ -353,16 +353,16 @@ class VideoReader(Reader):
 
     def _has(self, frame: int) -> bool:
         # where only decoding tells, the scan has: a file that was changed since ends with an error of the read
-        return frame < (len(self._video) if self._video.counted else self.clip.num_frames)
+        return frame < (len(self._video) - self.clip.in_source(0) if self._video.counted else self.clip.num_frames)
 
     def frames(self, frame_ids: Sequence[int], fit: Fit | None = None) -> Iterator[Tensor]:
-        return self._video.frames(frame_ids)
+        return self._video.frames(self.clip.in_source(np.asarray(frame_ids, np.int64)))
 
     def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
-        return self._video.sound_frames(frame_ids, every)
+        return self._video.sound_frames(*(self.clip.in_source(np.asarray(ids, np.int64)) for ids in (frame_ids, every)))
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
-        return self._video.read(frame_ids)
+        return self._video.read(self.clip.in_source(np.asarray(frame_ids, np.int64)))
 
     def close(self) -> None:
         self._video.close()

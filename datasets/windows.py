@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from datasets.clips import ClipTable, DataError
+from datasets.labels import IGNORED
 from utils.text import first_few
 from utils.windows import window_offsets
 
@@ -34,6 +35,10 @@ class WindowIndex:
             dropped at the end, so that a longer clip has the windows of a shorter one that it begins with.
         warm_up: begin with the window that ends on frame 0; where a window begins before the clip, frame 0 repeats.
             Windows go forward then.
+        keep: {clip: (frames,) bool}: windows of these clips end on frames alone that are True; the others are left out.
+
+    short_clips: the numbers of the clips too short for a single window, ascending.
+    left_out: how many windows `keep` leaves out.
 
     Raises ValueError for a number that is not positive.
     """
@@ -48,6 +53,7 @@ class WindowIndex:
         stride: int = 1,
         forward: bool = False,
         warm_up: bool = False,
+        keep: Mapping[int, np.ndarray] | None = None,
     ):
         self.frame_counts = np.asarray(frame_counts, dtype=np.int64)
         self.src_fps = np.broadcast_to(np.asarray(src_fps, dtype=np.float64), self.frame_counts.shape)
@@ -64,10 +70,19 @@ class WindowIndex:
         first_lasts = np.zeros_like(self.spans) if warm_up else self.spans - 1
         self._warm_up = warm_up
         self.counts = np.maximum((self.frame_counts - 1 - first_lasts) // self.stride + 1, 0)
-        self._ends = np.cumsum(self.counts)
         if not (forward or warm_up):
             first_lasts = self.frame_counts - 1 - (self.counts - 1) * self.stride
         self._first_lasts = first_lasts  # of each clip's first window
+        self.short_clips = np.flatnonzero(self.counts == 0)
+        self._kept: dict[int, np.ndarray] = {}  # {clip: last frames of its windows}, where not all are kept
+        for clip, frames in (keep or {}).items():
+            lasts = self.last_frames(clip)
+            self._kept[clip] = lasts[frames[lasts]]
+        self.left_out = 0  # windows
+        for clip, lasts in self._kept.items():
+            self.left_out += int(self.counts[clip]) - len(lasts)
+            self.counts[clip] = len(lasts)
+        self._ends = np.cumsum(self.counts)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -83,7 +98,8 @@ class WindowIndex:
             raise IndexError(f"window {i} of {len(self)}")
         clip = int(np.searchsorted(self._ends, i, side="right"))
         within = int(i - (self._ends[clip] - self.counts[clip]))
-        return clip, self.frames(clip, self._first_lasts[clip] + within * self.stride)
+        kept = self._kept.get(clip)
+        return clip, self.frames(clip, self._first_lasts[clip] + within * self.stride if kept is None else kept[within])
 
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Return self[i]: a window leaves nothing to chance."""
@@ -91,6 +107,8 @@ class WindowIndex:
 
     def last_frames(self, clip: int) -> np.ndarray:
         """Return the (windows,) int64 last frames of all windows of the clip, ascending."""
+        if (kept := self._kept.get(int(clip))) is not None:
+            return kept
         return self._first_lasts[clip] + np.arange(self.counts[clip]) * self.stride
 
     def frames(self, clip: int, last: int | np.ndarray) -> np.ndarray:
@@ -109,13 +127,10 @@ class WindowIndex:
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window in order: two int64 (len(self),)."""
         within = np.arange(len(self)) - np.repeat(self._ends - self.counts, self.counts)
-        first = np.repeat(self._first_lasts, self.counts)
-        return np.repeat(np.arange(len(self.counts)), self.counts), first + within * self.stride
-
-    @property
-    def short_clips(self) -> np.ndarray:
-        """The numbers of the clips too short for a single window."""
-        return np.flatnonzero(self.counts == 0)
+        lasts = np.repeat(self._first_lasts, self.counts) + within * self.stride
+        for clip, kept in self._kept.items():
+            lasts[self._ends[clip] - self.counts[clip] : self._ends[clip]] = kept
+        return np.repeat(np.arange(len(self.counts)), self.counts), lasts
 
 
 class RandomClipIndex:
@@ -157,10 +172,18 @@ class RandomClipIndex:
         return start + np.minimum(np.arange(self.num_frames), max(reachable, 0)) * self.step
 
 
-def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: int) -> WindowIndex | RandomClipIndex:
+def kept_frames(clips: ClipTable) -> dict[int, np.ndarray]:
+    """Return the `keep` of a WindowIndex that leaves out windows which end on IGNORED frames."""
+    return {number: np.asarray(clip.labels) != IGNORED for number, clip in enumerate(clips) if clip.has_ignored}
+
+
+def index_clips(
+    clips: ClipTable, *, num_frames: int, view_fps: float, stride: int, unlabelled: bool = False
+) -> WindowIndex | RandomClipIndex:
     """Return the index of a table; logs how many windows there are and which clips are too short for one.
 
     stride: step between windows, or, where the table is one_clip_per_video, between the frames of a clip.
+    unlabelled: the labels do not matter: windows that end on IGNORED frames are in the index, too.
     Raises DataError where none is long enough or a pack lacks frames, ValueError for a number that is not positive.
     """
     if clips.one_clip_per_video:
@@ -170,12 +193,25 @@ def index_clips(clips: ClipTable, *, num_frames: int, view_fps: float, stride: i
             raise DataError(f"{clips.name}: clips are drawn from all frames of a video; pack it with --fps 0")
         logger.info(f"{clips}: {len(clips)} videos, a random clip of each per epoch")
         return RandomClipIndex(clips.frame_counts, num_frames=num_frames, step=stride)
-    index = WindowIndex(clips.frame_counts, src_fps=clips.fps, num_frames=num_frames, view_fps=view_fps, stride=stride)
+    index = WindowIndex(
+        clips.frame_counts,
+        src_fps=clips.fps,
+        num_frames=num_frames,
+        view_fps=view_fps,
+        stride=stride,
+        keep=None if unlabelled else kept_frames(clips),
+    )
     _check_pack(clips, index)
     logger.info(f"{clips}: {len(clips)} clips, {clips.frame_counts.sum()} frames, {len(index)} windows")
+    if index.left_out:
+        logger.info(f"{clips}: {index.left_out} more windows end on ignored frames, neither trained on nor scored")
     if len(short := index.short_clips):
         names = first_few(clips[i].name for i in short)
         logger.warning(f"{clips}: {len(short)} clips are shorter than a window and go unused: {names}")
+    if not len(index) and index.left_out:
+        raise DataError(
+            f"{clips}: every window ends on an ignored frame; the labels leave nothing to train on or score"
+        )
     if not len(index):
         raise DataError(f"{clips}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
     return index

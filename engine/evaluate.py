@@ -336,10 +336,11 @@ def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
     """Say what of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
 
     clips: the ClipTable. A clip that is not scored is in "unreadable", "left_out", "frame_mismatch" or, without a
-    fault, "too_short" for a window.
+    fault, "too_short" for a window, or "ignored": all of its windows end on frames that are neither safe nor anomalous.
     """
     scored, faults = set(predictions.clip.tolist()), predictions.faults
     known = scored | {fault.number for fault in faults}
+    windowless = [clip for number, clip in enumerate(clips) if number not in known]
     return {
         "clips": clips.listed,
         "clips_scored": len(scored),
@@ -347,7 +348,8 @@ def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
         "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
         "left_out": clips.left_out,
         "frame_mismatch": [fault.name for fault in faults if fault.frames],
-        "too_short": [clip.name for number, clip in enumerate(clips) if number not in known],
+        "too_short": [clip.name for clip in windowless if not clip.has_ignored],
+        "ignored": [clip.name for clip in windowless if clip.has_ignored],
         "frames": int(clips.frame_counts.sum()),
     }
 

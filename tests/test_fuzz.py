@@ -7,6 +7,7 @@ Of states, weights and other files with sums the result is what it was, or the d
 import faulthandler
 import json
 import os
+import pickle
 import shutil
 import time
 import traceback
@@ -279,10 +280,59 @@ def make_weights(root):
     yield "flax", Kind(root / "flax", lambda path: read_source(str(path)), share=2)
 
 
+def make_accidents(root):
+    """Kinds of the layouts that speak of seconds, of a pickle of labels, and of a list of one's own."""
+    root, scan = root / "accidents", VideoScan(root / "accidents.json", workers=1)
+    for place in ("nexar/train/positive/00001", "nexar/train/negative/00002", "ccd/videos/Crash-1500/000001",
+                  "dad/videos/testing/negative/000001", "dad/videos/testing/positive/000456", "own/a"):  # fmt: skip
+        write_video(root / f"{place}.mp4", frames=50 if "ccd" in place else 100, fps=10)
+
+    def reads(name, folder, split, **options):
+        return lambda _: use(build_clips(name, str(root / folder), split, scan, **options))
+
+    header = "file_name,time_of_event,time_of_alert,light_conditions,weather,scene,time_to_accident\n"
+    nexar = root / "nexar" / "train"
+    (nexar / "negative" / "metadata.csv").write_text(f"{header}00002.mp4,,,Dark,,Urban,\n")
+    (nexar / "positive" / "metadata.csv").write_text(f"{header}00001.mp4,5.25,4.5,Normal,Rain,Urban,\n")
+    yield "nexar", Kind(nexar / "positive" / "metadata.csv", reads("Nexar", "nexar", "train"), TEXT, names=" ")
+    ccd = root / "ccd" / "videos" / "Crash-1500.txt"
+    ccd.write_text(f"000001,[{', '.join('0' * 40 + '1' * 10)}],000285,7,Night,Rainy,No\n")
+    yield "ccd", Kind(ccd, reads("CCD", "ccd", "all"), TEXT, names=" ")
+    consensus = root / "dad" / "consensus" / "dad_test_concensus.csv"
+    consensus.parent.mkdir()
+    consensus.write_text(
+        "id,Event-type,Nexar-vehicle-involved,min_support,Time-of-alert,Time-of-collision,article_category\n"
+        "000456.mp4,Collision,no,9,4.6,5.2,pos-ego\n"
+    )
+    yield "consensus", Kind(consensus, reads("DAD", "dad", "val", labels="consensus"), TEXT)
+    a3d = root / "a3d" / "A3D_labels.pkl"
+    pictures = a3d.parent / "frames" / "x_000001" / "images"
+    pictures.mkdir(parents=True)
+    for i in range(1, 31):
+        Image.fromarray(np.full((36, 64, 3), i, np.uint8)).save(pictures / f"{i:06d}.jpg")
+    entry = {"video_name": "x", "clip_start": "000001", "clip_end": "000030", "ego_envolve": True}
+    a3d.write_bytes(pickle.dumps({"x_000001": entry | {"target": np.arange(30) // 15}}, protocol=2))
+    yield "a3d", Kind(a3d, reads("A3D", "a3d", "all"), names=str(a3d.parent))
+    rows = "path;clip;clip_start;clip_end;event_time;alert_time;label;source;weather\n"
+    rows += "a.mp4;one;0;6.5;5,5;4.25;1;s;rain\na.mp4;two;7;;;;0;s;\n"
+    (root / "own" / "all.csv").write_text(rows)
+    yield "csv of seconds", Kind(root / "own" / "all.csv", reads("csv", "own", "all"), TEXT, share=2, names=" ")
+    (root / "own" / "splits").mkdir()
+    (root / "own" / "splits" / "mine.txt").write_text("# clips of split all; by source, val 0.2, seed 0\none\ntwo\n")
+    yield "split list", Kind(root / "own" / "splits" / "mine.txt", reads("csv", "own", "mine"), TEXT, names=" ")
+
+
 @pytest.fixture(scope="module")
 def kinds(dota_root, tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzz")
-    made = (make_annotations(root, dota_root), make_packs(root), make_frames(root), make_run(root), make_weights(root))
+    made = (
+        make_annotations(root, dota_root),
+        make_accidents(root),
+        make_packs(root),
+        make_frames(root),
+        make_run(root),
+        make_weights(root),
+    )
     return {name: kind for group in made for name, kind in group}
 
 
@@ -290,6 +340,7 @@ def kinds(dota_root, tmp_path_factory):
 
 NAMES = (
     *("dota annotation", "dota metadata", "dota split", "dada sheet", "dada split", "csv", "kinetics", "video list"),
+    *("nexar", "ccd", "consensus", "a3d", "csv of seconds", "split list"),
     *("scan", "bad clips", "pack.json", "clips.jsonl", "pack frames", ".mp4", ".mkv", ".ts", ".avi"),
     *(f"{what} of {suffix}" for what in ("folder", "zip", "deflated zip") for suffix in (".jpg", ".png")),
     *("args.json", "log.txt", "nonfinite.jsonl", "state", "weights", "legacy weights", "safetensors", "flax"),

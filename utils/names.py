@@ -5,7 +5,7 @@ with what is there.
 """
 
 LOSSES = ("crossentropy", "focal", "focal6x100", "focal2_6", "focal2_2", "smoothap", "exponential1", "2bce")
-LABELLED_SETS = ("DoTA", "DoTA_half", "DADA2K", "DADA2K_half", "CAP-DATA", "csv")
+LABELLED_SETS = ("DoTA", "DoTA_half", "DADA2K", "DADA2K_half", "CAP-DATA", "Nexar", "CCD", "DAD", "A3D", "csv")
 UNLABELLED_SETS = ("BDD100K", "Kinetics", "videos")
 CLASSIFIERS = (
     "vit_tiny_patch16_64",
@@ -30,4 +30,5 @@ CLASSIFIERS = (
 MASKED_AUTOENCODERS = tuple(
     "pretrain_" + (name.replace("vit_", "videomae_", 1) if name.startswith("vit_") else name) for name in CLASSIFIERS
 )
+LABELS = ("own", "consensus", "consensus_ego")  # of a data set's frames, see datasets/formats/consensus.py
 DECODINGS = ("small", "full", "exact")  # of JPEGs, for training

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from datasets.clips import ClipTable, DataError
+from datasets.formats.a3d import load_a3d
+from datasets.formats.ccd import load_ccd
+from datasets.formats.dad import load_dad
 from datasets.formats.dada import load_dada
-from datasets.formats.dota import load_dota, video_of
+from datasets.formats.dota import load_dota
+from datasets.formats.nexar import load_nexar
 from datasets.formats.video_csv import load_csv
 from datasets.formats.videos import load_bdd100k, load_kinetics, load_videos
 
@@ -24,9 +28,8 @@ class DataSet:
     assumes_fps: its annotations leave the frame rate open, which is `fps`.
     labelled: it can be fine-tuned and evaluated on.
     val_stride: published step between the windows evaluated during training, in source frames.
-    splits: those to check and to pack.
-    published: {split: (clips, frames)}.
-    video_of: tells from a clip's name which video it was cut from.
+    splits: those to check and to pack, unless others are named.
+    published: {split: (clips, frames)}, frames None where nobody has said.
     dapt_split: split that DAPT uses by default.
     dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
     dapt_aligned: whether it crops clips as fine-tuning sees them.
@@ -39,8 +42,7 @@ class DataSet:
     labelled: bool = True
     val_stride: int = 1
     splits: tuple[str, ...] = ("train", "val")
-    published: dict[str, tuple[int, int]] = field(default_factory=dict)
-    video_of: Callable[[str], str] | None = None
+    published: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     dapt_split: str = "train"
     dapt_stride: int = 1
     dapt_aligned: bool = True
@@ -50,11 +52,15 @@ class DataSet:
 _VIDEOS = partial(DataSet, of_videos=True, labelled=False)
 _DOTA = {"train": (3275, 334_903), "val": (1402, 142_747)}
 DATA_SETS = {
-    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA, video_of=video_of),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}, video_of=video_of),
+    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}),
     "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
     "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
     "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
+    "Nexar": DataSet(load_nexar, of_videos=True, published={"train": (1500, None), "val": (667, None)}),
+    "CCD": DataSet(load_ccd, of_videos=True),
+    "DAD": DataSet(load_dad, of_videos=True, published={"train": (1284, 128_400), "val": (466, 46_600)}),
+    "A3D": DataSet(load_a3d, splits=("all",), published={"all": (1500, 128_175)}),
     "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
     "BDD100K": _VIDEOS(load_bdd100k, splits=("train", "val", "test"), dapt_split="all", dapt_stride=16),
     "Kinetics": _VIDEOS(load_kinetics, splits=("train",), dapt_stride=4, dapt_aligned=False),

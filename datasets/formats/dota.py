@@ -28,11 +28,14 @@ CATEGORIES = {  # accident_id -> name (code of the DoTA paper)
     9: "leave_to_left",  # OO
     10: "unknown",  # UK
 }
+CODES = dict(  # of the DoTA paper; both ways of leaving the road are one
+    zip(CATEGORIES.values(), ("ST", "AH", "LA", "OC", "TC", "VP", "VO", "OO", "OO", "UK"), strict=True)
+)
 SPLIT_FILES = {  # variant -> {split: its files under dataset/}; every variant is validated on the full val split
     "DoTA": {"train": ("train_split.txt",), "val": ("val_split.txt",), "all": ("train_split.txt", "val_split.txt")},
     "DoTA_half": {"train": ("half_train_split.txt",), "val": ("val_split.txt",)},
 }
-_HINT = "DoTA's repository (dataset/)"
+HINT = "DoTA's repository (dataset/)"
 _HALF = "huggingface.co/tue-mps/simple-tad (datasets/DoTA); or make it with python -m datasets.tools.prepare half"
 _HINTS = {"half_train_split.txt": _HALF}
 
@@ -47,7 +50,7 @@ def load_dota(name: str, root: str, split: str, selection: Selection) -> ClipTab
     if split not in splits:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
     folder = Path(root, "dataset")
-    names = [clip for file in splits[split] for clip in read_split(folder / file, _HINTS.get(file, _HINT))]
+    names = [clip for file in splits[split] for clip in read_split(folder / file, _HINTS.get(file, HINT))]
     if repeated := first_repeated(names):
         raise DataError(f"{folder}: clip {repeated} is in {' and in '.join(splits[split])}; it must be in one of them")
     metadata = read_metadata(root)
@@ -74,6 +77,11 @@ def read_metadata(root: str) -> dict[str, dict]:
                 if not isinstance(entry, dict) or not isinstance(entry.get("anomaly_class"), str):
                     raise DataError(f"{path}: clip {name} has no anomaly_class")
     return metadata
+
+
+def category_of(entry: dict) -> str:
+    """Return the category of an entry of the metadata, which has it as "ego: leave_to_right"."""
+    return unicode_name(entry["anomaly_class"].split(":")[-1].strip())
 
 
 def _read_json(path: Path) -> dict:
@@ -110,7 +118,7 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
     if metadata is not None:
-        category = unicode_name(metadata["anomaly_class"].split(":")[-1].strip())  # "ego: leave_to_right"
+        category = category_of(metadata)
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),
@@ -120,4 +128,5 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
         category=category,
         ego=ego,
         night=night,
+        recording=video_of(name),
     )

@@ -24,13 +24,9 @@ class SteppedClip(Clip):
 
     number_step: int = 1
 
-    def filename(self, frame: int) -> str:
-        """Return the name of frame i in the original source."""
-        return super().filename(frame * self.number_step)
-
-    def picture(self, frame: int) -> str:
-        """Return the name of the picture that holds frame i: its filename, or in a pack the JPEG of that number."""
-        return super().picture(frame * self.number_step) if self.pack_step else self.filename(frame)
+    def number(self, frame: int) -> int:
+        """Return the number of frame i in the names of its source."""
+        return self.first_frame + self.in_source(frame) * self.number_step
 
 
 @dataclass(frozen=True)

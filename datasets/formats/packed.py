@@ -24,7 +24,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 
 from datasets.clips import MOST_FRAMES, Clip, ClipTable, DataError, Selection, data_errors
 from datasets.formats.numbered import SteppedClip
+from datasets.labels import ANOMALOUS, IGNORED
 from utils.damage import check_types, parse_json
 from utils.text import first_few, short_reason
 
@@ -57,6 +58,7 @@ class PackedClip:
     sha256: str  # of the zip, in hexadecimal
     frames: int  # how many the zip holds
     version: int = 1  # of the code that packed it
+    ignored: list[list[int]] = field(default_factory=list)  # [first, one past the last] frames
 
     @property
     def is_outdated(self) -> bool:
@@ -87,8 +89,9 @@ class PackedClip:
         labels = None
         if self.anomalous is not None:
             labels = np.zeros(self.clip["num_frames"], dtype=np.uint8)
-            for first, end in self.anomalous:
-                labels[first:end] = 1
+            for value, stretches in ((ANOMALOUS, self.anomalous), (IGNORED, self.ignored)):
+                for first, end in stretches:
+                    labels[first:end] = value
         make = SteppedClip if "number_step" in self.clip else Clip
         return make(source=str(root / self.file.removesuffix(".zip")), labels=labels, **self.clip)
 
@@ -103,13 +106,15 @@ class _Table:
     one_clip_per_video: bool
 
 
-def describe(clip: Clip) -> tuple[dict[str, Any], list[list[int]] | None]:
-    """Return (clip, anomalous) of the PackedClip of a clip that has its pack_step."""
+def describe(clip: Clip) -> dict[str, Any]:
+    """Return the fields `clip`, `anomalous` and `ignored` of the PackedClip of a clip that has its pack_step."""
     fields = {k: v for k, v in asdict(clip).items() if k not in UNPACKABLE}
     if clip.labels is None:
-        return fields, None
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], clip.labels > 0, [0]])))
-    return fields, edges.reshape(-1, 2).tolist()
+        return {"clip": fields, "anomalous": None}
+    return {"clip": fields} | {
+        name: np.flatnonzero(np.diff(np.concatenate([[0], clip.labels == value, [0]]))).reshape(-1, 2).tolist()
+        for name, value in (("anomalous", ANOMALOUS), ("ignored", IGNORED))
+    }
 
 
 def sha256(path: Path) -> str:
@@ -158,12 +163,12 @@ def _entry(content: Any) -> PackedClip:
     clip, frames = entry.clip, entry.clip["num_frames"]
     if not (0 < frames < MOST_FRAMES and 0 < clip["fps"] < 1000 and 0 < entry.frames <= frames and entry.bytes >= 0):
         raise ValueError(f"{frames} frames at {clip['fps']} per second, {entry.frames} of them packed")
-    for name, low in (("first_frame", 0), ("pack_step", 1), ("number_step", 1), ("aspect", 1)):
+    for name, low in (("first_frame", 0), ("pack_step", 1), ("number_step", 1), ("aspect", 1), ("offset", 0)):
         if clip.get(name) is not None and not low <= clip[name] < 10**9:
             raise ValueError(f"{name} is {clip[name]}")
-    for first, end in entry.anomalous or ():
+    for first, end in [*(entry.anomalous or ()), *entry.ignored]:
         if not 0 <= first < end <= frames:
-            raise ValueError(f"frames {first} to {end} are anomalous, of {frames}")
+            raise ValueError(f"frames {first} to {end} are labelled, of {frames}")
     if "frame_name" in clip and not _FRAME_NAME.fullmatch(clip["frame_name"]):
         raise ValueError(f"frame_name is {clip['frame_name']!r}")
     if not isinstance(entry.original.get("path"), str) or "\0" in entry.file + entry.original["path"]:

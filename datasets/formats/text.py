@@ -2,10 +2,14 @@
 
 import csv
 import io
+import re
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 
 from datasets.clips import DataError, data_errors
+
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # what .xlsx and .ods, and .xls, begin with
+_NOTHING = ("", "nan", "none", "null", "na", "n/a", "nat")
 
 
 def read_text(path: Path) -> str:
@@ -25,10 +29,14 @@ def read_text(path: Path) -> str:
 def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (number of its last line, cells without the white space around them) of each row that is not empty.
 
-    Raises DataError where the file cannot be read, or a quote is not closed, or has something behind it.
+    Cells are separated by commas, semicolons or tabs, whichever the first row has most of. Raises DataError where the
+    file cannot be read, is a workbook, or a quote is not closed, or has something behind it.
     """
-    with io.StringIO(read_text(path), newline="") as f:
-        reader, line = csv.reader(f, strict=True), 0
+    text = _text_of_table(path)
+    first = re.sub(r'"[^"]*"', "", next((line for line in text.splitlines() if line.strip()), ""))
+    separator = max(",;\t", key=first.count)
+    with io.StringIO(text, newline="") as f:
+        reader, line = csv.reader(f, strict=True, delimiter=separator), 0
         try:
             for cells in reader:
                 line, cells = reader.line_num, [cell.strip() for cell in cells]
@@ -36,6 +44,19 @@ def read_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield line, cells
         except csv.Error as e:  # a quote that is not closed takes in the lines that follow
             raise DataError(f"{path}: in the row that begins in line {line + 1}: {e}; check its quotes") from e
+
+
+def _text_of_table(path: Path) -> str:
+    with data_errors(path), path.open("rb") as f:
+        if f.read(4) in _WORKBOOKS:
+            remedy = f"python -m datasets.tools.prepare sheet {path} {path.with_suffix('.csv').name}"
+            raise DataError(f"{path}: a workbook, not a csv file; {remedy} makes one of it")
+    return read_text(path)
+
+
+def filled(cell: str) -> bool:
+    """Tell whether a cell says something: it is not empty, and none of the words that programs write in its place."""
+    return cell.lower() not in _NOTHING
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,17 +1,32 @@
 """A user's own data, as data set "csv": videos, folders or zips of pictures, with a row for each anomaly or frame.
 
-ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT, which is split "all" alone.
+ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT, which is split "all" alone. Commas,
+semicolons or tabs separate the cells.
 
-path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder
+path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder. A video
+                may be named without its suffix, and one called by a number without the zeros in front: 822
 clip            name of the clip (default: its path); a clip with several anomalies has several rows
 fps             frames per second of the source; videos know it themselves
 step            of the numbers of pictures where every step-th was kept (default: 1)
 start_frame     first and last anomalous frame, counted from 0, both included; empty: none
 end_frame
+start_time      the same in seconds: what is shown from start_time on and before end_time is anomalous
+end_time
+event_time      the accident, and when a careful person could first tell, in seconds. Where the clip has no interval,
+alert_time      frames are anomalous from the alert to the event, or without alert the last 1.5 s before the event;
+                frames from the event on are ignored. An event may lie after the last frame
+label           of a clip without times: 1, all of its frames are anomalous; 0, none is; empty, nobody knows
+clip_start      the clip is a stretch of its file, from clip_start on and before clip_end, in seconds; empty: from the
+clip_end        beginning, to the end. Two clips of one file need it
+source          the recording the file was cut from (default: the file); clips of one belong into one split
 category, ego, night        of the clip, optional; ego and night: 1 or 0
 
-Or a row for each frame: frame (from 0, each frame of a clip once) and label (1 anomalous, 0 safe) in place of
-start_frame and end_frame. Without either pair clips are unlabelled, for DAPT.
+Other columns are groups to report by: weather, city, ... Frames and seconds count from the beginning of the file, also
+where the clip is a stretch of it; frame i is shown at i / fps, the file's own rate. A clip of label 1 in a table with
+columns of times, but without times of its own, has nothing but ignored frames: nobody knows which are anomalous.
+
+Or a row for each frame: frame (from 0, each frame of a clip once) and label (1 anomalous, 0 safe, empty ignored) in
+place of intervals. Without any of these columns clips are unlabelled, for DAPT.
 
 Pictures are one numbered sequence, as in img_0001.png, img_0002.png; the first is frame 0, whatever its number. A gap
 is refused; where every third picture of a recording at 30 fps was kept (img_0001.png, img_0004.png, ...), step 3 says
@@ -21,36 +36,24 @@ that none is missing: fps is then 10, and frames 0, 1, ... are the pictures ther
 import logging
 import math
 import os
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from datasets.clips import BeyondEnd, Clip, ClipTable, DataError, Selection, Unreadable
+from datasets.formats.csv_rows import EVENT, INTERVAL, PER_FRAME, SPAN, STRETCH, Entry, Table, read_table
 from datasets.formats.numbered import SteppedClip, find_numbered
-from datasets.formats.text import read_csv, whole_number
+from datasets.formats.text import whole_number
+from datasets.labels import ANOMALOUS, BEFORE_EVENT, IGNORED, frame_at, labels_of_times
 from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, UNREADABLE
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES, VideoInfo
-from utils.text import first_few
 
 logger = logging.getLogger("tad")
-
-INTERVAL, PER_FRAME = ("start_frame", "end_frame"), ("frame", "label")
-OF_CLIP = ("path", "fps", "step", "category", "ego", "night")
-_YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
-
-
-@dataclass
-class _Entry:
-    """What the rows of a clip say."""
-
-    row: int  # number of the first of them
-    values: dict[str, str]  # {column of OF_CLIP: cell}
-    intervals: list[tuple[int, int, int]] = field(default_factory=list)  # first frame, last frame, row
-    labels: dict[int, int] = field(default_factory=dict)  # {frame: label}
 
 
 @dataclass(frozen=True)
@@ -75,123 +78,92 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     if path == Path(root) and split != "all":
         raise DataError(f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it")
     if not path.is_file():
-        raise DataError(
-            f"{path}: not found; the data set csv has a table for each split, see datasets/formats/video_csv.py"
+        workbook = next((p for p in map(path.with_suffix, (".xlsx", ".xls")) if p.is_file()), None)
+        hint = (
+            f"; python -m datasets.tools.prepare sheet {workbook} {path} makes it of the workbook" if workbook else ""
         )
-    columns, entries = _read(path)
-    frames = _count_frames(path, {k: v for k, v in entries.items() if k not in selection.leave_out}, scan)
+        raise DataError(
+            f"{path}: not found; the data set csv has a table for each split, see datasets/formats/video_csv.py{hint}"
+        )
+    table, rules = read_table(path), Counter()
+    used = {name: entry for name, entry in table.entries.items() if name not in selection.leave_out}
+    videos_of = cache(_videos_by_stem)
+    sources = {name: _find_source(table, name, entry, videos_of) for name, entry in used.items()}
+    _refuse_shared(table, sources)
+    frames = _count_frames(table, used, sources, scan)
 
     def clip(name: str) -> Clip:
         if frames[name].problem:
-            raise Unreadable(f"{entries[name].values['path']}: {frames[name].problem}")
-        return _clip(path, columns, name, entries[name], frames[name], fps)
+            raise Unreadable(f"{used[name].values['path']}: {frames[name].problem}")
+        made, rule = _clip(table, name, sources[name], frames[name], fps)
+        rules[rule] += 1
+        return made
 
-    return selection.table("csv", split, entries, clip)
-
-
-def _fail(path: Path, row: int, column: str, problem: str, error: type[DataError] = DataError) -> NoReturn:
-    raise error(f"{path}: row {row}, column {column}: {problem}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-def _read(path: Path) -> tuple[set[str], dict[str, _Entry]]:
-    """Return the known columns there are, and what the rows say: {clip: entry}."""
-    rows = read_csv(path)
-    header = [cell.lower() for cell in next(rows, (0, []))[1]]
-    columns = _check_header(path, header)
-    entries: dict[str, _Entry] = {}
-    for number, cells in rows:
-        if len(cells) > len(header):
-            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}")
-        _add_row(path, entries, dict(zip(header, cells, strict=False)), number)
-    if not entries:
-        raise DataError(f"{path}: no rows")
-    return columns, entries
-
-
-def _check_header(path: Path, header: list[str]) -> set[str]:
-    known = {"clip", *OF_CLIP, *INTERVAL, *PER_FRAME}
-    columns = known & set(header)
-    if "path" not in columns:
-        raise DataError(f"{path}: row 1 has no column path; it names the columns: path, clip, fps, start_frame, ...")
-    if twice := [c for c in columns if header.count(c) > 1]:
-        raise DataError(f"{path}: row 1 has the column {twice[0]} twice")
-    for pair in (INTERVAL, PER_FRAME):
-        if len(columns & set(pair)) == 1:
-            raise DataError(f"{path}: row 1 has one of the columns {' and '.join(pair)}; both are needed")
-    if columns >= {*INTERVAL, *PER_FRAME}:
-        raise DataError(f"{path}: row 1 has {' and '.join(INTERVAL)} and {' and '.join(PER_FRAME)}; use one pair")
-    if unknown := [c for c in header if c and c not in known]:
-        logger.warning(f"{path}: columns that are not used: {first_few(unknown)}")
-    return columns
-
-
-def _add_row(path: Path, entries: dict[str, _Entry], row: dict[str, str], number: int) -> None:
-    def whole(column: str) -> int:
-        try:
-            value = whole_number(row.get(column, ""))
-        except ValueError:
-            value = -1
-        if value < 0:
-            _fail(path, number, column, f"{row.get(column, '')!r} is not a whole number, 0 or above")
-        return value
-
-    name = row.get("clip") or row.get("path") or _fail(path, number, "path", "empty")
-    values = {column: row[column] for column in OF_CLIP if row.get(column)}
-    entry = entries.setdefault(name, _Entry(number, values))
-    for column, value in values.items():
-        if entry.values.setdefault(column, value) != value:
-            other = entry.values[column]
-            _fail(path, number, column, f"{value!r} for clip {name}, {other!r} in row {entry.row} or after")
-    if row.get("step") and whole("step") == 0:
-        _fail(path, number, "step", "0 is below 1")
-    if row.get("start_frame") or row.get("end_frame"):
-        start, end = whole("start_frame"), whole("end_frame")
-        if end < start:
-            _fail(path, number, "end_frame", f"{end} is before start_frame {start}; both are part of the anomaly")
-        entry.intervals.append((start, end, number))
-    if "frame" in row:
-        frame, label = whole("frame"), whole("label")
-        if label > 1:
-            _fail(path, number, "label", f"{label} is neither 0 nor 1")
-        if frame in entry.labels:
-            _fail(path, number, "frame", f"frame {frame} of clip {name} has a label already")
-        entry.labels[frame] = label
+    clips = selection.table("csv", split, table.entries, clip)
+    if rules.keys() - {_AS_WRITTEN}:
+        logger.info(f"{path}: labels of clips: " + ", ".join(f"{n} {rule}" for rule, n in rules.most_common()))
+    return clips
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources
 
 
-def _absolute(path: Path, entry: _Entry) -> str:
-    return os.path.normpath(os.path.join(path.parent.absolute(), entry.values["path"]))
+def _find_source(table: Table, name: str, entry: Entry, videos_of: Callable[[str], dict[str, set[str]]]) -> str:
+    """Return the absolute path of a clip's source, which the table may name as a bare id."""
+    if "path" not in entry.values:
+        table.fail(entry.row, "path", f"empty, in every row of clip {name}")
+    written = os.path.normpath(os.path.join(table.path.parent.absolute(), entry.values["path"]))
+    if os.path.exists(written) or os.path.exists(f"{written}.zip"):
+        return written
+    folder, last = os.path.split(written)
+    stem, suffix = os.path.splitext(last)
+    stem, suffix = (stem, suffix.lower()) if suffix.lower() in (*VIDEO_SUFFIXES, ".0") else (last, "")
+    found = videos_of(folder).get(stem, ()) or videos_of(folder).get(stem.lstrip("0") or "0", ())
+    found = [file for file in found if suffix in ("", ".0") or file.lower().endswith(suffix)]
+    if len(found) > 1:
+        table.fail(entry.row, "path", f"{entry.values['path']!r} may be {' or '.join(sorted(found)[:3])}: name one")
+    return os.path.join(folder, found[0]) if found else written
 
 
-def _count_frames(path: Path, entries: dict[str, _Entry], scan: VideoScan) -> dict[str, _Frames]:
-    """Return {clip: its frames}; videos go through the scan."""
-    sources: dict[str, str] = {}  # {source of a Clip: its name}
-    for name, entry in entries.items():
-        if "path" not in entry.values:
-            _fail(path, entry.row, "path", f"empty, in every row of clip {name}")
-        absolute = _absolute(path, entry)
-        source = absolute.removesuffix(".zip")
+def _videos_by_stem(folder: str) -> dict[str, set[str]]:
+    """Return {name without suffix, and of a number without zeros in front: videos} of a folder."""
+    found: dict[str, set[str]] = {}
+    for file in os.listdir(folder) if os.path.isdir(folder) else ():
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in VIDEO_SUFFIXES:
+            for key in {stem, (stem.lstrip("0") or "0") if stem.isdecimal() else stem}:
+                found.setdefault(key, set()).add(file)
+    return found
+
+
+def _refuse_shared(table: Table, sources: dict[str, str]) -> None:
+    """Raise DataError where two clips are of one source, and not each a stretch of it."""
+    owners: dict[str, str] = {}
+    for name, absolute in sources.items():
+        entry, source = table.entries[name], absolute.removesuffix(".zip")
         if source == absolute and os.path.isfile(f"{source}.zip"):  # which would be read in its place
-            _fail(path, entry.row, "path", f"{entry.values['path']}.zip is there too; name that, or move it away")
-        if other := sources.get(source):
-            _fail(path, entry.row, "path", f"{entry.values['path']!r} belongs to clip {other} already")
-        sources[source] = name
-    videos = [source for source, name in sources.items() if _is_video(_absolute(path, entries[name]))]
-    found = dict(zip((sources[video] for video in videos), scan(videos), strict=True))
-    log_notes(str(path), found)
+            table.fail(entry.row, "path", f"{entry.values['path']}.zip is there too; name that, or move it away")
+        other = owners.setdefault(source, name)
+        if other != name and not all(table.entries[clip].values.keys() & set(STRETCH) for clip in (name, other)):
+            problem = f"{entry.values['path']!r} belongs to clip {other} already"
+            table.fail(entry.row, "path", f"{problem}; clip_start and clip_end make a stretch of it of each")
+
+
+def _count_frames(
+    table: Table, entries: dict[str, Entry], sources: dict[str, str], scan: VideoScan
+) -> dict[str, _Frames]:
+    """Return {clip: its frames}; videos go through the scan."""
+    videos = list(dict.fromkeys(source for source in sources.values() if _is_video(source)))
+    found = dict(zip(videos, scan(videos), strict=True))
+    of_clips = {name: found[source] for name, source in sources.items() if source in found}
+    log_notes(str(table.path), of_clips)
     frames = {
         name: _Frames(info.frames, info.fps, problem=_why(entries[name].values["path"], info))
-        for name, info in found.items()
+        for name, info in of_clips.items()
     }
     pictures = [name for name in entries if name not in frames]
-    return frames | {name: _of_pictures(path, entries[name]) for name in pictures}
+    return frames | {name: _of_pictures(sources[name], entries[name]) for name in pictures}
 
 
 def _why(name: str, info: VideoInfo) -> str:
@@ -206,10 +178,10 @@ def _is_video(path: str) -> bool:
     return not no_video and not os.path.isdir(path) and (path.lower().endswith(VIDEO_SUFFIXES) or os.path.exists(path))
 
 
-def _of_pictures(path: Path, entry: _Entry) -> _Frames:
+def _of_pictures(source: str, entry: Entry) -> _Frames:
     """Find the numbered pictures of a zip or folder."""
     try:
-        found = find_numbered(_absolute(path, entry), whole_number(entry.values.get("step", "1")))
+        found = find_numbered(source, whole_number(entry.values.get("step", "1")))
     except UNREADABLE as e:
         return _Frames(problem="no such file" if isinstance(e, FileNotFoundError) else str(e))
     return _Frames(found.count, name=found.name, first=found.first, step=found.step)
@@ -218,8 +190,12 @@ def _of_pictures(path: Path, entry: _Entry) -> _Frames:
 # ----------------------------------------------------------------------------------------------------------------------
 # Clips
 
+_AS_WRITTEN = "as the table has them"
 
-def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Frames, assumed_fps: float | None) -> Clip:
+
+def _clip(table: Table, name: str, source: str, frames: _Frames, assumed_fps: float | None) -> tuple[Clip, str]:
+    """Return the clip, and by which rule it is labelled."""
+    entry = table.entries[name]
     values = entry.values
     stated = values.get("fps") or frames.fps or assumed_fps or math.nan
     try:
@@ -227,46 +203,103 @@ def _clip(path: Path, columns: set[str], name: str, entry: _Entry, frames: _Fram
     except ValueError:
         fps = -1.0
     if math.isnan(fps):
-        _fail(path, entry.row, "fps", "empty; pictures do not know their frame rate: fill it in or give --assume_fps")
+        problem = "empty; pictures do not know their frame rate: fill it in or give --assume_fps"
+        table.fail(entry.row, "fps", problem)
     if not 0 < fps < 1000:
-        _fail(path, entry.row, "fps", f"{stated!r} is not a frame rate, above 0 and below 1000")
-    flags: dict[str, bool | None] = {}
-    for column in ("ego", "night"):
-        flags[column] = _YES_NO.get(values.get(column, "").lower())
-        if column in values and flags[column] is None:
-            _fail(path, entry.row, column, f"{values[column]!r} is neither 1 nor 0")
+        table.fail(entry.row, "fps", f"{stated!r} is not a frame rate, above 0 and below 1000")
     if frames.fps and "step" in values:
-        _fail(path, entry.row, "step", "a video has no numbered pictures; leave it empty")
+        table.fail(entry.row, "step", "a video has no numbered pictures; leave it empty")
+    clock = frames.fps or fps  # of the file's seconds
+    first, end = _stretch(table, name, entry, frames.count, clock)
+    event, alert = (table.time(entry, column) for column in EVENT)
+    labels, rule = _labels(table, name, frames.count, clock, (first, end))
     make = Clip if frames.step == 1 else partial(SteppedClip, number_step=frames.step)
-    return make(
+    clip = make(
         name=name,
-        source=_absolute(path, entry).removesuffix(".zip"),
-        num_frames=frames.count,
+        source=source.removesuffix(".zip"),
+        num_frames=end - first,
         fps=fps,
         frame_name=frames.name,
         first_frame=frames.first,
-        labels=_labels(path, columns, name, entry, frames.count),
+        labels=None if labels is None else labels[first:end],
         category=values.get("category"),
-        **flags,
+        ego=table.flag(entry, "ego"),
+        night=table.flag(entry, "night"),
+        offset=first if values.keys() & set(STRETCH) else None,
+        recording=values.get("source") or (values["path"] if values.keys() & set(STRETCH) else None),
+        positive=table.flag(entry, "label"),
+        event_time=None if event is None else event - first / clock,
+        alert_time=None if alert is None else alert - first / clock,
+        groups=entry.groups,
     )
+    return clip, rule
 
 
-def _labels(path: Path, columns: set[str], name: str, entry: _Entry, count: int) -> np.ndarray | None:
-    """Return (count,) uint8, or None where the csv has no labels."""
+def _stretch(table: Table, name: str, entry: Entry, count: int, clock: float) -> tuple[int, int]:
+    """Return the first frame of the clip in its file, and one past its last."""
+    start, end = (table.time(entry, column) for column in STRETCH)
+    first, past = 0 if start is None else frame_at(start, clock), count if end is None else frame_at(end, clock)
+    length = f"clip {name} is of a file of {count / clock:.6g} s"
+    if past > count:
+        table.fail(entry.row, "clip_end", f"{end:g} s, but {length}; empty means its end", BeyondEnd)
+    if first >= past:
+        limit = f"clip_end is {end:g} s" if end is not None else length
+        table.fail(entry.row, "clip_start", f"{start or 0:g} s leaves nothing of the clip; {limit}")
+    return first, past
+
+
+def _labels(
+    table: Table, name: str, count: int, clock: float, stretch: tuple[int, int]
+) -> tuple[np.ndarray | None, str]:
+    """Return (count,) uint8 labels of the file's frames, or None where there are none, and the rule."""
+    entry, label = table.entries[name], table.flag(table.entries[name], "label")
+    event, alert = (table.time(entry, column) for column in EVENT)
+    if alert is not None and (event is None or alert > event):
+        other = "event_time is empty" if event is None else f"event_time is {event:g} s"
+        table.fail(entry.row, "alert_time", f"{alert:g} s, but {other}; the alert comes first")
+    if "frame" in table.columns:
+        return _frame_labels(table, name, entry, count, stretch), _AS_WRITTEN
+    if label is False and (entry.intervals or entry.spans or event is not None):
+        problem = f"0, but the rows of clip {name} say when something happens"
+        table.fail(entry.row, "label", f"{problem}; a stretch of the file is clip_start to clip_end")
+    if entry.intervals or entry.spans:
+        return _interval_labels(table, name, entry, count, clock), _AS_WRITTEN
+    if event is not None:
+        rule = "from alert to event" if alert is not None else f"from {BEFORE_EVENT:g} s before the event"
+        return labels_of_times(count, clock, event=event, alert=alert), rule
+    has_times = table.columns & {*INTERVAL, *SPAN, *EVENT}
+    if label and has_times:
+        return np.full(count, IGNORED, dtype=np.uint8), "positive without a time, so that all frames are ignored"
+    if label is None and ("label" in table.columns or not has_times):
+        return None, _AS_WRITTEN
+    return np.full(count, ANOMALOUS if label else 0, dtype=np.uint8), _AS_WRITTEN
+
+
+def _interval_labels(table: Table, name: str, entry: Entry, count: int, clock: float) -> np.ndarray:
+    labels = labels_of_times(count, clock, intervals=[span[:2] for span in entry.spans])
+    for _, end, row in entry.spans:
+        if frame_at(end, clock) > count:
+            problem = f"{end:g} s, but clip {name} is of a file of {count / clock:.6g} s"
+            table.fail(row, "end_time", problem, BeyondEnd)
+    for start, end, row in entry.intervals:
+        if end >= count:
+            problem = f"{end}, but clip {name} has {count} frames, 0 to {count - 1}"
+            table.fail(row, "end_frame", problem, BeyondEnd)
+        labels[start : end + 1] = ANOMALOUS
+    return labels
+
+
+def _frame_labels(table: Table, name: str, entry: Entry, count: int, stretch: tuple[int, int]) -> np.ndarray:
+    if odd := entry.labels.keys() ^ set(range(*stretch)):
+        missing = stretch[0] <= min(odd) < stretch[1]
+        held = (
+            f"there are {count} frames"
+            if stretch == (0, count)
+            else f"the clip is frames {stretch[0]} to {stretch[1] - 1}"
+        )
+        problem = "has no label" if missing else f"has a label, but {held}"
+        error = DataError if missing else BeyondEnd
+        table.fail(entry.row, PER_FRAME[0], f"frame {min(odd)} of clip {name} {problem}", error)
     labels = np.zeros(count, dtype=np.uint8)
-    if columns.issuperset(INTERVAL):
-        for start, end, row in entry.intervals:
-            if end >= count:
-                problem = f"{end}, but clip {name} has {count} frames, 0 to {count - 1}"
-                _fail(path, row, "end_frame", problem, BeyondEnd)
-            labels[start : end + 1] = 1
-        return labels
-    if columns.issuperset(PER_FRAME):
-        if odd := entry.labels.keys() ^ set(range(count)):
-            missing = min(odd) < count
-            problem = "has no label" if missing else f"has a label, but there are {count} frames"
-            error = DataError if missing else BeyondEnd
-            _fail(path, entry.row, "frame", f"frame {min(odd)} of clip {name} {problem}", error)
-        labels[list(entry.labels)] = list(entry.labels.values())
-        return labels
-    return None
+    labels[list(entry.labels)] = list(entry.labels.values())
+    return labels

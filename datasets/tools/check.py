@@ -34,18 +34,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets import Clip, ClipTable, DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.clips import BeyondEnd, Unreadable, data_errors
 from datasets.formats.packed import PackedClip, read_manifest
+from datasets.labels import ANOMALOUS, IGNORED
 from datasets.parallel import available_cores, in_processes
 from datasets.readers import PICTURE_SUFFIXES, PictureReader, Reader, open_clip, picture_size
 from datasets.scan import probe
 from datasets.tools.check_video import look_deep
-from datasets.windows import WindowIndex
+from datasets.windows import WindowIndex, kept_frames
 from utils.cli import Parser, frame_count, frame_rate, processes
 from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
+from utils.names import LABELS
 from utils.text import first_few
 
 WARNINGS = ("extra_frames", "short", "rate", "truncated")
@@ -92,6 +96,7 @@ def check(
     num_frames: int = 16,
     view_fps: float = 10,
     assume_fps: float | None = None,
+    labels: str = "own",
     workers: int = 1,
 ) -> tuple[list[Finding], dict[str, dict[str, Any]]]:
     """Return (findings in the order of splits and clips, {split: its numbers}) of a data set.
@@ -100,14 +105,14 @@ def check(
         splits: those to check; None: all there are.
         deep: whether every frame is decoded.
         num_frames, view_fps: the window that clips are measured by.
-        assume_fps: as in build_clips.
+        assume_fps, labels: as in build_clips.
         workers: processes that inspect clips.
 
     Raises DataError for an unknown data set or where no split can be read.
     """
     (data_set,) = find_data_sets([name], assume_fps)
     splits = splits or data_set.splits
-    tables, findings = _read_tables(name, root, splits, assume_fps, workers)
+    tables, findings = _read_tables(name, root, splits, workers, assume_fps=assume_fps, labels=labels)
     if not tables:
         raise DataError(findings[0].message)
     packed = {entry.clip["name"]: entry for entry in read_manifest(Path(root))}
@@ -119,7 +124,9 @@ def check(
         findings += [Finding(task.split, task.clip.name, *pair) for pair in found]
     numbers = {}
     for split, table in tables.items():
-        index = WindowIndex(table.frame_counts, src_fps=table.fps, num_frames=num_frames, view_fps=view_fps)
+        index = WindowIndex(
+            table.frame_counts, src_fps=table.fps, num_frames=num_frames, view_fps=view_fps, keep=kept_frames(table)
+        )
         window = f"a window of {num_frames} frames at {view_fps:g} fps spans"
         for i in index.short_clips:
             message = f"{table[i].num_frames} frames; {window} {index.spans[i]}"
@@ -132,7 +139,7 @@ def check(
 
 
 def _read_tables(
-    name: str, root: str, splits: Sequence[str], assume_fps: float | None, workers: int
+    name: str, root: str, splits: Sequence[str], workers: int, **options: Any
 ) -> tuple[dict[str, ClipTable], list[Finding]]:
     tables, findings = {}, []
     with tempfile.TemporaryDirectory() as folder:  # a scan of its own: files may have broken since an earlier one
@@ -140,7 +147,7 @@ def _read_tables(
         for split in splits:
             problems: dict[str, DataError] = {}
             try:
-                tables[split] = build_clips(name, root, split, scan, assume_fps, problems=problems)
+                tables[split] = build_clips(name, root, split, scan, problems=problems, **options)
             except DataError as e:
                 findings.append(Finding(split, "", "annotation", str(e)))
             findings += [Finding(split, c, KINDS.get(type(e), "annotation"), str(e)) for c, e in problems.items()]
@@ -170,7 +177,7 @@ def _look_at_pictures(reader: PictureReader, clip: Clip, deep: bool) -> Iterator
     names = sorted(name for name in reader.file_names() if name.lower().endswith(PICTURE_SUFFIXES))
     there = [expected[name] for name in names if name in expected]
     yield from _lacking(clip, reader.path, there, f"; it holds {names[0]} and so on" if names and not there else "")
-    if there and (extra := [name for name in names if name not in expected]):
+    if there and clip.offset is None and (extra := [name for name in names if name not in expected]):
         yield "extra_frames", f"{reader.path}: {len(extra)} more than the {len(expected)} annotated: {_some(extra)}"
     broken: list[str] = []
     sizes: dict[tuple[int, int], list[str]] = defaultdict(list)  # {(height, width): names}
@@ -198,22 +205,23 @@ def _look_at_video(reader: Reader, clip: Clip, deep: bool) -> Iterator[tuple[str
     if info.problem:
         yield "unreadable", f"{reader.path}: {info.problem}"
         return
-    frames = range(min(info.frames, clip.num_frames))
+    frames = range(max(min(info.frames - clip.in_source(0), clip.num_frames), 0))
     yield from _lacking(clip, reader.path, frames, "")
     if abs(info.fps / clip.fps - 1) > 0.01:
         yield "rate", f"{reader.path}: {info.fps:g} fps, annotated as {clip.fps:g}"
     if info.short:
         yield "truncated", f"{reader.path}: {info.short}"
     if deep:
-        yield from look_deep(reader.path, len(frames))
+        yield from look_deep(reader.path, clip.in_source(len(frames)))
 
 
 def _lacking(clip: Clip, path: str, there: Sequence[int], note: str) -> Iterator[tuple[str, str]]:
     """Yield what to say of annotated frames that are not in `there`, ascending; anomalous ones after its end differ."""
     end = there[-1] + 1 if there else 0
-    beyond = clip.labels is not None and bool(clip.labels[end:].any())
+    anomalous = np.flatnonzero(clip.labels == ANOMALOUS) if clip.labels is not None else np.zeros(0, np.int64)
+    beyond = bool((anomalous >= end).any())
     if there and beyond:
-        last = int(clip.labels.nonzero()[0][-1])
+        last = int(anomalous[-1])
         yield "label_beyond_end", f"{path}: anomalous up to frame {last}, the last one there is {end - 1}"
     have = set(there)
     missing = [i for i in clip.stored_frames.tolist() if i not in have and not (there and beyond and i >= end)]
@@ -261,12 +269,15 @@ def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
         "fps": {f"{fps:g}": n for fps, n in sorted(Counter(table.fps.round(3).tolist()).items())},
         "windows": len(index),
     }
-    if not len(table) or table[0].labels is None:
+    labels = {i: clip.labels for i, clip in enumerate(table) if clip.labels is not None}
+    if not labels:
         return numbers
     return numbers | {
-        "anomalous_frames": int(sum(int(clip.labels.sum()) for clip in table)),
-        "anomalous_windows": int(sum(clip.labels[index.last_frames(i)].sum() for i, clip in enumerate(table))),
-        "clips_with_anomaly": sum(bool(clip.labels.any()) for clip in table),
+        "unlabelled_clips": len(table) - len(labels),
+        "anomalous_frames": sum(int((of_clip == ANOMALOUS).sum()) for of_clip in labels.values()),
+        "ignored_frames": sum(int((of_clip == IGNORED).sum()) for of_clip in labels.values()),
+        "anomalous_windows": sum(int((labels[i][index.last_frames(i)] == ANOMALOUS).sum()) for i in labels),
+        "clips_with_anomaly": sum(bool((of_clip == ANOMALOUS).any()) for of_clip in labels.values()),
         "categories": dict(Counter(str(clip.category) for clip in table).most_common()),
         "ego": sum(bool(clip.ego) for clip in table),
         "night": sum(bool(clip.night) for clip in table),
@@ -276,14 +287,13 @@ def _numbers(table: ClipTable, index: WindowIndex) -> dict[str, Any]:
 def _compare_with_published(
     name: str, numbers: dict[str, dict[str, Any]], findings: Sequence[Finding], tables: Mapping[str, ClipTable]
 ) -> None:
-    """Add the published numbers, and how many clips are cut from videos of an earlier split, in place."""
+    """Add the published numbers, and how many clips are cut from recordings of an earlier split, in place."""
     data_set, videos = find_data_set(name), set()
     for split, counts in numbers.items():
         counts["unusable_annotations"] = sum(f.split == split and f.kind == "annotation" for f in findings)
         if split in data_set.published:
             counts["published"] = dict(zip(("clips", "frames"), data_set.published[split], strict=True))
-        if data_set.video_of:
-            of_split = [data_set.video_of(clip.name) for clip in tables[split]]
+        if of_split := [clip.recording for clip in tables[split] if clip.recording is not None]:
             counts["clips_of_videos_in_earlier_splits"] = sum(video in videos for video in of_split)
             videos.update(of_split)
 
@@ -307,7 +317,7 @@ def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]
 
 
 def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
-    published = {k: f" ({n} are published)" for k, n in counts.get("published", {}).items()}
+    published = {k: f" ({n} are published)" for k, n in counts.get("published", {}).items() if n}
     clips, frames = (f"{counts[k]} {k}{published.get(k, '')}" for k in ("clips", "frames"))
     fps = ", ".join(f"{n} at {fps} fps" for fps, n in counts["fps"].items())
     low, high = counts["frames_per_clip"]
@@ -318,6 +328,10 @@ def _split_lines(split: str, counts: Mapping[str, Any]) -> Iterator[str]:
             f"    anomalous: {counts['clips_with_anomaly']} clips, {counts['anomalous_frames']} frames ({share:.1%}), "
             f"{counts['anomalous_windows']} windows; ego {counts['ego']}, night {counts['night']}"
         )
+        if ignored := counts["ignored_frames"]:
+            yield f"    ignored: {ignored} frames, which no window that is trained on or scored ends on"
+        if unlabelled := counts["unlabelled_clips"]:
+            yield f"    unlabelled: {unlabelled} clips, which can be neither fine-tuned on nor evaluated"
         yield "    " + ", ".join(f"{category} {n}" for category, n in counts["categories"].items())
     if shared := counts.get("clips_of_videos_in_earlier_splits"):
         yield f"    {shared} clips are cut from videos of an earlier split"
@@ -353,6 +367,9 @@ def main() -> None:
     parser.add_argument("--num_frames", type=frame_count, default=16, help="frames of a window (default: 16)")
     parser.add_argument("--view_fps", type=frame_rate, default=10.0, help="and their rate (default: 10)")
     parser.add_argument("--assume_fps", type=frame_rate, help=ASSUME_FPS)
+    parser.add_argument(
+        "--labels", choices=LABELS, default="own", help="of its frames (default: own), see docs/data.md"
+    )
     parser.add_argument("--output_dir", default=".", help="where the two files go (default: the current folder)")
     parser.add_argument("--workers", type=processes, default=available_cores(), help="processes (default: all cores)")
     args = parser.parse_args()
@@ -360,6 +377,7 @@ def main() -> None:
     logging.getLogger("tad").setLevel(logging.WARNING)
     about = {"data_set": args.data_set, "root": os.path.abspath(args.root), "deep": args.deep}
     window = {"num_frames": args.num_frames, "view_fps": args.view_fps, "assume_fps": args.assume_fps}
+    window["labels"] = args.labels
     folder = Path(args.output_dir)
     try:
         with data_errors(folder, "written, choose another --output_dir"):  # known before the work

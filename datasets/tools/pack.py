@@ -152,7 +152,7 @@ def _jobs(tables: dict[str, ClipTable], out: Path, settings: Settings) -> dict[s
             job = Job(clip, out, file_of(clip.name), settings)
             if clip.name in jobs:
                 other = jobs[clip.name].clip
-                if (clip.source, clip.num_frames) != (other.source, other.num_frames):
+                if (clip.source, clip.offset, clip.num_frames) != (other.source, other.offset, other.num_frames):
                     both = f"{clip.source}, {other.source}"
                     raise DataError(f"{table.name}: two clips are called {clip.name}: {both}; rename one")
                 continue
@@ -189,7 +189,7 @@ def file_of(name: str) -> str:
 def _is_done(job: Job, entry: PackedClip | None) -> bool:
     if entry is None:
         return False
-    same = all(entry.clip[k] == getattr(job.clip, k) for k in ("num_frames", "first_frame", "pack_step"))
+    same = all(entry.clip.get(k) == getattr(job.clip, k) for k in ("num_frames", "first_frame", "pack_step", "offset"))
     try:
         return same and (job.root / entry.file).stat().st_size == entry.bytes and stamp(job.clip) == entry.original
     except (OSError, DataError):
@@ -248,8 +248,8 @@ def _finish(
             "one_clip_per_video": table.one_clip_per_video,
         }
     for clip_name, job in jobs.items():
-        clip, anomalous = describe(replace(job.clip, aspect=done[clip_name].clip.get("aspect")))
-        done[clip_name] = replace(done[clip_name], clip=clip, anomalous=anomalous)
+        annotation = describe(replace(job.clip, aspect=done[clip_name].clip.get("aspect")))
+        done[clip_name] = replace(done[clip_name], **annotation)
     listed = {clip: None for splits in index["tables"].values() for table in splits.values() for clip in table["clips"]}
     with replaced(out / MANIFEST) as temporary:  # a clip of another table whose line was damaged is not there
         _write_manifest(temporary, (done[clip] for clip in listed if clip in done))

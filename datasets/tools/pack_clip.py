@@ -126,9 +126,16 @@ def pack_clip(job: Job) -> PackedClip | DataError:
     except DataError as e:
         return e
     size = path.stat().st_size
-    settings = asdict(job.settings)
-    clip = describe(replace(job.clip, aspect=aspects[0]))
-    return PackedClip(*clip, original, settings, job.file, size, digest, len(frames), VERSION)
+    return PackedClip(
+        **describe(replace(job.clip, aspect=aspects[0])),
+        original=original,
+        settings=asdict(job.settings),
+        file=job.file,
+        bytes=size,
+        sha256=digest,
+        frames=len(frames),
+        version=VERSION,
+    )
 
 
 def stamp(clip: Clip) -> dict[str, Any]:

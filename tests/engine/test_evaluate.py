@@ -260,6 +260,10 @@ def test_every_clip_that_is_not_scored_stands_in_a_list():
                           [Fault(2, "1/001", "broken")])  # fmt: skip
     covered = coverage(without, clips)
     assert [covered[name] for name in lists] == [["u", "1/001"], ["l"], [], ["short"]] and covered["clips_scored"] == 1
+    short = next(clip for clip in clips if clip.name == "short")
+    ignored = replace(short, name="ignored", labels=np.full(short.num_frames, 2, dtype=np.uint8))
+    covered = coverage(first, replace(clips, clips=[*clips.clips, ignored]))
+    assert (covered["too_short"], covered["ignored"]) == (["short"], ["ignored"])
 
 
 def test_metrics_json_has_null_where_undefined(tmp_path):

@@ -42,7 +42,7 @@ def test_variants_and_splits(dota_root):
     assert [c.name for c in build_clips("DoTA_half", str(dota_root), "val")] == names["val"]
     with pytest.raises(DataError, match="DoTA_half has no split 'all'; it has train, val"):
         build_clips("DoTA_half", str(dota_root), "all")
-    with pytest.raises(DataError, match="unknown data set 'dota'; known: BDD100K, CAP-DATA, .*DoTA, DoTA_half"):
+    with pytest.raises(DataError, match="unknown data set 'dota'; known: A3D, BDD100K, CAP-DATA, .*DoTA, DoTA_half"):
         build_clips("dota", str(dota_root), "train")
 
 

@@ -1,5 +1,6 @@
 """A user's own table: what it may hold, and what its mistakes are answered with."""
 
+import logging
 import re
 import shutil
 import zipfile
@@ -63,12 +64,19 @@ def test_rows_of_a_clip_add_up(table, sources):
         assert reader.read([0, 11])[:, 0, 0, 0].tolist() == [8, 19]
 
 
-def test_columns_that_are_not_used_are_named(table, caplog):
-    table("path,start,end_frames\na.mp4,1,2\n")
-    assert "columns that are not used: start, end_frames" in caplog.text
+def test_other_columns_are_groups(table, caplog):
+    caplog.set_level(logging.INFO, "tad")
+    rows = [(i, clip) for i in range(20) for clip in ("a.mp4,Rain", "b.mov,None")]
+    text = "".join(f"{clip},nan,{i},0,{i}\n" for i, clip in rows)
+    one, two = table("path,weather,end_frames,frame,label,speed\n" + text)
+    assert one.groups == {"weather": "Rain"} and two.groups == {}
+    assert "other columns are groups to report by: weather" in caplog.text
+    assert "taken for groups: end_frames (is end_frame meant?)" in caplog.text
+    assert "not used, since they differ within a clip: speed" in caplog.text
 
 
 def test_names_in_messages_are_few_and_short(table, caplog):
+    caplog.set_level(logging.INFO, "tad")
     table("path," + ",".join(f"c{i}" for i in range(100_000)) + "\na.mp4\n")
     assert "c0, c1, c2, c3, c4, ... (100000 in all)" in caplog.text and len(caplog.text) < 1000
     assert len(first_few(["x" * 10**6])) < 1000

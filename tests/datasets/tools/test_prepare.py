@@ -8,11 +8,13 @@ import zipfile
 
 import openpyxl
 import pytest
+import torch
 import xlwt
 from helpers import SHARED, run, write_video
 
 from datasets import VideoScan, build_clips
-from datasets.clips import Clip, DataError
+from datasets.clips import DataError
+from datasets.formats.dota import CATEGORIES, CODES
 from datasets.tools import prepare
 from datasets.windows import WindowIndex
 
@@ -65,18 +67,72 @@ def test_half_of_each_category(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not (SHARED / "data" / "dota").exists(), reason="needs ../shared/data/dota")
 def test_half_of_the_real_dota_has_the_published_size():
     metadata = json.loads((SHARED / "data" / "dota" / "metadata_train.json").read_text())
-    clips = [
-        Clip(name, "", entry["num_frames"], 10.0, category=entry["anomaly_class"].split(": ")[1])
-        for name, entry in metadata.items()
-    ]
-    assert len(clips) == 3275 and len(prepare.half(clips, seed=0)) == 1634
+    categories = {name: entry["anomaly_class"].split(": ")[1] for name, entry in metadata.items()}
+    assert len(categories) == 3275 and len(prepare.half(categories, seed=0)) == 1634
 
 
-def test_half_of_dota(dota_root, tmp_path, monkeypatch):
+def test_half_of_dota_from_its_metadata_alone(dota_root, tmp_path, monkeypatch):
     shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
     (tmp_path / "dataset" / "half_train_split.txt").unlink()
     command(monkeypatch, "half", "DoTA", tmp_path)
     assert 1 <= len(build_clips("DoTA_half", str(tmp_path), "train")) < 8
+    (tmp_path / "dataset" / "annotations").rename(tmp_path / "away")
+    command(monkeypatch, "half", "DoTA", tmp_path, "--out", tmp_path / "of_metadata.txt")
+    half = (tmp_path / "dataset" / "half_train_split.txt").read_text()
+    assert (tmp_path / "of_metadata.txt").read_text() == half
+    (tmp_path / "away").rename(tmp_path / "dataset" / "annotations")
+    (tmp_path / "dataset" / "metadata_train.json").unlink()
+    command(monkeypatch, "half", "DoTA", tmp_path, "--out", tmp_path / "of_annotations.txt")
+    assert (tmp_path / "of_annotations.txt").read_text() == half
+
+
+def test_splits_share_no_source(tmp_path, monkeypatch, capsys):
+    sources = {f"drive-{i}": 1 + i % 4 for i in range(20)}
+    rows = [[f"f/{s}-{i}", 10, s, ("sun", "rain")[i % 2], i % 2] for s, n in sources.items() for i in range(n)]
+    (tmp_path / "d").mkdir()
+    for path, *_ in rows:
+        (tmp_path / "d" / path).mkdir(parents=True)
+        (tmp_path / "d" / path / "0.png").write_bytes(b"")
+    with (tmp_path / "d" / "mine.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([["path", "fps", "source", "weather", "label"], *rows])
+    table = str(tmp_path / "d" / "mine.csv")
+    command(monkeypatch, "split", "csv", table, "--val", 0.2, "--seed", 3)
+    said = capsys.readouterr().out
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    train, val = (build_clips("csv", table, split, scan) for split in ("train", "val"))
+    assert len(train) + len(val) == len(rows) == 50 and 8 <= len(val) <= 10
+    assert not {c.recording for c in train} & {c.recording for c in val}
+    assert f"val: {len(val)} clips ({sum(c.is_positive for c in val)} with an accident)" in said
+    first = (tmp_path / "d" / "mine_val.txt").read_text()
+    assert first.startswith("# clips of split all; by source, val 0.2, seed 3\n")
+    with pytest.raises(SystemExit, match="mine_train.txt exists; remove it, or choose other --names"):
+        command(monkeypatch, "split", "csv", table, "--seed", 3)
+    command(monkeypatch, "split", "csv", table, "--seed", 3, "--names", "a", "b")
+    assert (tmp_path / "d" / "mine_b.txt").read_text().splitlines()[1:] == first.splitlines()[1:]
+    command(monkeypatch, "split", "csv", table, "--by", "weather", "--names", "c", "d", "--val", 0.5)
+    assert len({c.groups["weather"] for c in build_clips("csv", table, "d", scan)}) == 1
+    with pytest.raises(
+        SystemExit, match="has no city, by which the split is to be made; known of it: source, clip, we"
+    ):
+        command(monkeypatch, "split", "csv", table, "--by", "city", "--names", "e", "f")
+    for text, message in (
+        ("f/drive-0-0\n", "first line does not say of which split"),
+        ("# clips of split all; x\nf/drive-0-0\nf/drive-0-0\n", "clip f/drive-0-0 is listed twice"),
+        ("# clips of split all; x\ngone\n", "not of csv all: gone; write the list anew"),
+        ("# clips of split all; x\n", "lists no clips"),
+    ):
+        (tmp_path / "d" / "mine_b.txt").write_text(text)
+        with pytest.raises(DataError, match=message):
+            build_clips("csv", table, "b", scan)
+
+
+def test_a_selection_split_within_train(dota_root, tmp_path, monkeypatch):
+    shutil.copytree(dota_root / "dataset", tmp_path / "dataset")
+    with pytest.raises(SystemExit, match="DoTA has a split val already, which a list would hide; choose other --names"):
+        command(monkeypatch, "split", "DoTA", tmp_path, "--split", "train")
+    command(monkeypatch, "split", "DoTA", tmp_path, "--split", "train", "--names", "fit", "select", "--by", "clip")
+    train, fit, select = (build_clips("DoTA", str(tmp_path), split) for split in ("train", "fit", "select"))
+    assert sorted(c.name for c in [*fit, *select]) == sorted(c.name for c in train) and len(select) == len(train) // 5
 
 
 def test_frame_level_annotation_has_a_row_for_each_scored_frame(dota_root, tmp_path, monkeypatch, capsys):
@@ -86,14 +142,29 @@ def test_frame_level_annotation_has_a_row_for_each_scored_frame(dota_root, tmp_p
     clips = build_clips("DoTA", str(dota_root), "val")
     assert len(rows) == len(WindowIndex(clips.frame_counts, src_fps=10, num_frames=8, view_fps=10))
     ids, expected = {"lateral": 3, "oncoming": 4, "leave_to_right": 8}, []
+    codes = {"lateral": "LA", "oncoming": "OC", "leave_to_right": "OO"}
     for clip in clips:
         for t in range(7, clip.num_frames):
             label = int(clip.labels[t])
             ego = str(clip.category == "oncoming")
             expected.append([str(len(expected)), clip.name, f"{t:06d}.jpg", str(label * ids[clip.category]),
-                             str(label * (ego == "True")), str(clip.night), clip.category, ego])  # fmt: skip
+                             str(label * (ego == "True")), str(clip.night), codes[clip.category], ego])  # fmt: skip
     assert rows == expected
-    assert f"{len(rows)} frames of 5 clips" in capsys.readouterr().out
+    assert f"{len(rows)} frames of 5 clips, each the last of a window of 8 frames at 10 fps" in capsys.readouterr().out
+    torch.save({"model": {}, "spec": {"num_frames": 4, "view_fps": 5.0}}, tmp_path / "w.pth")
+    command(monkeypatch, "frames", "DoTA", dota_root, tmp_path / "of_model.csv", "--model", tmp_path / "w.pth")
+    assert "each the last of a window of 4 frames at 5 fps" in capsys.readouterr().out
+    assert len(read(tmp_path / "of_model.csv")) == 1 + len(
+        WindowIndex(clips.frame_counts, src_fps=10, num_frames=4, view_fps=5)
+    )
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="w.pth: no weights file that says its window .*; give --num_frames"):
+        command(monkeypatch, "frames", "DoTA", dota_root, tmp_path / "x.csv", "--model", tmp_path / "w.pth")
+
+
+def test_every_category_of_dota_has_its_code():
+    assert list(CODES.values()) == ["ST", "AH", "LA", "OC", "TC", "VP", "VO", "OO", "OO", "UK"]
+    assert list(CODES) == list(CATEGORIES.values())
 
 
 def test_frame_level_annotation_of_dada(tmp_path, monkeypatch):
