@@ -30,6 +30,7 @@ from utils.record import Changeable
 from utils.resolve import (
     INPUT,
     common_flags,
+    fill_from_config,
     fill_unset,
     keep_history,
     leave_gpus_alone,
@@ -78,7 +79,7 @@ from engine.resume import agreed_state, recorded_arguments
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
-from models.weights import CheckpointError, fetch, load_pretrained, read_spec
+from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
     data_parallel,
@@ -125,8 +126,8 @@ def resolve_spec(args: Namespace, process: Process) -> None:
         return
     with local_main_first(process):  # one download per node
         path = fetch(args.from_ckpt)
-    spec = read_spec(path)
-    if spec is None:
+    if (spec := read_spec(path)) is None:
+        fill_from_config(args, read_hints(path), SPEC, args.from_ckpt)
         return
     try:
         spec["model"] = masked_autoencoder_of(spec["model"])

@@ -32,6 +32,7 @@ from utils.resolve import (
     INPUT,
     WEIGHTS_SOURCE,
     common_flags,
+    fill_from_config,
     fill_unset,
     keep_history,
     leave_gpus_alone,
@@ -83,7 +84,7 @@ from engine.plots import evaluation_figures
 from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
-from models.weights import CheckpointError, fetch, load_pretrained, read_spec
+from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
     broadcast,
@@ -134,11 +135,10 @@ def resolve_spec(args: Namespace, process: Process) -> None:
         return
     with local_main_first(process):  # one download per node
         path = fetch(args.finetune)
-    spec = read_spec(path)
-    if spec is None:
+    if (spec := read_spec(path)) is None:
+        fill_from_config(args, read_hints(path), SPEC, args.finetune)
         if args.eval:
-            logger.warning(f"{args.finetune} has no spec: where --model, --num_frames, --view_fps, --gelu and the like "
-                           "are left out, their defaults are used")  # fmt: skip
+            logger.warning(f"{args.finetune} has no spec: --model, --view_fps and the like, left out, are the defaults")
         return
     try:
         trained = spec | {"model": classifier_of(spec["model"])}

@@ -25,6 +25,8 @@ CLASSIFIERS = (
     "internvideo2_small_patch14_224",
     "internvideo2_base_patch14_224",
     "internvideo2_large_patch14_224",
+    "vivit_tiny_patch16_64",
+    "vivit_base_patch16_224",
 )
 # VideoMAE's own have "videomae_" in place of "vit_".
 MASKED_AUTOENCODERS = tuple(

@@ -35,6 +35,14 @@ def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Seque
             setattr(args, name, values.get(name))
 
 
+def fill_from_config(args: argparse.Namespace, hints: Mapping[str, Any], names: Sequence[str], weights: str) -> None:
+    """Fill in what was left open of the named arguments from the files beside weights, in place, and log it."""
+    taken = {name: value for name, value in hints.items() if name in names and getattr(args, name, None) is None}
+    fill_unset(args, hints, names)
+    if taken:
+        logger.info(f"by the files beside {weights}: {', '.join(f'{name} {value}' for name, value in taken.items())}")
+
+
 def refuse_contradictions(
     args: argparse.Namespace, spec: Mapping[str, Any], names: Sequence[str], weights: str
 ) -> None:

@@ -53,6 +53,22 @@ _PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
 # pre-training" (encoder.blocks), "VideoMAE V2 distilled" and "Video ViT" (blocks).
 DIALECTS = (
     Dialect(
+        "ViViT of Hugging Face",
+        marks=r".+",
+        family="vivit",
+        ignored=(r"head\.(weight|bias)", r"pooler\.dense\.(weight|bias)"),
+        models=r"(pretrain_)?(vivit|vit)_.+",
+        pos_embed=None,
+        stored_table=True,
+    ),
+    Dialect(
+        "VideoMAE of Hugging Face",
+        marks=r".+",
+        family="videomae",
+        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
+        models=_PLAIN,
+    ),
+    Dialect(
         "InternVideo2",
         marks=r"(encoder\.)?clip_projector\..+",
         final_norm="norm",  # of a masked autoencoder alone; a classifier's fc_norm comes after the pooling
@@ -70,6 +86,15 @@ DIALECTS = (
         pos_embed="learned",
         stored_table=True,
         inflated=True,
+    ),
+    Dialect(
+        "ViViT",
+        marks=r"(encoder\.)?cls_token",
+        final_norm="norm",
+        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
+        models=r"(pretrain_)?vivit_.+",
+        pos_embed="learned",
+        stored_table=True,
     ),
     Dialect("ViViT, converted", marks=r"encoder\.blocks\.\d+\..+", family="ViViT", pos_embed=None, stored_table=True),
     Dialect(

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.registry import SPEC_VERSION
+from models.weights import hf_folder
+from models.weights.errors import CheckpointError
 from utils.damage import zip_damage
 from utils.exits import explain
 from utils.pickles import refused_code
@@ -32,10 +34,6 @@ from utils.text import first_few, short_reason
 MODEL_KEYS = "model|module|state_dict|model_state"
 _LONGEST_NAME = 200  # characters of a file name; systems allow 255 with what is put before and behind
 CONVERT_VIVIT = "convert it with other_models/ViViT/ckpt_vivit.py"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,16 @@ def _load(file: Path, *, mapped: bool) -> object:
 
 
 def _read(path: str, *, mapped: bool = False) -> dict:
-    """Return the dictionary in a file. Raises CheckpointError: missing, empty, truncated or foreign file."""
+    """Return the dictionary in a file, or in all parts that an index names, which may be that of a folder.
+
+    Raises CheckpointError: missing, empty, truncated or foreign file, parts that are not those of their index.
+    """
     file = Path(fetch(str(path)))
     if file.is_dir():
-        raise CheckpointError(f"{path}: this is a folder; give a weights file, checkpoint-<epoch>.pth of a run of ours")
+        file = hf_folder.weights_file(file)
+        path = str(file)
+    if file.name.endswith(hf_folder.INDEX) and file.is_file():
+        return _read_parts(file, mapped=mapped)
     if not file.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if file.stat().st_size == 0:
@@ -160,11 +164,26 @@ def _read(path: str, *, mapped: bool = False) -> dict:
     return content
 
 
+def _read_parts(index: Path, *, mapped: bool) -> dict:
+    """Return the dictionary in all parts that an index names."""
+    content: dict = {}
+    for part, keys in hf_folder.parts_of(index).items():
+        held = _read(str(part), mapped=mapped)
+        if lacking := keys - held.keys():
+            names = first_few(sorted(lacking), 4)
+            raise CheckpointError(f"{part}: lacks {names}, which {index.name} says it has; copy all parts again")
+        if twice := held.keys() & content.keys():
+            names = first_few(sorted(twice), 4)
+            raise CheckpointError(f"{part}: has {names}, which another part has too; copy all parts again")
+        content |= held
+    return content
+
+
 def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     """Read a state dict to the CPU from a PyTorch or safetensors file, unpickling tensors and plain types only.
 
     Args:
-        path: file or URL.
+        path: file or URL, or a folder, see `models.weights.hf_folder`.
         model_key: names separated by |; the first one present is unwrapped, else the file itself must be a state dict.
 
     Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
@@ -200,8 +219,11 @@ def read_spec(path_or_url: str) -> dict | None:
     """Return the spec of a weights file of ours; None where the file has none. Of a file as torch.save writes
     it, the tensors are not read.
 
-    Raises CheckpointError: an unreadable file, a damaged spec.
+    A folder has none: see `read_hints`. Raises CheckpointError: an unreadable file, a damaged spec.
     """
+    if Path(fetch(path_or_url)).is_dir():
+        hf_folder.weights_file(Path(path_or_url))
+        return None
     return _checked_spec(_read(path_or_url, mapped=True), path_or_url)
 
 

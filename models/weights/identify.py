@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.registry import create_model, list_models
+from models.weights import hf_keys
 from models.weights.dialects import DIALECTS, Dialect
-from models.weights.file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
+from models.weights.entries import Entries, Entry, select
+from models.weights.errors import CheckpointError
+from models.weights.file import MODEL_KEYS, Checkpoint, read_checkpoint
+from models.weights.hf_config import check_config
 from utils.text import first_few
 
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 Shapes = dict[str, tuple[int, ...]]  # by canonical key
 Fits = Callable[["Registered"], bool]
 
@@ -28,41 +31,26 @@ class Registered:
     table: str
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: its key there, and the key without wrappers' prefixes."""
+def find_entries(checkpoint: Checkpoint, model_prefix: str) -> Entries:
+    """Return the tensors under model_prefix, in our names where they have Hugging Face's; the others are ignored.
 
-    key: str
-    bare: str
-    tensor: Tensor
-
-
-def find_entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[Entry]:
-    """Return the tensors under model_prefix; the others go to reasons. Raises CheckpointError where there are none."""
-    prefix = _WRAPPERS.sub("", model_prefix and model_prefix.rstrip(".") + ".")
-    entries = []
-    for key, tensor in checkpoint.state.items():
-        bare = _WRAPPERS.sub("", key)
-        if bare.startswith(prefix):
-            entries.append(Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), tensor))
-        else:
-            reasons[key] = f"outside {prefix}*"
-    if not entries:
-        raise CheckpointError(
-            f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {first_few(checkpoint.state, 4)}"
-        )
-    return entries
+    Raises CheckpointError: there are none, or Hugging Face's are not whole or not those of their config.json.
+    """
+    found = select(checkpoint, model_prefix)
+    if family := hf_keys.family_of(found.entries):
+        hf_keys.translate(found, family, checkpoint.path)
+        check_config(found, family, checkpoint.path)
+    return found
 
 
-def recognise(entries: list[Entry], checkpoint: Checkpoint) -> Dialect:
+def recognise(found: Entries, checkpoint: Checkpoint) -> Dialect:
     """Return the dialect of a file. Raises CheckpointError where it is of none."""
+    entries, family = found.entries, found.family or checkpoint.family
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
         has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
-        if has_shapes and dialect.family in (None, checkpoint.family) and _marked(entries, dialect.marks):
+        if has_shapes and dialect.family in (None, family) and _marked(entries, dialect.marks):
             return dialect
-    if _marked(entries, r"(vivit\.)?embeddings\.cls_token"):
-        raise CheckpointError(f"{checkpoint.path}: this is a ViViT of Hugging Face; {CONVERT_VIVIT}")
     keys = first_few((entry.bare for entry in entries), 4)
     raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
 
@@ -154,9 +142,9 @@ def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str =
     Classifiers come first. Raises CheckpointError where the file is not readable or for no registered model.
     """
     checkpoint = read_checkpoint(path, model_key)
-    entries = find_entries(checkpoint, model_prefix, {})
+    entries = find_entries(checkpoint, model_prefix)
     dialect = recognise(entries, checkpoint)
-    shapes = {re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries}
+    shapes = {re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries.entries}
     found, table = architecture(shapes), trained_table(checkpoint, dialect)
     if not (names := _names(found, lambda model: _fits(model, dialect, table))):
         raise CheckpointError(f"{path}: {dialect.name}, {describe(found)}: no registered model")

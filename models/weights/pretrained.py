@@ -18,8 +18,11 @@ from torch import nn
 from models.pos_embed import Grid, likely_grid, resampled
 from models.registry import list_models
 from models.weights.dialects import Dialect
-from models.weights.file import MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
-from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise, trained_table
+from models.weights.entries import Entry
+from models.weights.errors import CheckpointError
+from models.weights.file import MODEL_KEYS, Checkpoint, read_checkpoint
+from models.weights.hf_config import notes_on, read_hints
+from models.weights.identify import Shapes, check_architecture, find_entries, recognise, trained_table
 from utils.text import first_few
 
 _ENCODER_PREFIX = r"encoder\."  # of a masked autoencoder of ours; a classifier has none
@@ -97,7 +100,9 @@ def fill_model(
     matching = Matching(model, checkpoint, model_prefix)
     matching.check_spec()
     matching.check_architecture()
+    matching.check_config()
     matching.ignore_head_of_other_classes()
+    matching.fit_class_token()
     matching.check_pooling()
     matching.ignore_by_rules()
     if not stored_table:
@@ -133,10 +138,10 @@ class Matching:
         self.model, self.checkpoint, self.path = model, checkpoint, checkpoint.path
         self.encoder = getattr(model, "encoder", model)
         self.is_ours = checkpoint.model in list_models()
-        self.reasons: dict[str, str] = {}
-        self.fitted: list[str] = []
-        entries = find_entries(checkpoint, model_prefix, self.reasons)
-        self.dialect = recognise(entries, checkpoint)
+        found = find_entries(checkpoint, model_prefix)
+        self.found, entries = found, found.entries
+        self.reasons, self.fitted = found.reasons, found.notes
+        self.dialect = recognise(found, checkpoint)
         self.source: dict[str, Entry] = {}
         for entry in entries:
             other = self.source.setdefault(_canonical(entry.bare, self.dialect.prefix, self.dialect), entry)
@@ -173,8 +178,16 @@ class Matching:
 
     def check_architecture(self) -> None:
         """Refuse a file of another model size or family."""
+        if (entry := self.source.get("patch_embed.proj.weight")) is not None and entry.tensor.ndim != 5:
+            shape = tuple(entry.tensor.shape)
+            raise self._error(f"{entry.key} is {shape}, no kernel over frames, rows and columns; not of a video model")
         found = {c: tuple(e.tensor.shape) for c, e in self.source.items()}
         check_architecture(self.model, self.shapes, found, self.dialect, self.checkpoint)
+
+    def check_config(self) -> None:
+        """Note in what the model differs from the config.json beside the weights; refuse another number of heads."""
+        if self.found.family:
+            self.fitted += notes_on(self.model, self.path)
 
     def ignore_head_of_other_classes(self) -> None:
         """Ignore a head of another class count, the same in all else."""
@@ -210,6 +223,16 @@ class Matching:
         if "pos_embed" in self.source:
             self._ignore("pos_embed", "learned position table")
 
+    def fit_class_token(self) -> None:
+        """Leave out the class token, its position and a head that stands on it, where the model has none of it."""
+        if "cls_token" not in self.source or "cls_token" in self.target:
+            return
+        self._ignore("cls_token", "class token")
+        for c in [c for c in self.source if c.startswith("head.")]:
+            self._ignore(c, "head.* of the class token")
+        if (entry := self.source.get("pos_embed")) is not None and entry.tensor.ndim == 3:
+            self.source["pos_embed"] = replace(entry, tensor=entry.tensor[:, 1:])
+
     def fit_position_table(self) -> None:
         """Fit the file's position table to the encoder's grid; refuse it where the encoder has none.
 
@@ -238,8 +261,9 @@ class Matching:
         self.fitted += notes
 
     def _grid_of_spec(self, positions: int) -> Grid | None:
-        """Return the grid of so many tokens that a file of ours was trained with, if it says so."""
-        if (spec := self.checkpoint.spec) is None:
+        """Return the grid of so many tokens that a file of ours was trained with, if it or its config.json says so."""
+        spec = self.checkpoint.spec or (read_hints(self.path) if self.found.family else {})
+        if not {"num_frames", "input_size", "tubelet_size"} <= spec.keys():
             return None
         side = spec["input_size"] // self.shapes["patch_embed.proj.weight"][-1]
         grid = spec["num_frames"] // spec["tubelet_size"], side, side
@@ -300,7 +324,9 @@ class Matching:
         if _DECODER.fullmatch(c):
             return not any(map(_DECODER.fullmatch, self.source))
         module = c.split(".")[0]
-        return all(key.split(".")[0] != module for key in self.source) and bool(re.fullmatch(self.dialect.fresh, c))
+        return all(key.split(".")[0] != module for key in self.source) and any(
+            re.fullmatch(pattern, c) for pattern in (self.dialect.fresh, self.found.fresh)
+        )
 
     def check_values(self) -> None:
         """Refuse a tensor that is not of floating point or not finite."""

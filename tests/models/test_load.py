@@ -79,7 +79,7 @@ def test_a_model_says_what_it_is():
     assert new(num_classes=3, **OURS).spec.items() >= {**OURS, "classes": ["class_0", "class_1", "class_2"]}.items()
     about = {"model": MAE, "final_reduction": "none", "classes": [], "decoder_depth": 2, "normalize_target": False}
     assert new(MAE, decoder_depth=2, normalize_target=False).spec == new().spec | about
-    kinds = {"mvd": "sincos_3d", "umt": "umt", "internvideo2": "learned", "vit": "sinusoid"}
+    kinds = {"mvd": "sincos_3d", "umt": "umt", "internvideo2": "learned", "vivit": "learned", "vit": "sinusoid"}
     for name in ALL_TINY:
         family = classifier_of(name).split("_")[0]
         model = new(name)
