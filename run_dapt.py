@@ -251,13 +251,8 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
     if args.from_ckpt and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.from_ckpt)
-        report = load_pretrained(
-            model,
-            path,
-            model_key=args.model_key,
-            model_prefix=args.model_prefix or "",
-            stored_table=args.pos_embed != "sincos",
-        )
+        where = {"model_key": args.model_key, "model_prefix": args.model_prefix or "", "table_grid": args.table_grid}
+        report = load_pretrained(model, path, stored_table=args.pos_embed != "sincos", **where)
         require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:

@@ -363,13 +363,8 @@ def build_model(
     if args.finetune and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.finetune)
-        report = load_pretrained(
-            model,
-            path,
-            model_key=args.model_key,
-            model_prefix=args.model_prefix or "",
-            stored_table=args.pos_embed != "sincos",
-        )
+        where = {"model_key": args.model_key, "model_prefix": args.model_prefix or "", "table_grid": args.table_grid}
+        report = load_pretrained(model, path, stored_table=args.pos_embed != "sincos", **where)
         require_same_weights(model, report.loaded, f"--finetune {args.finetune}")
         logger.info(report)
         if trained_head and report.missing:

@@ -10,7 +10,7 @@ from utils.cli import ConfigError
 
 INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
 OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
-WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix")  # flags that say what the weights came from
+WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix", "table_grid")  # what weights came from
 LOCAL = ("output_dir", "log_dir", "scan_cache", "num_workers", "read_timeout", "pin_mem")  # see common_flags
 logger = logging.getLogger("tad")
 

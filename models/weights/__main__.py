@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--model", help="registered model to load it into (default: the one it seems to be for)")
     parser.add_argument("--model_key", default=MODEL_KEYS, help=f"where the weights are (default: {MODEL_KEYS})")
     parser.add_argument("--model_prefix", default="", help="read only the keys under this prefix")
+    parser.add_argument("--table_grid", help="slots x rows x columns of its position table, e.g. 8x14x14")
     args = parser.parse_args()
     where = {"model_key": args.model_key, "model_prefix": args.model_prefix}
     try:
@@ -34,7 +35,7 @@ def main() -> None:
             else:
                 options = {key: value for key, value in hints.items() if key != "normalize_target"}
             model = create_model(name, **options)
-        report = load_pretrained(model, args.checkpoint, **where)
+        report = load_pretrained(model, args.checkpoint, **where, table_grid=args.table_grid)
     except (CheckpointError, ValueError) as e:
         sys.exit(f"error: {e}")
     print(report)

@@ -171,6 +171,7 @@ DIALECTS = (
         "Video ViT as a backbone",
         marks=r"backbone\.blocks\.\d+\..+",
         prefix=r"backbone\.",
+        ignored=(r"head\.(weight|bias)",),
         models=_PLAIN,
         pos_embed=None,
     ),

@@ -11,7 +11,7 @@ from torch import nn
 from models.registry import create_model, list_models
 from models.weights import hf_keys
 from models.weights.dialects import DIALECTS, Dialect
-from models.weights.entries import Entries, Entry, select
+from models.weights.entries import Entries, Entry, possible_prefixes, rename_mmaction, select, under
 from models.weights.errors import CheckpointError
 from models.weights.file import MODEL_KEYS, Checkpoint, read_checkpoint
 from models.weights.hf_config import check_config
@@ -37,22 +37,48 @@ def find_entries(checkpoint: Checkpoint, model_prefix: str) -> Entries:
     Raises CheckpointError: there are none, or Hugging Face's are not whole or not those of their config.json.
     """
     found = select(checkpoint, model_prefix)
+    rename_mmaction(found)
+    if not model_prefix and not _is_known(found, checkpoint):
+        found = _within(found, checkpoint)
     if family := hf_keys.family_of(found.entries):
         hf_keys.translate(found, family, checkpoint.path)
         check_config(found, family, checkpoint.path)
     return found
 
 
+def _is_known(found: Entries, checkpoint: Checkpoint) -> bool:
+    return bool(hf_keys.family_of(found.entries)) or _dialect(found, checkpoint) is not None
+
+
+def _within(found: Entries, checkpoint: Checkpoint) -> Entries:
+    """Return the entries under the one prefix that makes a known model of them; all of them where none does.
+
+    Raises CheckpointError where several do.
+    """
+    choices = {prefix: under(found, prefix) for prefix in possible_prefixes(found)}
+    known = [prefix for prefix, entries in choices.items() if _is_known(entries, checkpoint)]
+    if len(known) > 1:
+        told = " or ".join(f"--model_prefix {prefix.rstrip('.')}" for prefix in known)
+        raise CheckpointError(f"{checkpoint.path}: holds {len(known)} models; choose one with {told}")
+    return choices[known[0]] if known else found
+
+
 def recognise(found: Entries, checkpoint: Checkpoint) -> Dialect:
     """Return the dialect of a file. Raises CheckpointError where it is of none."""
+    if dialect := _dialect(found, checkpoint):
+        return dialect
+    keys = first_few((entry.bare for entry in found.entries), 4)
+    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
+
+
+def _dialect(found: Entries, checkpoint: Checkpoint) -> Dialect | None:
     entries, family = found.entries, found.family or checkpoint.family
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
         has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
         if has_shapes and dialect.family in (None, family) and _marked(entries, dialect.marks):
             return dialect
-    keys = first_few((entry.bare for entry in entries), 4)
-    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
+    return None
 
 
 def _marked(entries: list[Entry], pattern: str) -> bool:

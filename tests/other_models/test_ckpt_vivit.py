@@ -14,7 +14,7 @@ from models import create_model
 from models.registry import Dropout, VideoInput
 from models.vit import Size, VideoViT
 from models.weights import CheckpointError, load_pretrained
-from models.weights.file import is_flax
+from models.weights.kinds import is_flax
 
 SCRIPT = ROOT / "other_models" / "ViViT" / "ckpt_vivit.py"
 FIXTURES = {f["name"]: f for f in golden("models_other")["fixtures"] if f["family"] == "ViViT"}
