@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from models import internvideo2, vit, vivit
+from models import internvideo2, vit, vivit, vjepa
 from models.pos_embed import sinusoid_1d
 from models.registry import Dropout, VideoInput, build_model, register_model
 from models.vit import LayerNorm, Size, VideoEncoder, build_blocks, run_blocks
@@ -227,7 +227,7 @@ MODELS = {  # name: classifier
     # The others have "pretrain_" before their classifier's name.
     **{
         f"pretrain_{name}": name
-        for name in (*vit.MODELS, *internvideo2.MODELS, *vivit.MODELS)
+        for name in (*vit.MODELS, *internvideo2.MODELS, *vivit.MODELS, *vjepa.MODELS)
         if not name.startswith("vit_")
     },
 }

@@ -34,6 +34,7 @@ from utils.damage import zip_damage
 from utils.exits import explain
 from utils.text import first_few
 
+_LARGE = 1 << 30  # bytes of a file whose tensors stay in it until they are used: it may hold more than one model
 _LONGEST_NAME = 200  # characters of a file name; systems allow 255 with what is put before and behind
 
 
@@ -117,7 +118,12 @@ def _load(file: Path, *, mapped: bool) -> object:
         raise ValueError(damage)
     try:
         with torch.serialization.safe_globals(_safe_types()):
-            return torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+            return torch.load(
+                str(file),
+                map_location="cpu",
+                weights_only=True,
+                mmap=is_zip and (mapped or file.stat().st_size > _LARGE),
+            )
     except pickle.UnpicklingError:
         if is_zip and is_harmless(file):
             return read_plain(file)

@@ -36,6 +36,7 @@ class Family:
     blocks: pattern of a block, whose group 1 is its number -> ours.
     layer: as names, within a block.
     attention: what stands before query, key and value in a block.
+    ignored: pattern of keys that are left out on purpose.
     key_bias: it matters, so all three biases are joined; else it is left out.
     """
 
@@ -45,9 +46,38 @@ class Family:
     layer: dict[str, str]
     attention: str
     key_bias: bool = False
+    ignored: str = r"(?!)"
 
 
+_PROBE = r"pooler\.self_attention_layers\.(\d+)\."
+_QUERY = r"pooler\.cross_attention_layer\."
+_PROBE_NAMES = {
+    r"pooler\.query_tokens": "pooler.query_tokens",
+    rf"{_PROBE}layer_norm([12])": r"pooler.blocks.\1.norm\2",
+    rf"{_PROBE}(mlp\.fc[12])": r"pooler.blocks.\1.\2",
+    rf"{_PROBE}self_attn\.out_proj": r"pooler.blocks.\1.attn.proj",
+    rf"{_QUERY}layer_norm([12])": r"pooler.cross_attention_block.norm\1",
+    rf"{_QUERY}(mlp\.fc[12])": r"pooler.cross_attention_block.\1",
+    rf"{_QUERY}cross_attn\.q_proj": "pooler.cross_attention_block.xattn.q",
+    **{rf"{_PROBE}self_attn\.{part}_proj": rf"pooler.blocks.\1.attn.qkv.{i}" for i, part in enumerate("qkv")},
+    **{rf"{_QUERY}cross_attn\.{p}_proj": f"pooler.cross_attention_block.xattn.kv.{i}" for i, p in enumerate("kv")},
+}
 FAMILIES = {  # by model_type; the first whose marks match
+    "vjepa2": Family(
+        marks=r"vjepa2\..+|encoder\.embeddings\.patch_embeddings\.proj\..+|encoder\.layer\.\d+\.norm1\..+"
+        r"|pooler\.cross_attention_layer\..+",
+        names={
+            r"(?:vjepa2\.)?encoder\.embeddings\.patch_embeddings\.proj": "encoder.patch_embed.proj",
+            r"(?:vjepa2\.)?encoder\.layernorm": "encoder.norm",
+            r"classifier": "head",
+            **_PROBE_NAMES,
+        },
+        blocks={r"(?:vjepa2\.)?encoder\.layer\.(\d+)\.": r"encoder.blocks.\1."},
+        layer={r"(norm[12]|mlp\.fc[12])": r"\1", r"attention\.proj": "attn.proj"},
+        attention=r"attention\.",
+        key_bias=True,
+        ignored=r"(vjepa2\.)?predictor\..+",
+    ),
     "vivit": Family(
         marks=r"vivit\..+|embeddings\.(cls_token|position_embeddings)",
         names={
@@ -103,10 +133,14 @@ def translate(found: Entries, family: str, path: str) -> None:
                     f"{path}: {other.key} and {entry.key} both stand for the same tensor; one must go"
                 )
             continue
+        if re.fullmatch(rules.ignored, entry.bare):
+            found.reasons[entry.key] = f"{entry.bare.removeprefix('vjepa2.').partition('.')[0]}.*"
+            continue
         ours = _renamed(rules.layer if block else rules.names, inner)
-        if block and ours == inner:
+        if block and ours is None:
             unknown.append(entry.key)
-        entries.append(replace(entry, bare=block + ours))
+        entries.append(replace(entry, bare=block + (inner if ours is None else ours)))
+    entries = _join_probe(entries, path)
     for block, parts in attention.items():
         entries += _joined(block, parts, rules.key_bias, path, unknown)
     if not rules.key_bias:
@@ -125,15 +159,15 @@ def _split(rules: Family, key: str) -> tuple[str, str]:
     return "", key
 
 
-def _renamed(names: dict[str, str], key: str) -> str:
-    """Return our name of a key, or the key."""
+def _renamed(names: dict[str, str], key: str) -> str | None:
+    """Return our name of a key, or None."""
     module, _, leaf = key.rpartition(".")
     for pattern, ours in names.items():
-        if re.fullmatch(pattern, module):
-            return f"{ours}.{leaf}"
-        if re.fullmatch(pattern, key):
-            return ours
-    return key
+        if match := re.fullmatch(pattern, module):
+            return f"{match.expand(ours)}.{leaf}"
+        if match := re.fullmatch(pattern, key):
+            return match.expand(ours)
+    return None
 
 
 def _joined(block: str, parts: dict, key_bias: bool, path: str, unknown: list[str]) -> list[Entry]:
@@ -160,6 +194,28 @@ def _joined(block: str, parts: dict, key_bias: bool, path: str, unknown: list[st
             if entry := parts.get((name, "bias")):
                 result.append(replace(entry, bare=f"{block}attn.{name[0]}_bias"))
     return result
+
+
+def _join_probe(entries: list[Entry], path: str) -> list[Entry]:
+    """Return the entries with the projections of V-JEPA's attentive probe joined as there: q, k, v and k, v."""
+    parts: dict[str, dict[int, Entry]] = {}
+    rest = []
+    for entry in entries:
+        if match := re.fullmatch(r"(pooler\..+\.(?:qkv|kv)\.)(\d)\.(weight|bias)", entry.bare):
+            parts.setdefault(match[1] + match[3], {})[int(match[2])] = entry
+        else:
+            rest.append(entry)
+    for bare, own in parts.items():
+        shapes = {entry.key: tuple(entry.tensor.shape) for entry in own.values()}
+        told = ", ".join(f"{key} is {shape}" for key, shape in shapes.items())
+        if len(own) < (3 if ".qkv." in bare else 2):
+            raise CheckpointError(f"{path}: lacks parts of {bare}: {told} alone; the file is incomplete")
+        if len(set(shapes.values())) > 1:
+            raise CheckpointError(f"{path}: {told}, which cannot be joined; wrong or damaged file")
+        names = "{q,k,v}" if ".qkv." in bare else "{k,v}"
+        key = re.sub(r"[qkv](?=_proj\.)", lambda _, names=names: names, next(iter(shapes)))
+        rest.append(Entry(key, bare, torch.cat([own[i].tensor for i in sorted(own)])))
+    return rest
 
 
 def _and(unknown: list[str]) -> str:

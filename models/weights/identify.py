@@ -76,6 +76,8 @@ def _dialect(found: Entries, checkpoint: Checkpoint) -> Dialect | None:
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
         has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
+        if dialect.absent and any(re.fullmatch(dialect.absent, e.bare) for e in entries):
+            continue
         if has_shapes and dialect.family in (None, family) and _marked(entries, dialect.marks):
             return dialect
     return None

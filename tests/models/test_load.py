@@ -80,6 +80,7 @@ def test_a_model_says_what_it_is():
     about = {"model": MAE, "final_reduction": "none", "classes": [], "decoder_depth": 2, "normalize_target": False}
     assert new(MAE, decoder_depth=2, normalize_target=False).spec == new().spec | about
     kinds = {"mvd": "sincos_3d", "umt": "umt", "internvideo2": "learned", "vivit": "learned", "vit": "sinusoid"}
+    kinds |= {"vjepa2": "rotary 2.0", "vjepa21": "rotary 2.1"}
     for name in ALL_TINY:
         family = classifier_of(name).split("_")[0]
         model = new(name)
