@@ -9,7 +9,8 @@ LAUNCH := OMP_NUM_THREADS=1 $(RUN)/torchrun --standalone --nproc_per_node=2
 .PHONY: demo test lint clean
 
 # The whole story on rendered roads: unlabelled videos -> DAPT of a tiny masked autoencoder -> fine-tuning of its encoder
-# -> evaluation on held-out clips, beside an untrained twin. Learning rates are high because the model is tiny and new.
+# -> evaluation on held-out clips, beside an untrained twin -> risk curves of two of them. Learning rates are high because
+# the model is tiny and new.
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(RUN)/python -m datasets.tools.synthetic $(DEMO)/data --train 200 --val 32 --videos 60
@@ -22,6 +23,8 @@ demo: $(VENV)/installed
 	$(RUN)/python run_finetune.py --eval $(DOTA) --output_dir $(DEMO)/untrained
 	$(RUN)/python run_finetune.py --eval $(DOTA) --output_dir $(DEMO)/fine-tuned \
 	    --finetune $(DEMO)/finetune/checkpoint-6.pth
+	$(RUN)/python run_predict.py $(DEMO)/data/frames/syntheticva_00000[01] --assume_fps 10 --num_workers 1 \
+	    --weights $(DEMO)/finetune/checkpoint-6.pth --output_dir $(DEMO)/predicted
 	@$(RUN)/python tests/check_demo.py $(DEMO)
 
 test: $(VENV)/installed

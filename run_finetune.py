@@ -75,6 +75,7 @@ from datasets.windows import index_clips
 from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
+from engine.events import EventRule
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
@@ -240,6 +241,9 @@ def train(args: Namespace, process: Process) -> None:
 
 def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     """Score --finetune on the evaluation split, for --eval, and write everything about it."""
+    rule = EventRule(0.5, args.alert_after, args.event_gap, args.event_min_duration)
+    criterion = args.operating_point, args.false_alarms_per_hour
+    wanted = outputs.WantedPoint(*criterion, rule, weights=args.finetune, as_trained=not args.override_spec)
     output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
     free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
     known = from_main(lambda: outputs.unfinished_evaluation(output_dir, vars(args), free, weights))
@@ -248,9 +252,8 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     else:
         known = score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        content = outputs.finish_evaluation(output_dir, known)
+        content = outputs.finish_evaluation(output_dir, known, wanted)
         logger.info(f"{summary(content)}  {content['coverage']}")
-        logger.info(f"predictions.csv, metrics.json and plots/ are in {output_dir}")
 
 
 def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
@@ -271,9 +274,8 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
     """Return the clips of a split, read once for all ranks."""
     scan = VideoScan(args.scan_cache, workers=args.num_workers, read_timeout=args.read_timeout)
-    bad = read_bad_clips(args.bad_clips or ())
     arguments = (args.data_set, args.data_path, split, scan, args.assume_fps)
-    clips = from_main(lambda: build_clips(*arguments, leave_out=bad))
+    clips = from_main(lambda: build_clips(*arguments, leave_out=read_bad_clips(args.bad_clips or ())))
     clips.require_labels()
     return clips
 
@@ -371,11 +373,10 @@ def build_model(
             raise CheckpointError(f"{args.finetune}: no head trained on two classes; fine-tune it before --eval")
     elif not resumed:
         logger.info(f"no --finetune: {args.model} has random weights")
-    if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
-        with config_errors():
+    with config_errors():
+        if args.pos_embed == "learned" or (resumed and "pos_embed" in resumed["model"]):
             model.learn_pos_embed()
-    if args.freeze_layers is not None:
-        with config_errors():
+        if args.freeze_layers is not None:
             model.freeze_blocks(args.freeze_layers)
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
@@ -421,8 +422,7 @@ def validate(args: Namespace, windows: SplitWindows, model: nn.Module, session: 
         metrics = predictions.metrics()
         logger.info(f"{summary(metrics)}  {coverage(predictions, windows.clips)['coverage']}")
         session.tensorboard.scalars("val", metrics, step)
-        figures = evaluation_figures(predictions.score, predictions.label, metrics)
-        session.tensorboard.figures("val", figures, step)
+        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
     return broadcast(metrics)
 
 

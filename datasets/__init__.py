@@ -1,4 +1,7 @@
-"""Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier."""
+"""Data sets by name: `build_clips(name, root, split)` reads annotations and returns a ClipTable, nothing heavier.
+
+`load_inputs(paths, scan, fps)` makes one of any videos, for prediction.
+"""
 
 import logging
 import sys
@@ -12,12 +15,23 @@ if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the f
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
 from datasets.formats import find_data_set, find_data_sets
+from datasets.formats.inputs import load_inputs
 from datasets.formats.packed import is_packed, load_packed
 from datasets.readers import open_clip
 from datasets.scan import VideoScan
 from utils.text import first_few
 
-__all__ = ["Clip", "ClipTable", "DataError", "VideoScan", "build_clips", "find_data_set", "find_data_sets", "open_clip"]
+__all__ = [
+    "Clip",
+    "ClipTable",
+    "DataError",
+    "VideoScan",
+    "build_clips",
+    "find_data_set",
+    "find_data_sets",
+    "load_inputs",
+    "open_clip",
+]
 
 logger = logging.getLogger("tad")
 

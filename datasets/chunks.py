@@ -7,7 +7,7 @@ two chunks ahead at most. One that hangs or dies is replaced, and its clip given
 import heapq
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datasets.augment.frames import EvalTransform
 from datasets.clips import ClipTable, DataError
-from datasets.faults import Fault
+from datasets.faults import ClipEnd, Fault, FrameGap
 from datasets.parallel import READ_TIMEOUT, Child, ReadFailure
 from datasets.readers import Reader, open_clip
 from datasets.slots import Slots
@@ -70,17 +70,73 @@ class _OpenClip:
     fault: Fault | None
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What came of a chunk.
+
+    ids: (n,) frames in the slot, ascending.
+    fault: what is wrong with the clip, where this ends it.
+    unusable: {frame: why it is not in the slot}, ascending.
+    """
+
+    ids: np.ndarray = field(default_factory=lambda: _NONE)
+    fault: Fault | None = None
+    unusable: dict[int, str] = field(default_factory=dict)
+
+
+class _Ends:
+    """Collects the frames of clips in progress that cannot be used, until these end."""
+
+    def __init__(self, index: WindowIndex, chunk_frames: int):
+        self._index, self._chunk_frames = index, chunk_frames
+        self._gaps: dict[int, list[FrameGap]] = {}
+        self._needed: dict[int, np.ndarray] = {}  # of clips with gaps
+        self._ended: set[int] = set()
+
+    def after(self, task: _Task, part: _Part) -> Iterator[ClipEnd]:
+        """Yield the end of the clip where a chunk is its last, or what is wrong with it makes it so."""
+        clip, fault = task.clip, part.fault
+        if clip in self._ended:
+            return
+        for frame, reason in part.unusable.items():
+            self._add(FrameGap(clip, frame, frame + 1, reason))
+        given_up = fault is not None and not fault.frames
+        if fault:
+            first = int(self._needed_of(clip)[task.number * self._chunk_frames]) if given_up else fault.frames
+            if first < self._index.frame_counts[clip]:  # else it holds more frames than it should
+                self._add(FrameGap(clip, first, int(self._index.frame_counts[clip]), fault.reason))
+        if given_up or task.is_last:
+            self._ended.add(clip)
+            self._needed.pop(clip, None)
+            yield ClipEnd(clip, tuple(self._gaps.pop(clip, ())), fault)
+
+    def _needed_of(self, clip: int) -> np.ndarray:
+        if clip not in self._needed:
+            self._needed[clip] = self._index.needed_frames(clip)
+        return self._needed[clip]
+
+    def _add(self, gap: FrameGap) -> None:
+        """Add a gap to those of its clip; one with the last of them where no needed frame lies between."""
+        gaps, needed = self._gaps.setdefault(gap.clip, []), self._needed_of(gap.clip)
+        if gaps and not np.diff(np.searchsorted(needed, (gaps[-1].end, gap.first)))[0]:
+            gap = replace(gaps.pop(), end=gap.end)
+        gaps.append(gap)
+
+
 class ClipStream:
     """FrameChunks of this rank's clips, each needed frame once, the chunks of a clip in order, as often as asked.
 
-    A clip that cannot be read, or holds more or fewer frames than it should, ends with a Fault. Reading processes take
-    turns, so that the same number of them yields the same order.
+    A clip that cannot be read, or holds more or fewer frames than it should, ends with a Fault. With `gaps`, frames
+    that cannot be used are left out, and those that damage may have touched (see datasets/video_sound.py); reading goes
+    on after them, and each clip ends with a ClipEnd, which names them and has the Fault. Reading processes take turns,
+    so that the same number of them yields the same order.
 
     Args:
         chunk_frames: frames of a chunk.
         num_workers: reading processes at most; 0: this one reads.
         pin_memory: whether the memory of chunks is page-locked for copies to a CUDA device.
         read_timeout: seconds without a picture read after which a reading process gives a clip up as unreadable.
+        gaps: whether frames that cannot be used are left out.
     """
 
     def __init__(
@@ -95,9 +151,10 @@ class ClipStream:
         num_workers: int = 0,
         pin_memory: bool = False,
         read_timeout: float = READ_TIMEOUT,
+        gaps: bool = False,
     ):
         self.clips, self.index, self.transform, self.chunk_frames = clips, index, transform, chunk_frames
-        self.pin_memory, self.read_timeout = pin_memory, read_timeout
+        self.pin_memory, self.read_timeout, self.gaps = pin_memory, read_timeout, gaps
         costs = np.where(index.counts > 0, index.frame_counts, 0)
         self.share = [c for c in balance(costs, world_size)[rank] if costs[c]]
         self.num_workers = min(num_workers, len(self.share))
@@ -117,21 +174,28 @@ class ClipStream:
         what = f"{self.chunk_frames} frames in evaluation have"
         return Slots(count, self.transform.shape(self.chunk_frames), pin=self.pin_memory, what=what, remedy=remedy)
 
-    def __iter__(self) -> Iterator[FrameChunk | Fault]:
+    def __iter__(self) -> Iterator[FrameChunk | Fault | ClipEnd]:
         self.slots.make()  # before a process is forked
-        return self._from_processes() if self.num_workers else self._from_here()
+        ends = _Ends(self.index, self.chunk_frames) if self.gaps else None
+        for task, part in self._from_processes() if self.num_workers else self._from_here():
+            if len(part.ids):
+                yield FrameChunk(task.clip, part.ids, self.slots[task.slot][: len(part.ids)])
+            if ends:
+                yield from ends.after(task, part)
+            elif part.fault:
+                yield part.fault
 
-    def _from_here(self) -> Iterator[FrameChunk | Fault]:
+    def _from_here(self) -> Iterator[tuple[_Task, _Part]]:
         try:
             for clip in self.share:
                 for number, is_last in self._numbered(clip):
                     task = _Task(clip, number, is_last, slot=0)
-                    for ids, fault in self._read(task):
-                        yield from self._results(task, ids, fault)
+                    for part in self._read(task):
+                        yield task, part
         finally:
             self._close()
 
-    def _from_processes(self) -> Iterator[FrameChunk | Fault]:
+    def _from_processes(self) -> Iterator[tuple[_Task, _Part]]:
         parts = balance(self.index.frame_counts[self.share], self.num_workers)
         lines = deque(_Line(self, [self.share[i] for i in part]) for part in parts)
         every = list(lines)
@@ -141,19 +205,13 @@ class ClipStream:
             while lines:
                 line = lines.popleft()
                 if line.tasks:
-                    task, ids, fault = line.receive()
-                    yield from self._results(task, ids, fault)
+                    task, part = line.receive()
+                    yield task, part
                     line.go_on(task.slot)
                     lines.append(line)
         finally:
             for line in every:
                 line.child.kill()
-
-    def _results(self, task: _Task, ids: np.ndarray, fault: Fault | None) -> Iterator[FrameChunk | Fault]:
-        if len(ids):
-            yield FrameChunk(task.clip, ids, self.slots[task.slot][: len(ids)])
-        if fault:
-            yield fault
 
     def _chunks_of(self, clip: int) -> int:
         return -(-len(self.index.needed_frames(clip)) // self.chunk_frames)
@@ -163,12 +221,12 @@ class ClipStream:
         count = self._chunks_of(clip)
         return ((number, number == count - 1) for number in range(count))
 
-    def _read(self, task: _Task) -> Iterator[tuple[np.ndarray, Fault | None]]:
-        """Read a chunk into its slot; yield its frame ids, and what is wrong with the clip where this ends it.
+    def _read(self, task: _Task) -> Iterator[_Part]:
+        """Read a chunk into its slot; yield what came of it.
 
         Runs where reading is done, which keeps the clip open for its next chunk. Nothing follows what cannot be read.
         """
-        ids, fault = _NONE, None
+        part = _Part()
         if task.number == 0:
             self._broken = None
         try:
@@ -176,14 +234,32 @@ class ClipStream:
                 opened = self._opened(task.clip)
                 first = task.number * self.chunk_frames
                 ids = opened.needed[first : first + self.chunk_frames]
-                self.transform(opened.reader.frames(ids), self.slots[task.slot])
                 fault = opened.fault if task.is_last else None
+                if self.gaps:
+                    part = self._read_sound(opened, ids, fault, task.slot)
+                else:
+                    self.transform(opened.reader.frames(ids), self.slots[task.slot])
+                    part = _Part(ids, fault)
         except DataError as e:
             self._broken = task.clip
-            ids, fault = _NONE, Fault(task.clip, self.clips[task.clip].name, str(e))
-        if fault or task.is_last:
+            part = _Part(fault=Fault(task.clip, self.clips[task.clip].name, str(e)))
+        if part.fault or task.is_last:
             self._close()
-        yield ids, fault
+        yield part
+
+    def _read_sound(self, opened: _OpenClip, ids: np.ndarray, fault: Fault | None, slot: int) -> _Part:
+        """Read those of the frames that can be used into a slot."""
+        unusable: dict[int, str] = {}
+
+        def usable() -> Iterator[Tensor]:
+            for frame, picture in zip(ids.tolist(), opened.reader.sound_frames(ids, opened.needed), strict=True):
+                if isinstance(picture, str):
+                    unusable[frame] = picture
+                else:
+                    yield picture
+
+        self.transform(usable(), self.slots[slot])
+        return _Part(np.setdiff1d(ids, list(unusable)) if unusable else ids, fault, unusable)
 
     def _opened(self, number: int) -> _OpenClip:
         """Return a clip, opened unless it is open. Raises DataError where there is nothing of it."""
@@ -225,25 +301,25 @@ class _Line:
                 self._send(_Task(clip, number, is_last, slot))
                 return
 
-    def receive(self) -> tuple[_Task, np.ndarray, Fault | None]:
-        """Wait for the first of `tasks`; return it, the ids of its frames and what is wrong with the clip."""
+    def receive(self) -> tuple[_Task, _Part]:
+        """Wait for the first of `tasks`; return it and what came of it."""
         known = self.tasks[0].clip == self._unreadable
-        ids, fault = self._answer()
+        part = self._answer()
         task = self.tasks.popleft()
         if known:
-            return task, _NONE, None
-        if fault and not fault.frames:
+            return task, _Part()
+        if part.fault and not part.fault.frames:
             self._unreadable = task.clip
-        return task, ids, fault
+        return task, part
 
-    def _answer(self) -> tuple[np.ndarray, Fault | None]:
+    def _answer(self) -> _Part:
         try:
             while True:
                 kind, value = self.child.receive()
                 if kind == "result":
                     return value
         except ReadFailure as e:
-            return _NONE, self._give_up(str(e))
+            return _Part(fault=self._give_up(str(e)))
 
     def _give_up(self, reason: str) -> Fault:
         """Return the Fault of a clip whose reading ended the process; another one goes on with the clips after it."""

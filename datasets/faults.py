@@ -34,6 +34,35 @@ class Fault:
         return f"{self.name}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class FrameGap:
+    """Frames of a clip, one after the other, that cannot be used.
+
+    clip: number of the clip.
+    first, end: its frames first to end - 1. Of those between frames that windows need, nothing is known.
+    reason: what is wrong with the first of them.
+    """
+
+    clip: int
+    first: int
+    end: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClipEnd:
+    """All windows of a clip that there are have been handed out.
+
+    clip: number of the clip.
+    gaps: its frames that no window handed out has used, ascending and apart.
+    fault: what is wrong with the clip as a whole, where it ends early or cannot be read any further; else None.
+    """
+
+    clip: int
+    gaps: tuple[FrameGap, ...] = ()
+    fault: Fault | None = None
+
+
 class CountedBatches:
     """The batches of a loader, epoch after epoch; counts their samples, and those that could not be read by clip.
 

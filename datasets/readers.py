@@ -1,13 +1,11 @@
 """Frames out of a zip of pictures, a folder of pictures or a video file, behind one protocol.
 
     with open_clip(clip) as reader:
-        frames = reader.read([0, 3, 6])          # uint8 (3, H, W, 3) RGB
-        for frame in reader.frames([0, 3, 6]):   # one uint8 (H, W, 3) at a time: half the memory traffic
-            ...
+        frames = reader.read([0, 3, 6])          # uint8 (3, H, W, 3) RGB; reader.frames yields one at a time
 
 JPEGs are decoded by libjpeg-turbo itself and all else by Pillow: the same pixels as OpenCV's, at full size unless less
-is asked for. Of 16 bit, grey or colour, the upper 8 count
-(65535 becomes 255); 32-bit integer and float pictures are refused, since nothing says which of their values is white.
+is asked for. Of 16 bit, grey or colour, the upper 8 count (65535 becomes 255); 32-bit integer and float pictures are
+refused, since nothing says which of their values is white.
 Palettes, grey and alpha become RGB, and a picture is turned as its EXIF orientation asks, as players turn videos.
 Hidden files (see `is_hidden`) are no part of a folder or zip.
 
@@ -34,7 +32,7 @@ from torch import Tensor
 
 from datasets.clips import Clip, DataError, data_errors
 from datasets.parallel import alive
-from datasets.video import Video
+from datasets.video_sound import SoundVideo, jpeg_damage
 from datasets.zips import read_stored, stored_members
 from utils.text import first_few, short_reason
 
@@ -57,6 +55,7 @@ Fit = Callable[[int, int], tuple[int, int]]  # (height, width) -> (height, width
 
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"  # what a JPEG begins with, and its compressed pixels
 _MAY_TURN = (b"Exif\0", b"adobe.com/xap/")  # in the head of a JPEG: EXIF, XMP
+_SPACES = ("YCbCr", "Gray", "RGB")  # of JPEGs that libjpeg makes RGB of
 _scratch = bytearray()
 
 _FLIP = Image.Transpose
@@ -67,7 +66,9 @@ _TURNS = dict(  # {EXIF orientation: what sets the picture upright}
 
 
 class Reader:
-    """Frames of one clip by number."""
+    """Frames of one clip by number. is_video: whether they come from a video file, which may have sound."""
+
+    is_video = False
 
     def __init__(self, clip: Clip, path: str):
         self.clip, self.path = clip, path
@@ -87,6 +88,13 @@ class Reader:
         if len({f.shape for f in frames}) > 1:
             raise DataError(f"{self.path}: frames of different sizes: {sorted({tuple(f.shape[:2]) for f in frames})}")
         return torch.stack(frames)
+
+    def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
+        """Yield uint8 (H, W, 3) RGB for each of the ascending frame_ids, or why that one cannot be used.
+
+        Each call goes on where the last one ended, of all calls together asking for the frames `every`.
+        """
+        raise NotImplementedError
 
     def _has(self, frame: int) -> bool:
         """Tell whether the source has a frame of this number."""
@@ -158,7 +166,7 @@ def _decode_jpeg(data: bytes, fit: Fit | None) -> Tensor:
     """Decode a JPEG, with fit into memory that the next one is decoded into too. Raises ValueError where that fails."""
     global _scratch
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-    if space not in ("YCbCr", "Gray", "RGB") or height * width > Image.MAX_IMAGE_PIXELS:
+    if space not in _SPACES or height * width > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"a JPEG of colour space {space}, {height} x {width}")
     if fit is None:
         return torch.from_numpy(simplejpeg.decode_jpeg(data))
@@ -171,9 +179,14 @@ def _decode_jpeg(data: bytes, fit: Fit | None) -> Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(data, **size, fastupsample=True, buffer=_scratch))
 
 
+def _is_plain(data: bytes) -> bool:
+    """Tell whether nothing in the head of a JPEG may say that it is to be turned."""
+    return not any(word in data[: data.find(_SCAN)] for word in _MAY_TURN)
+
+
 def _decode(data: bytes, fit: Fit | None) -> Tensor:
     """Return uint8 (H, W, 3) of a picture, as small as fit allows if that saves time. Raises what Pillow raises."""
-    if data.startswith(_JPEG) and not any(word in data[: data.find(_SCAN)] for word in _MAY_TURN):
+    if data.startswith(_JPEG) and _is_plain(data):
         with suppress(ValueError):  # damaged, perhaps, or of an unusual kind: Pillow takes more, or says what it is
             return _decode_jpeg(data, fit)
     image = _open_picture(data)
@@ -191,6 +204,16 @@ def _decode(data: bytes, fit: Fit | None) -> Tensor:
     return torch.from_numpy(np.array(image))
 
 
+def _decode_sound(data: bytes, fit: Fit | None) -> Tensor:
+    """Decode a picture as `_decode` does, but refuse a JPEG that Pillow would repair. Raises what Pillow raises."""
+    if data.startswith(_JPEG) and simplejpeg.decode_jpeg_header(data)[2] in _SPACES:
+        if _is_plain(data):
+            return _decode_jpeg(data, fit)
+        if reason := jpeg_damage(data):
+            raise ValueError(reason)
+    return _decode(data, fit)
+
+
 class PictureReader(Reader):
     """Frames that are picture files (JPEG or PNG)."""
 
@@ -200,6 +223,14 @@ class PictureReader(Reader):
     def file_names(self) -> list[str]:
         """Return the names of the files in the source but for hidden ones, in any order."""
         raise NotImplementedError
+
+    def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
+        for i in frame_ids:
+            try:
+                (picture,) = self.frames([i], decode=_decode_sound)
+            except DataError as e:
+                picture = str(e)
+            yield picture
 
     def _instead(self) -> str:
         """Say what the source holds, where it lacks a picture."""
@@ -312,11 +343,13 @@ class FolderReader(PictureReader):
 class VideoReader(Reader):
     """A video file."""
 
+    is_video = True
+
     def __init__(self, clip: Clip, path: str):
         super().__init__(clip, path)
         with open(path, "rb"):  # a decoder does not say why it cannot
             pass
-        self._video = Video(path)
+        self._video = SoundVideo(path)
 
     def _has(self, frame: int) -> bool:
         # where only decoding tells, the scan has: a file that was changed since ends with an error of the read
@@ -324,6 +357,9 @@ class VideoReader(Reader):
 
     def frames(self, frame_ids: Sequence[int], fit: Fit | None = None) -> Iterator[Tensor]:
         return self._video.frames(frame_ids)
+
+    def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
+        return self._video.sound_frames(frame_ids, every)
 
     def read(self, frame_ids: Sequence[int]) -> Tensor:
         return self._video.read(frame_ids)

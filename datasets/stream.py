@@ -5,6 +5,7 @@ The device normalises each frame once and gathers the windows.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ from torch import Tensor
 from datasets.augment.frames import EvalTransform
 from datasets.chunks import ClipStream, FrameChunk
 from datasets.clips import ClipTable
-from datasets.faults import Fault, agree_on_faults
-from datasets.parallel import READ_TIMEOUT
+from datasets.faults import ClipEnd, Fault, agree_on_faults
 from datasets.slots import Slots
 from datasets.windows import WindowIndex
 from utils.logging import progress_bar
@@ -85,7 +85,10 @@ class _Gatherer:
             yield WindowBatch(self._clip[:n].copy(), self._last[:n].copy(), video.transpose(1, 2))
 
     def _windows(self, chunk: FrameChunk) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """Return the last frames of the windows that end in a chunk, and (ids, frames) that they are made of."""
+        """Return the last frames of the windows that end in a chunk, and (ids, frames) that they are made of.
+
+        Windows are left out that need a frame which the chunks have left out.
+        """
         ids, frames = chunk.frame_ids, self._on_device(chunk.frames)
         frames = self.normalize(frames.transpose(0, 1)[None])[0].transpose(0, 1)
         lasts = self.index.last_frames(chunk.clip)
@@ -96,7 +99,13 @@ class _Gatherer:
         if end < len(lasts):
             keep = int(np.searchsorted(ids, self.index.frames(chunk.clip, lasts[end])[0]))
             self.kept[chunk.clip] = ids[keep:], frames[keep:].clone()  # a view would keep the others too
-        return lasts[first:end], ids, frames
+        return self._complete(chunk.clip, lasts[first:end], ids), ids, frames
+
+    def _complete(self, clip: int, lasts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return those of last frames, ascending, whose windows are made of frames in `ids`, ascending."""
+        frames = self.index.frames(clip, lasts)
+        places = np.searchsorted(ids, frames).clip(max=len(ids) - 1)
+        return lasts[(ids[places] == frames).all(axis=1)]
 
     def _on_device(self, frames: Tensor) -> Tensor:
         if self._stream is None:
@@ -117,11 +126,11 @@ class SplitWindows:
         batch_size: frames read at a time, and windows of a batch at most.
         num_workers: reading processes; 0: this one.
         allow_missing: whether clips that cannot be read are left out, instead of refused.
-        read_timeout: seconds without a picture read after which a reading process gives a clip up as unreadable.
         across_clips: whether batches are filled with windows of several clips, the last one with padding, so that each
             has batch_size rows. None stands for all devices but the CPU: there it would gain nothing, and the last bits
             of a row's result depend on its place in the batch (for a model with a class token, in fp32 and several
             threads), hence the scores of a clip on workers and ranks.
+        reading: of ClipStream: pin_memory, read_timeout, gaps.
 
     Raises DataError where some clips are known to be unreadable, unless allow_missing.
     """
@@ -137,10 +146,9 @@ class SplitWindows:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        pin_memory: bool = False,
         allow_missing: bool = False,
-        read_timeout: float = READ_TIMEOUT,
         across_clips: bool | None = None,
+        **reading: Any,
     ):
         self.clips, self.index, self.device = clips, index, torch.device(device)
         self.batch_size = batch_size
@@ -154,16 +162,18 @@ class SplitWindows:
             rank=rank,
             world_size=world_size,
             num_workers=num_workers,
-            pin_memory=pin_memory,
-            read_timeout=read_timeout,
+            **reading,
         )
         self.agree([])  # refuses now what is known to be unreadable
 
-    def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[WindowBatch | Fault]:
+    def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[WindowBatch | Fault | ClipEnd]:
         """Yield each window of this rank once, and a Fault for each clip with other frames than it should have.
 
         Unless allow_missing, no window follows the first clip that cannot be read: the rest is read to find the other
         ones.
+
+        With `gaps`, windows that need a frame which cannot be used are left out, and no others. The windows of a clip
+        come in ascending order; after them comes one ClipEnd, with its gaps and any Fault.
 
         normalize: maps frames uint8 (1, 3, n, S, S), on the device, to what the windows are made of, of this shape.
         """
@@ -174,6 +184,10 @@ class SplitWindows:
             if isinstance(item, Fault):
                 windows.kept.pop(item.number, None)
                 refused = refused or not (item.frames or self.allow_missing)
+                yield item
+            elif isinstance(item, ClipEnd):
+                windows.kept.pop(item.clip, None)
+                yield from windows.rest()
                 yield item
             elif not refused:
                 yield from windows.add(item)

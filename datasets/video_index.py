@@ -20,7 +20,7 @@ _TAIL = 16  # pictures at the end that may come late, and by how many frames
 _MOST_PIXELS = 8192 * 8192  # of a picture, 200 MB as RGB; a damaged or hostile file may claim any size
 _GAP = 10.0  # seconds without a picture in a transport stream: another recording begins
 # FFmpeg opens text, pictures and playlists as videos, too; of playlists it may never come back.
-_CONTAINERS = (
+CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,ivf,nut,dv,rm,wtv,nsv,gxf,dhav,gif,apng,yuv4mpegpipe,"
     "h261,h263,h264,hevc,vvc,m4v,mjpeg,vc1,vc1test,av1,obu,cavsvideo,dirac"
 )
@@ -31,7 +31,7 @@ _IN_ORDER = ("msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "flv1", "wmv1", "wmv2")
 
 def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
     """Open a video file, and choose its video stream as ffmpeg does. Raises Unreadable with the reason."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     try:
         container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as e:
@@ -39,6 +39,14 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
         reason = getattr(e, "strerror", None) or short_reason(e, 160)
         reason = "no container of videos that is known" if unknown else reason
         raise Unreadable("the file is empty" if _is_empty(path) else reason) from e
+    return container, video_stream_of(container)
+
+
+def video_stream_of(container: av.container.InputContainer) -> av.VideoStream:
+    """Choose the video stream of an open container as ffmpeg does, to be decoded in one thread.
+
+    Raises Unreadable with the reason, and closes the container, where there is none that can be decoded.
+    """
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         container.close()
@@ -53,7 +61,7 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
         raise Unreadable(f"pictures of {context.width} x {context.height} pixels, up to {_MOST_PIXELS} are read")
     context.options = {"max_pixels": str(_MOST_PIXELS)}  # where its size changes on the way
     context.thread_count, context.thread_type = 1, "NONE"
-    return container, stream
+    return stream
 
 
 def _is_empty(path: str) -> bool:
@@ -101,6 +109,7 @@ class Index:
     may_skip: whether the decoder may leave out pictures that no other refers to.
     count: frames, once known.
     told: whether damage was logged.
+    damaged: times of the pictures whose packets are marked as corrupt, as where some before them were lost.
 
     Derived: fps, constant, and times: of each frame, the time of its picture.
     """
@@ -120,6 +129,7 @@ class Index:
     may_skip: bool
     count: int | None = None
     told: bool = False
+    damaged: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     fps: float = 0.0
     constant: bool = True
     times: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -176,10 +186,11 @@ def index_of(path: str, container: av.container.InputContainer, stream: av.Video
 
 def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
     codec, seconds = stream.codec_context.codec.canonical_name, float(stream.time_base)
-    rows, corrupt = [], False  # time shown, time decoded, key frame, shown, bytes
+    rows, damaged, corrupt = [], [], False  # time shown, time decoded, key frame, shown, bytes
     for packet in packets_of(container, stream):
         if packet is not None:
             corrupt = packet.is_corrupt
+            damaged += [packet.pts] if corrupt and packet.pts is not None else []
             rows.append((packet.pts, packet.dts, packet.is_keyframe, _is_shown(packet, codec), packet.size))
     if corrupt:  # the file ends within it
         rows.pop()
@@ -211,6 +222,7 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream) -> Ind
         leading=not note and (not rows[0][2] or times[0] < min(row[0] for row in rows if row[2])),
         suspect=corrupt or stated is None,
         may_skip=not note and codec == "h264" and progressive,
+        damaged=np.array(damaged, np.int64),
     )
     index.suspect |= bool(ends_early(index))
     return index

@@ -8,6 +8,7 @@ import numpy as np
 
 from datasets.clips import ClipTable, DataError
 from utils.text import first_few
+from utils.windows import window_offsets
 
 logger = logging.getLogger("tad")
 
@@ -58,9 +59,7 @@ class WindowIndex:
         self.num_frames, self.view_fps, self.stride = int(num_frames), float(view_fps), int(stride)
 
         rates, self._rate_of = np.unique(self.src_fps / self.view_fps, return_inverse=True)
-        back = np.arange(self.num_frames)[::-1]
-        # Offset of each frame from the last; one row for each distinct rate. ceil(x - 0.5) rounds ties down.
-        self._offsets = -np.ceil(back * rates[:, None] - 0.5).astype(np.int64)
+        self._offsets = window_offsets(rates, self.num_frames)  # one row for each distinct rate
         self.spans = 1 - self._offsets[self._rate_of, 0]
         first_lasts = np.zeros_like(self.spans) if warm_up else self.spans - 1
         self._warm_up = warm_up

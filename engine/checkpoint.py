@@ -21,7 +21,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,6 +51,10 @@ logger = logging.getLogger("tad")
 
 class CheckpointWriteError(RuntimeError):
     """A checkpoint that could not be written; the message names it and why."""
+
+
+class NotAmended(ValueError):
+    """A weights file whose spec is left as it was; the message names the file and why."""
 
 
 class SampleCounts(Protocol):
@@ -313,6 +317,50 @@ def save_weights(path: str | Path, model: nn.Module, **about: Any) -> None:
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     with explained(path), replaced(path) as temporary:
         _write({"model": weights, "spec": model.spec | about}, temporary)
+
+
+def amend_spec(path: str | Path, *, replace: bool, ready: Callable[[Path], None], **about: Any) -> bool:
+    """Write more into the spec of a weights file, in one rename; all else in it stays as it is.
+
+    Args:
+        path: the file, or a link to it.
+        replace: whether what the spec says already is replaced.
+        ready: called with the new file, whole but under another name, just before the rename; may raise.
+        about: what the spec is to say, in plain types.
+
+    Returns whether it says that now; not where it says something else and `replace` is false. Raises NotAmended where
+    the file is not one of weights with their spec, damaged, or read-only; CheckpointWriteError where it cannot be
+    written; what `ready` raises.
+    """
+    path = Path(path).resolve()
+    content = _read_weights(path)
+    spec = content["spec"]
+    if all(spec.get(key) == value for key, value in about.items()):
+        return True
+    if not replace and about.keys() & spec.keys():
+        return False
+    if not (path.stat().st_mode & 0o222 and os.access(path, os.W_OK)):
+        raise NotAmended(f"{path} is read-only")
+    with explained(path), replaced(path) as temporary:
+        _write({**content, "spec": {**spec, **about}}, temporary)
+        shutil.copymode(path, temporary)
+        ready(temporary)
+    return True
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """Return the content of a weights file of ours. Its tensors stay in the file, whose sums are right."""
+    if damage := zip_damage(path):
+        raise NotAmended(f"{path} is damaged, or not as torch.save writes files ({damage})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
+        raise NotAmended(f"{path} cannot be read again ({type(e).__name__})") from e
+    if isinstance(content, dict) and "optimizer" in content:
+        raise NotAmended(f"{path} is the state of a run")
+    if not isinstance(content, dict) or not isinstance(content.get("spec"), dict) or "classes" not in content["spec"]:
+        raise NotAmended(f"{path} has no spec")
+    return content
 
 
 def is_kept(epoch: int, *, stop_epoch: int, every: int) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import json
 import logging
 from collections import Counter
@@ -19,7 +20,7 @@ from engine.session import Session
 from utils.distributed import gather
 from utils.files import replaced
 from utils.logging import jsonable
-from utils.signals import stop_requested
+from utils.signals import EXIT_CODE, Preempted, stop_requested
 
 logger = logging.getLogger("tad")
 Columns = tuple[np.ndarray, ...]  # of windows: (clip (n,), last frame (n,), ...)
@@ -68,6 +69,7 @@ class Predictions:
     label: (n,) 0 or 1; None where the clips are unlabelled.
     logits: (n, 2) float32, safe and anomalous.
     faults: what is wrong with clips, each with number, name and frames, 0 where the clip cannot be read.
+    time: (n,) float64, when the frame is shown, in seconds of the clip; None where that is not known.
     """
 
     clip: np.ndarray
@@ -75,6 +77,7 @@ class Predictions:
     label: np.ndarray | None
     logits: np.ndarray
     faults: list = field(default_factory=list)
+    time: np.ndarray | None = None
 
     @property
     def score(self) -> np.ndarray:
@@ -143,10 +146,13 @@ class Scorer:
 
         windows.batches must yield, after the windows of a clip, its end, which has `clip`, the number, and no video.
 
-        Raises EvaluationError for logits that are not finite, and what windows.batches raises.
+        Raises EvaluationError for logits that are not finite, what windows.batches raises, and Preempted after a signal
+        that `catch_signals` caught; the clips in progress are lost.
         """
         parts: dict[int, list[tuple[np.ndarray, Tensor]]] = {}
         for item, output in self._outputs(_on_device(model, self.windows.device)):
+            if stop_requested():
+                raise Preempted(EXIT_CODE)
             if output is None:
                 frames, logits = _joined(parts.pop(item.clip, []))
                 require_finite(logits, self.dtype)
@@ -209,7 +215,8 @@ def _joined(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, or a copy of it where it is kept elsewhere, as an average on the CPU is."""
-    return model if next(model.parameters()).device == device else copy.deepcopy(model).to(device)
+    own = next(itertools.chain(model.parameters(), model.buffers())).device  # an exported program has no parameters
+    return model if own == device else copy.deepcopy(model).to(device)
 
 
 def keep_usable(windows: Columns, usable: Mapping[int, int]) -> Columns:
@@ -263,55 +270,60 @@ def gather_predictions(
     if all(clips[c].labels is not None for c in np.unique(clip)):
         label = np.concatenate([np.asarray(clips[c].labels)[frame[clip == c]] for c in np.unique(clip)])
         label = label.astype(np.int64)
-    return Predictions(clip, frame, label, logits, list(faults))
+    fps = {c: clips[c].fps for c in np.unique(clip).tolist()}
+    time = frame / np.array([fps[c] for c in clip.tolist()], dtype=np.float64)
+    return Predictions(clip, frame, label, logits, list(faults), time)
+
+
+_LABELS = ("label", "ttc", "category", "ego", "night")
+COLUMNS = ("clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", *_LABELS)
 
 
 def write_predictions(path: str | Path, predictions: Predictions, clips: Any) -> None:
-    """Write predictions.csv: clip, filename, frame, logits_safe, logits_risk, score, label, ttc; one row per window.
+    """Write predictions.csv: COLUMNS, one row per window.
 
-    clips: the ClipTable, labelled. ttc is empty in a clip without anomaly.
+    clips: the ClipTable, labelled. time and ttc, the time to the accident, are in seconds; ttc is empty in a clip
+    without anomaly, category, ego and night (1 or 0) where they are not known.
     """
     ttc = {c: clips[c].ttc for c in np.unique(predictions.clip)}
     with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         writer = csv.writer(f)
-        writer.writerow(["clip", "filename", "frame", "logits_safe", "logits_risk", "score", "label", "ttc"])
-        for c, frame, label, (safe, risk), score in zip(
+        writer.writerow(COLUMNS)
+        for c, frame, time, label, (safe, risk), score in zip(
             predictions.clip.tolist(),
             predictions.frame.tolist(),
+            predictions.time.tolist(),
             predictions.label.tolist(),
             predictions.logits.tolist(),
             predictions.score.tolist(),
             strict=True,
         ):
-            seconds = ttc[c][frame]
-            writer.writerow(
-                [
-                    clips[c].name,
-                    clips[c].filename(frame),
-                    frame,
-                    f"{safe:.9g}",
-                    f"{risk:.9g}",
-                    f"{score:.9g}",
-                    label,
-                    "" if np.isnan(seconds) else f"{seconds:.6g}",
-                ]
-            )
+            clip, seconds = clips[c], ttc[c][frame]
+            row = [clip.name, clip.filename(frame), frame, round(time, 9)]
+            row += [f"{value:.9g}" for value in (safe, risk, score)]
+            row += [label, "" if np.isnan(seconds) else f"{seconds:.6g}", clip.category]
+            writer.writerow([*row, *(known if known is None else int(known) for known in (clip.ego, clip.night))])
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Read what `write_predictions` wrote; clips are numbered as they come. Raises EvaluationError for another file."""
+    """Read what `write_predictions` wrote; clips are numbered as they come. Files from before `time` have none.
+
+    Raises EvaluationError for another file.
+    """
     try:
         with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as f:
-            rows = [(r["clip"], int(r["frame"]), int(r["label"]), r["logits_safe"], r["logits_risk"])
+            rows = [(r["clip"], int(r["frame"]), int(r["label"]), r["logits_safe"], r["logits_risk"], r.get("time"))
                     for r in csv.DictReader(f)]  # fmt: skip
-        names, frames, labels, safe, risk = zip(*rows, strict=True)
+        names, frames, labels, safe, risk, times = zip(*rows, strict=True)
         logits = np.stack([np.array(column, dtype=np.float32) for column in (safe, risk)], axis=1)
-        if not (set(labels) <= {0, 1} and np.isfinite(logits).all()):
-            raise ValueError("a label that is not 0 or 1, or a logit that is not finite")
+        time = None if times[0] is None else np.array(times, dtype=np.float64)
+        if not (set(labels) <= {0, 1} and np.isfinite(logits).all() and (time is None or np.isfinite(time).all())):
+            raise ValueError("a label that is not 0 or 1, or a logit or time that is not finite")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
         raise EvaluationError(f"{path}: not the scores of an evaluation ({e}); remove it to score again") from e
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return Predictions(np.array([numbers[n] for n in names]), np.array(frames), np.array(labels), logits)
+    clip = np.array([numbers[n] for n in names])
+    return Predictions(clip, np.array(frames), np.array(labels), logits, time=time)
 
 
 def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ HALF = 50  # THRESHOLDS[50] is exactly 0.5
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """Confusion counts at each of THRESHOLDS, where a frame is called anomalous if score >= threshold: int64 (101,)."""
+    """Confusion counts at each of n thresholds, where a frame is called anomalous if score >= threshold: int64 (n,)."""
 
     tp: np.ndarray
     fp: np.ndarray
@@ -23,10 +23,16 @@ class ThresholdCurve:
 
     @property
     def mcc(self) -> np.ndarray:
-        """(101,) Matthews correlation coefficient, 0 where it is undefined."""
+        """(n,) Matthews correlation coefficient, 0 where it is undefined."""
         tp, fp, fn, tn = (x.astype(np.float64) for x in (self.tp, self.fp, self.fn, self.tn))
         norm = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         return np.divide(tp * tn - fp * fn, norm, out=np.zeros_like(norm), where=norm > 0)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """(n,) harmonic mean of precision and recall, 0 where it is undefined."""
+        called = 2 * self.tp + self.fp + self.fn
+        return np.divide(2 * self.tp, called, out=np.zeros(len(called)), where=called > 0)
 
 
 def _checked(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +55,16 @@ def threshold_curve(scores: np.ndarray, labels: np.ndarray) -> ThresholdCurve:
     thresholds = THRESHOLDS.astype(np.float32)
     tp, fp = (len(s) - np.searchsorted(np.sort(s), thresholds, side="left") for s in (scores[labels], scores[~labels]))
     return ThresholdCurve(tp=tp, fp=fp, fn=labels.sum() - tp, tn=(~labels).sum() - fp)
+
+
+def exact_threshold_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ThresholdCurve]:
+    """Return the distinct scores (m,), descending, and the confusion counts at each of them as threshold.
+
+    scores: (n,), at least one, compared as they are. labels: (n,) 0 or 1.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels).astype(bool)
+    tp, fp = _cumulative(scores, labels)
+    return np.unique(scores)[::-1], ThresholdCurve(tp=tp, fp=fp, fn=tp[-1] - tp, tn=fp[-1] - fp)
 
 
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,17 +4,25 @@ OUTPUT_DIR/
     eval_args.json          arguments and weights; with predictions.csv comes under "scores" what is known of them
     predictions.csv         a row for each scored frame
     metrics.json  plots/    made of it
+
+The operating point is made of it, too. It is written into the weights file first, then into metrics.json: an evaluation
+that is whole has done both. eval_args.json keeps under "amended" which weights files this has made of the one scored.
 """
 
+import logging
 import os
 import socket
 import tempfile
 import zlib
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import CheckpointWriteError, NotAmended, amend_spec
 from engine.evaluate import EvaluationError, Predictions, read_predictions, write_metrics, write_predictions
+from engine.events import EventRule
+from engine.operating_point import NoOperatingPoint, OperatingPoint, find_operating_point, labelled_curves
 from engine.plots import FIGURES, evaluation_figures, save_figures
 from utils.cli import ConfigError
 from utils.damage import parse_json
@@ -22,8 +30,87 @@ from utils.files import replaced
 from utils.record import differing, write_json, write_run_record
 
 SCORES, RECORD = "predictions.csv", "eval_args.json"
-BYTES_OF_A_ROW = 128  # of predictions.csv, about
+BYTES_OF_A_ROW = 160  # of predictions.csv, about
 _REST = ("metrics.json", *(f"plots/{name}.png" for name in FIGURES))
+logger = logging.getLogger("tad")
+
+
+@dataclass(frozen=True)
+class WantedPoint:
+    """The operating point that an evaluation is to find, and the weights file that is to have it.
+
+    criterion: of `find_operating_point`; None = "mcc", unless the file has an operating point; "none" = no point.
+    false_alarms_per_hour: None = 1, if that is the criterion.
+    rule: what an event is; its threshold is not used.
+    weights: path or URL of the weights; None = there are none.
+    as_trained: whether they are evaluated as their spec says.
+
+    Raises ConfigError where a number of false alarms comes with another criterion.
+    """
+
+    criterion: str | None
+    false_alarms_per_hour: float | None
+    rule: EventRule
+    weights: str | None
+    as_trained: bool
+
+    def __post_init__(self):
+        if self.false_alarms_per_hour is not None and self.criterion != "false_alarms":
+            raise ConfigError("--false_alarms_per_hour is for --operating_point false_alarms: give both")
+
+    def find(self, predictions: Predictions, split: str) -> OperatingPoint | None:
+        """Return the operating point; None, with a warning, where there is none. split: "DoTA val"."""
+        if self.criterion == "none":
+            return None
+        rate = 1.0 if self.false_alarms_per_hour is None else self.false_alarms_per_hour
+        try:
+            point = find_operating_point(
+                labelled_curves(predictions),
+                self.criterion or "mcc",
+                self.rule,
+                false_alarms_per_hour=rate,
+                split=split,
+            )
+        except NoOperatingPoint as e:
+            logger.warning(f"no operating point: {e}")
+            return None
+        logger.info(point)
+        return point
+
+    def store(self, folder: Path, point: OperatingPoint) -> None:
+        """Write an operating point into the weights file of the evaluation in a folder, or say why it is not."""
+        if not self.weights:
+            return
+        try:
+            done = self._amend(folder, point)
+        except (NotAmended, CheckpointWriteError) as e:
+            logger.warning(f"{e}: the operating point is in {folder / 'metrics.json'} alone")
+        else:
+            kept = "keeps the operating point that it has; --operating_point replaces it"
+            logger.info(f"{self.weights} {'has this operating point' if done else kept}")
+
+    def _amend(self, folder: Path, point: OperatingPoint) -> bool:
+        """Return whether the weights file has the operating point now. Raises what `amend_spec` does."""
+        record = parse_json((folder / RECORD).read_bytes())
+        amended = record.get("amended", [])
+
+        def require_same() -> None:
+            if _stamp(self.weights) not in (record["weights"], *amended):
+                raise NotAmended(f"{self.weights} has changed since it was scored")
+
+        def ready(new: Path) -> None:
+            require_same()
+            try:
+                write_json(folder / RECORD, {**record, "amended": [*amended, _stamp(str(new))]})
+            except OSError as e:
+                raise NotAmended(f"{e.filename} cannot be written ({e.strerror})") from e
+
+        if self.weights.startswith(("http://", "https://")):
+            raise NotAmended(f"{self.weights} is no local file")
+        if not self.as_trained:
+            raise NotAmended(f"{self.weights} was evaluated in another way than it was trained (--override_spec)")
+        require_same()
+        return amend_spec(self.weights, replace=bool(self.criterion), ready=ready, operating_point=point.to_spec())
 
 
 def unfinished_evaluation(
@@ -51,7 +138,7 @@ def unfinished_evaluation(
         raise ConfigError(f"{refusal} ({RECORD} does not tell what it is of)") from e
     if changes := differing(before, arguments, free):
         raise ConfigError(f"{refusal} (it is of an evaluation with other arguments: {'; '.join(changes)})")
-    if then != _stamp(weights):
+    if _stamp(weights) not in (then, *record.get("amended", [])):
         raise ConfigError(f"{refusal} (it is of weights that have changed since)")
     return known
 
@@ -110,8 +197,8 @@ def _write_scores(
     return known
 
 
-def finish_evaluation(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Make metrics.json and plots/ of predictions.csv; returns what metrics.json says.
+def finish_evaluation(folder: Path, known: Mapping[str, Any], wanted: WantedPoint) -> dict[str, Any]:
+    """Make metrics.json, plots/ and the operating point of predictions.csv; returns what metrics.json says.
 
     known: "about", "windows", the number of rows, and "crc32", the sum of the file. Raises EvaluationError where they
     cannot be written, or predictions.csv has been changed.
@@ -124,8 +211,11 @@ def finish_evaluation(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         )
     if zlib.crc32(path.read_bytes()) != known["crc32"]:
         raise EvaluationError(f"{path} is not as it was written: remove it to score again")
-    metrics = predictions.metrics()
-    content = dict(known["about"]) | metrics
+    metrics, about = predictions.metrics(), known["about"]
+    point = wanted.find(predictions, f"{about['data_set']} {about['split']}")
+    content = {**about, **metrics, "operating_point": point and point.to_spec()}
+    if point:
+        wanted.store(folder, point)
     try:
         write_metrics(folder / "metrics.json", content)
         save_figures(folder / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
@@ -133,4 +223,5 @@ def finish_evaluation(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         raise EvaluationError(
             f"{e.filename}: cannot be written ({e.strerror}); {SCORES} is kept, and the same command goes on from it"
         ) from e
+    logger.info(f"{SCORES}, metrics.json and plots/ are in {folder}")
     return content

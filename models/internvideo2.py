@@ -171,7 +171,7 @@ class InternVideo2(VideoEncoder):
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, n, D) to (B, 1 + n, D) through the blocks."""
         first = (self.cls_token + self.pos_embed[:, :1]).to(x.dtype)
-        return self.run_blocks(torch.cat([first.expand(len(x), -1, -1), x], dim=1))
+        return self.run_blocks(torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1))
 
 
 _TINY = {"num_frames": 4, "view_fps": 5, "input_size": 56, "tubelet_size": 1, "finetune_lr": 1e-3}

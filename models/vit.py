@@ -86,6 +86,15 @@ def build_blocks(size: Size, dropout: Dropout, gelu: str = "erf") -> nn.ModuleLi
     return blocks
 
 
+def normalized(video: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Map uint8 RGB (B, 3, T, H, W) to float32: less the mean (3,), over the deviation (3,), both of pixels in [0, 1].
+
+    All are on one device.
+    """
+    mean, std = (x[:, None, None, None] * 255 for x in (mean, std))
+    return video.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, recompute: bool) -> torch.Tensor:
     """Run (B, n, D) through the blocks. recompute: their activations in the backward pass, to save memory."""
     for block in blocks:
@@ -176,8 +185,7 @@ class VideoEncoder(nn.Module):
 
     def normalize(self, video: torch.Tensor) -> torch.Tensor:
         """Map uint8 RGB (B, 3, T, H, W), on the model's device, to float32: less the mean, over the deviation."""
-        mean, std = (x[:, None, None, None] * 255 for x in (self.mean, self.std))
-        return video.to(torch.float32, copy=True).sub_(mean).div_(std)
+        return normalized(video, self.mean, self.std)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
         """Map (B, 3, T, H, W) to (B, N, D): tokens, their position added if there is a table.

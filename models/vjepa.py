@@ -211,7 +211,7 @@ class VJEPA(VideoEncoder):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return timm's layer grouping for layer decay: embeddings 0, block i at i + 1, all behind the blocks last."""
-        return {"stem": r"^patch_embed|^(img|video)_mod_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
+        return {"stem": r"^patch_embed|^img_mod_embed|^video_mod_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def _run(
         self, x: torch.Tensor, positions: torch.Tensor | None, grid: Grid, *, all_levels: bool = False

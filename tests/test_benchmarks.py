@@ -5,13 +5,18 @@ import sys
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from helpers import write_video
 
-from benchmarks import _common, _data_sets, _yardstick, data, evaluate, step
+from benchmarks import _common, _data_sets, _yardstick, data, evaluate, risk_picture, step
 from datasets import open_clip
 from datasets.augment.frames import EvalTransform
 from datasets.parallel import Child
+from engine.curve import RiskCurve
+from engine.events import EventRule
+from engine.prediction import VideoResult, save_result
 
 SMALL = _data_sets.Recipe(size=(640, 360), clips=2, clip_frames=20, video_frames=99)
 
@@ -152,3 +157,20 @@ def test_largest_batch():
     assert step.largest_batch(4, int(6e9), int(4e9), 8) == 5
     line = step.command("vit_base_patch16_224", "dapt", 5, compiled=True, recompute=False)
     assert line == "python run_dapt.py --model pretrain_videomae_base_patch16_224 --batch_size 5 --compile"
+
+
+def test_risk_picture(tmp_path, monkeypatch, capsys):
+    frame = np.arange(5, 40)
+    score = np.where(frame >= 25, 0.9, 0.1).astype(np.float32)
+    curve = RiskCurve("v.mp4", 10, 40, frame, score, np.zeros(35, bool), EventRule(0.5))
+    write_video(tmp_path / "v.mp4", frames=40, fps=10)
+    save_result(tmp_path / "v", VideoResult("v.mp4", curve), {})
+    words = [str(tmp_path / name) for name in ("v.mp4", "v", "risk.png")]
+    monkeypatch.setattr(sys, "argv", ["risk_picture", *words])
+    risk_picture.main()
+    assert (
+        "frames [11, 17, 23, 28, 34, 39]" in capsys.readouterr().out and (tmp_path / "risk.png").stat().st_size > 9999
+    )
+    monkeypatch.setattr(sys, "argv", ["risk_picture", words[0], str(tmp_path), words[2]])
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}: holds no scores"):
+        risk_picture.main()

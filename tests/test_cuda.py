@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from background import Run
-from helpers import run
+from helpers import run, write_video
 
 import engine.loop
 import run_dapt
@@ -21,12 +21,16 @@ import run_finetune
 from datasets.augment import operations
 from datasets.augment.device import DeviceAugment, DeviceLoader, NormalizeAndErase
 from datasets.augment.finetune import FinetuneTransform
+from datasets.augment.frames import EvalTransform
 from datasets.augment.randaugment import DRIVING_OPS
 from datasets.batches import BatchLoader
+from datasets.live import LiveSource
 from datasets.loader import Source, WindowDataset
 from datasets.windows import index_clips
 from engine.averages import Averages
 from engine.guard import NonFinite
+from engine.live import follow
+from engine.stream import RiskStream
 from models import create_model, model_defaults
 from utils.flags import dapt_parser, finetune_parser
 
@@ -224,6 +228,22 @@ def test_scores_are_those_of_the_cpu(weights, dota_root, tmp_path):
     cpu, gpu, bf16 = map(scores, folders.values())
     print(f"scores: fp32 differ by {np.abs(gpu - cpu).max():.2g}, bf16 by {np.abs(bf16 - cpu).max():.2g}")
     assert cpu.std() > 0.02 and np.abs(gpu - cpu).max() < 5e-3 and np.abs(bf16 - cpu).max() < 5e-2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stream_is_scored_as_on_the_cpu(precision, tmp_path):
+    write_video(tmp_path / "a.mp4", frames=60, fps=30)
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_64", num_classes=2)
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    scores = []
+    for device in ("cpu", GPU):
+        source = LiveSource(str(tmp_path / "a.mp4"))
+        options = {"num_frames": 4, "view_fps": 5, "fps": source.fps, "device": device}
+        options |= {"dtype": getattr(torch, precision)} if device == GPU else {}
+        stream = RiskStream(model.to(device), lambda frame: EvalTransform(64)([frame])[0], **options)
+        scores.append(np.array([result.score.score for result in follow(source, stream)]))
+    assert np.abs(scores[0] - scores[1]).max() < (2e-3 if precision == "float32" else 0.1) and len(scores[1]) == 42
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,20 @@ def test_what_cannot_be_written_is_made_again_from_the_scores(
     assert files(tmp_path) == files(evaluated)
     with pytest.raises(ConfigError, match=r"predictions.csv exists: choose another --output_dir or remove it$"):
         evaluate(dota_root, tmp_path, weights)
+
+
+def test_a_weights_file_without_room_stays_as_it_is(dota_root, tmp_path, capsys):
+    """The operating point is in metrics.json, and nothing is lost."""
+    torch.manual_seed(0)
+    mine = tmp_path / "w.pth"
+    save_weights(mine, create_model("vit_tiny_patch16_64", init_scale=30.0))
+    content = mine.read_bytes()
+    fill_up(mine)
+    evaluate(dota_root, tmp_path / "out", mine)
+    said = rf"w.pth: cannot be written \({FULL}\); what was there before is intact: the operating point is in"
+    assert re.search(said, capsys.readouterr().out) and mine.read_bytes() == content
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["operating_point"]["criterion"] == "mcc"
+    assert files(tmp_path / "out") and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_scores_of_weights_that_have_changed_are_refused(dota_root, weights, evaluated, tmp_path):

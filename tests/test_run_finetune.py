@@ -3,12 +3,15 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, load_weights, run
@@ -22,7 +25,7 @@ from datasets.windows import index_clips
 from engine.evaluate import Scorer
 from models import create_model
 from utils.cli import ConfigError
-from utils.damage import with_sum
+from utils.damage import with_sum, zip_damage
 from utils.distributed import Process
 from utils.flags import finetune_parser
 
@@ -392,7 +395,7 @@ def test_a_weights_file_alone_is_scored_as_by_the_command(odd, dota_root, tmp_pa
 def test_training_goes_on_from_a_weights_file_without_naming_its_model(odd, dota_root, tmp_path):
     words = ["--data_set", "DoTA", "--data_path", dota_root, "--device", "cpu", "--num_workers", "0", *SHORT]
     words = [str(word) for word in (*words, "--output_dir", tmp_path / "run", "--finetune", tmp_path / "odd.pth")]
-    shutil.copy(odd, tmp_path / "odd.pth")
+    respecified(odd, tmp_path / "odd.pth", operating_point={"threshold": 0.5})  # which the next weights do not inherit
     with pytest.raises(ConfigError, match="--num_frames 4 contradicts"):
         in_process(*words, "--num_frames", "4")
     in_process(*words, "--stop_epoch", "1")
@@ -401,7 +404,9 @@ def test_training_goes_on_from_a_weights_file_without_naming_its_model(odd, dota
     arguments = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
     assert (arguments["model"], arguments["num_frames"], arguments["gelu"]) == ("vit_tiny_patch16_64", 8, "tanh")
     spec = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)["spec"]
-    before = torch.load(odd, weights_only=True)["spec"]
+    before = {
+        key: value for key, value in torch.load(odd, weights_only=True)["spec"].items() if key != "operating_point"
+    }
     assert spec == before | {"epoch": 1} and spec["data_set"] == "DoTA" and len(log(tmp_path / "run")) == 2
 
 
@@ -421,6 +426,148 @@ def test_pixels_are_normalised_as_the_weights_file_says(odd, dota_root, tmp_path
         model.mean.tolist() == [0.5] * 3
         and json.loads((tmp_path / "half" / "eval_args.json").read_text())["args"]["std"] == [0.5] * 3
     )
+
+
+def point_of(path):
+    return torch.load(path, weights_only=True)["spec"].get("operating_point")
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def fresh(odd, tmp_path):
+    """A copy of `odd` that no evaluation has written an operating point into, with more in the file."""
+    content = torch.load(odd, weights_only=True)
+    content["spec"].pop("operating_point", None)
+    torch.save(content | {"more": {"kept": [1, 2.5, None]}}, tmp_path / "fresh.pth")
+    os.chmod(tmp_path / "fresh.pth", 0o640)
+    return tmp_path / "fresh.pth"
+
+
+@pytest.fixture
+def no_scoring(monkeypatch):
+    """Lets what scores fail."""
+
+    def score(*_):
+        raise AssertionError("scored again")
+
+    return lambda: monkeypatch.setattr(run_finetune.Scorer, "score", score)
+
+
+def test_an_evaluation_finds_the_operating_point_and_the_weights_file_has_it(fresh, dota_root, tmp_path):
+    before = torch.load(fresh, weights_only=True)
+    rows = evaluate(dota_root, tmp_path / "mcc", fresh)
+    point = point_of(fresh)
+    assert point == metrics_of(tmp_path / "mcc")["operating_point"] and point["criterion"] == "mcc"
+    assert point["source"] == "best MCC on DoTA val (5 clips)"
+    labels, scores = (np.array([float(row[name]) for row in rows]) for name in ("label", "score"))
+    best = max(np.corrcoef(labels, scores >= t)[0, 1] for t in sorted(set(scores.tolist()))[1:])
+    at = np.float32(scores) >= np.float32(point["threshold"])
+    assert point["measured"]["mcc"] == pytest.approx(best) == np.corrcoef(labels, at)[0, 1]
+    assert point["measured"]["recall"] == (labels * at).sum() / labels.sum()
+    after = torch.load(fresh, weights_only=True)
+    assert list(after) == list(before) and after["more"] == before["more"]
+    assert after["spec"] == before["spec"] | {"operating_point": point}
+    assert all(torch.equal(after["model"][key], before["model"][key]) for key in before["model"] | after["model"])
+    assert oct(fresh.stat().st_mode)[-3:] == "640" and not zip_damage(fresh)
+    with zipfile.ZipFile(fresh) as z:
+        assert all(info.CRC for info in z.infolist() if info.file_size)
+    model, spec = models.load(str(fresh))
+    assert spec["operating_point"] == point and "operating_point" not in model.spec
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_an_operating_point_is_replaced_if_that_is_meant(fresh, dota_root, tmp_path, capsys):
+    evaluate(dota_root, tmp_path / "none", fresh, "--operating_point", "none")
+    assert point_of(fresh) is None is metrics_of(tmp_path / "none")["operating_point"]
+    rule = ["--alert_after", "0.1", "--event_gap", "0.2", "--event_min_duration", "0.3"]
+    evaluate(dota_root, tmp_path / "f1", fresh, "--operating_point", "f1", *rule)
+    f1 = point_of(fresh)
+    assert (f1["criterion"], f1["alert_after"], f1["gap"], f1["min_duration"]) == ("f1", 0.1, 0.2, 0.3)
+    content = fresh.read_bytes()
+    evaluate(dota_root, tmp_path / "left", fresh, *rule)
+    assert "keeps the operating point that it has; --operating_point replaces it" in capsys.readouterr().out
+    assert fresh.read_bytes() == content and metrics_of(tmp_path / "left")["operating_point"]["criterion"] == "mcc"
+    os.symlink(fresh, tmp_path / "link.pth")
+    evaluate(dota_root, tmp_path / "again", tmp_path / "link.pth", "--operating_point", "mcc")
+    assert point_of(fresh) == metrics_of(tmp_path / "again")["operating_point"] != f1
+    assert (tmp_path / "link.pth").is_symlink()
+    with pytest.raises(ConfigError, match="--false_alarms_per_hour is for --operating_point false_alarms: give both"):
+        evaluate(dota_root, tmp_path / "both", fresh, "--false_alarms_per_hour", "2")
+
+
+def test_a_wanted_rate_of_false_alarms(fresh, dota_root, tmp_path):
+    words = ["--operating_point", "false_alarms", "--false_alarms_per_hour", "1500", "--event_gap", "0"]
+    evaluate(dota_root, tmp_path / "out", fresh, *words)
+    point = point_of(fresh)
+    assert point == metrics_of(tmp_path / "out")["operating_point"] and point["criterion"] == "false_alarms"
+    assert point["measured"]["false_alarms_per_hour"] <= 1500
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "why"),
+    [
+        (lambda path: os.chmod(path, 0o444), [], "fresh.pth is read-only"),
+        (lambda path: None, ["--override_spec"], r"evaluated in another way than it was trained \(--override_spec\)"),
+        (lambda path: torch.save(load_weights(path), path), ["--num_frames", "8", "--view_fps", "2.5"], "has no spec"),
+        (lambda path: torch.save(torch.load(path, weights_only=True) | {"optimizer": {}}, path), [], "state of a run"),
+    ],
+)
+def test_a_weights_file_that_cannot_have_it_is_left(fresh, dota_root, tmp_path, capsys, change, more, why):
+    change(fresh)
+    content = fresh.read_bytes()
+    model = ["--model", "vit_tiny_patch16_64", "--final_reduction", "cls"]
+    evaluate(dota_root, tmp_path / "out", fresh, *model, *more)
+    out = capsys.readouterr().out
+    assert re.search(rf"{why}: the operating point is in {tmp_path}/out/metrics.json alone", out), out
+    assert fresh.read_bytes() == content and metrics_of(tmp_path / "out")["operating_point"]["criterion"] == "mcc"
+
+
+def test_weights_that_a_run_has_replaced_meanwhile_stay_the_new_ones(fresh, dota_root, tmp_path, capsys, monkeypatch):
+    keep = run_finetune.outputs.keep_scores
+    other = torch.load(fresh, weights_only=True)
+
+    def replaced_meanwhile(*values):
+        other["model"]["head.bias"] += 1
+        torch.save(other, fresh)
+        return keep(*values)
+
+    monkeypatch.setattr(run_finetune.outputs, "keep_scores", replaced_meanwhile)
+    evaluate(dota_root, tmp_path / "out", fresh)
+    assert "fresh.pth has changed since it was scored: the operating point is in" in capsys.readouterr().out
+    assert point_of(fresh) is None and torch.equal(load_weights(fresh)["head.bias"], other["model"]["head.bias"])
+
+
+@pytest.mark.parametrize("moment", ["before the weights", "before metrics.json", "before the plots"])
+def test_an_evaluation_that_is_killed_goes_on_and_the_weights_file_has_it(
+    fresh, dota_root, tmp_path, monkeypatch, no_scoring, moment
+):
+    """The weights file it has changed itself is still the one it scored."""
+    names = {"before the weights": "fresh.pth", "before metrics.json": "metrics.json", "before the plots": "roc.png"}
+    rename = os.replace
+
+    def killed(source, target):
+        if str(target).endswith(names[moment]):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        evaluate(dota_root, tmp_path / "out", fresh)
+    assert (point_of(fresh) is None) == (moment == "before the weights")
+    no_scoring()
+    evaluate(dota_root, tmp_path / "out", fresh)
+    point = point_of(fresh)
+    assert point and metrics_of(tmp_path / "out")["operating_point"] == point
+    for criterion in ("f1", "mcc") if moment == "before the plots" else ():  # made again, in another way
+        (tmp_path / "out" / "metrics.json").unlink()
+        evaluate(dota_root, tmp_path / "out", fresh, "--operating_point", criterion)
+        assert point_of(fresh)["criterion"] == criterion
+    assert point_of(fresh) == point
+    with pytest.raises(ConfigError, match="predictions.csv exists: choose another --output_dir or remove it$"):
+        evaluate(dota_root, tmp_path / "out", fresh)
 
 
 def test_a_model_that_contradicts_the_weights_file_is_refused_even_if_meant(odd, dota_root, tmp_path):

@@ -79,10 +79,15 @@ class Number:
             value = int(text) if self.whole else float(text) + 0.0  # -0.0 becomes 0.0
         except ValueError:
             value = math.nan
-        high = self._highest if self.high is None else self.high
-        if self.low <= value <= high and not (self.above and value == self.low) and not (self.below and value == high):
+        if self.includes(value):
             return value
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {self}")
+
+    def includes(self, value: float) -> bool:
+        """Return whether a number is in the range."""
+        high = self._highest if self.high is None else self.high
+        inside = self.low <= value <= high
+        return inside and not (self.above and value == self.low) and not (self.below and value == high)
 
     @property
     def _highest(self) -> float:

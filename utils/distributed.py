@@ -355,3 +355,12 @@ def local_main_first(process: Process) -> Iterator[None]:
     yield
     if group and process.local_rank == 0:
         dist.barrier(group)
+
+
+@contextmanager
+def ended_together() -> Iterator[None]:
+    """Do the body, whose length differs from process to process, and wait for the others: for up to _PATIENCE."""
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
+    yield
+    if group:
+        dist.barrier(group)

@@ -25,6 +25,7 @@ from utils.cli import (
     share_below_1,
     wait,
 )
+from utils.event_rule import seconds
 
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
 
@@ -334,6 +335,16 @@ def _add_evaluation_flags(parser: Parser) -> None:
         "allow_missing", False, "score the clips that can be read and say how many they are, instead of refusing"
     )
     group.free("disable_eval_during_finetuning", False, "train without evaluating")
+    help = (
+        "with --eval: how the threshold of alerts is found, which goes into metrics.json and the weights file, instead "
+        "of one that it has (default: mcc, and the file keeps one that it has)"
+    )
+    group.free("operating_point", None, help, choices=["mcc", "f1", "false_alarms", "none"])
+    help = "wanted of --operating_point false_alarms, in an hour of footage without anomaly (default: 1)"
+    group.free("false_alarms_per_hour", None, help, type=Number(0, 10**6), metavar="N")
+    group.free("alert_after", 0.0, "seconds every score must be risky before an event counts", type=seconds)
+    group.free("event_gap", 0.5, "seconds scores may stay below the threshold within an event", type=seconds)
+    group.free("event_min_duration", 0.0, "shortest event that counts, in seconds", type=seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from utils.cli import ConfigError
 from utils.damage import parse_json
@@ -21,15 +21,17 @@ from utils.text import first_few, short_reason
 logger = logging.getLogger("tad")
 
 
-def setup_logging(rank: int) -> None:
+def setup_logging(rank: int, stream: TextIO | None = None) -> None:
     """Set up the logger "tad": everything of rank 0, errors of the others, which name their rank.
 
     What the others would warn of, rank 0 warns of too. Lines that cannot be written, to a full disk say, are missed.
+
+    stream: where the lines go; None: standard output.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no Unicode
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    handler = _Console()
+    handler = _Console(sys.stdout if stream is None else stream)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
@@ -38,11 +40,11 @@ def setup_logging(rank: int) -> None:
 
 
 class _Console(logging.Handler):
-    """Lines on stdout, which do not tear the progress bar of a terminal."""
+    """Lines on a stream, which do not tear the progress bar of a terminal."""
 
-    def __init__(self):
+    def __init__(self, stream: TextIO):
         super().__init__()
-        self.stream, self._missed = sys.stdout, False
+        self.stream, self._missed = stream, False
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)

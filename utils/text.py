@@ -1,4 +1,4 @@
-"""Pieces of messages: the first few of many names, the short reason of an error, names that can be written."""
+"""Pieces of messages: the first few of many names, the short reason of an error, names to write or show."""
 
 from collections.abc import Iterable
 
@@ -24,3 +24,16 @@ def short_reason(error: BaseException, limit: int = 120) -> str:
     """Return the first line of what an error says, cut to `limit` characters, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
+
+
+def printable(name: str) -> str:
+    """Return a name in one line, with escapes for what is not Unicode or cannot be seen, as what turns text around."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in unicode_name(name))
+
+
+def label_of(name: str, limit: int = 60) -> str:
+    """Return a name as a picture can show it: `printable`, its middle cut."""
+    name = printable(name)
+    if len(name) <= limit:
+        return name
+    return f"{name[: (limit - 3) // 2]}...{name[len(name) - (limit - 2) // 2 :]}"

@@ -43,8 +43,11 @@ class Numbered:
     step: int
 
 
-def find_numbered(path: str, step: int = 1) -> Numbered:
-    """Find the numbered pictures of a zip or folder. step: that of their numbers, as stated.
+def find_numbered(path: str, step: int | None = 1) -> Numbered:
+    """Find the numbered pictures of a zip or folder.
+
+    step: that of their numbers, as stated. None: it is the largest that fits, and pictures may be missing, but no more
+        than are there.
 
     Raises ValueError saying why they are no such sequence and what to do, OSError, zipfile.BadZipFile.
     """
@@ -62,7 +65,7 @@ def find_numbered(path: str, step: int = 1) -> Numbered:
     raise ValueError("neither a folder of pictures nor a zip of them, whose suffix is .zip")
 
 
-def _numbered(names: Sequence[str], step: int) -> Numbered:
+def _numbered(names: Sequence[str], step: int | None) -> Numbered:
     pictures = _of_one_suffix([name for name in names if not is_hidden(name)])
     parts = [re.fullmatch(r"(.*?)([0-9]+)(\.\w+)", name, re.DOTALL) for name in pictures]
     kinds = {p.group(1, 3) if p else None for p in parts}
@@ -71,12 +74,28 @@ def _numbered(names: Sequence[str], step: int) -> Numbered:
     ((before, after),) = kinds
     numbers, width = sorted(int(p.group(2)) for p in parts), min(len(p.group(2)) for p in parts)
     before, after = (text.replace("{", "{{").replace("}", "}}") for text in (before, after))
-    sequence = Numbered(len(numbers), f"{before}{{:0{width}d}}{after}", numbers[0], step)
-    _check_step(sequence, numbers)
+    name = f"{before}{{:0{width}d}}{after}"
+    if step is None:
+        sequence = _with_gaps(name, numbers)
+    else:
+        sequence = Numbered(len(numbers), name, numbers[0], step)
+        _check_step(sequence, numbers)
     there = set(pictures)
     if odd := [name for name in map(sequence.name.format, numbers) if name not in there]:
         raise ValueError(f"numbers with and without zeros in front: expected {odd[0]}; rename the pictures alike")
     return sequence
+
+
+def _with_gaps(name: str, numbers: Sequence[int]) -> Numbered:
+    """Return the sequence that ascending numbers are of, some of which may be missing. Raises ValueError for none."""
+    apart = [b - a for a, b in zip(numbers[:-1], numbers[1:], strict=True)]
+    if 0 in apart:
+        _check_step(Numbered(len(numbers), name, numbers[0], 1), numbers)
+    step = math.gcd(*apart) or 1
+    count = (numbers[-1] - numbers[0]) // step + 1
+    if count > 2 * len(numbers):
+        raise ValueError(f"{len(numbers)} pictures whose numbers leave out {count - len(numbers)}: renumber them")
+    return Numbered(count, name, numbers[0], step)
 
 
 def _of_one_suffix(names: Sequence[str]) -> list[str]:

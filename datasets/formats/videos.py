@@ -11,7 +11,7 @@ or relative to the text file's folder; for videos, a video file may, too.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, data_errors
@@ -31,11 +31,11 @@ def load_videos(root: str, split: str, scan: VideoScan, selection: Selection) ->
     if split != "all":
         raise DataError(f"a folder of videos has no split {split!r}; it has all")
     path = Path(root)
-    folder, videos = (path.parent, [path.name]) if _is_video(path) else _listed(root, search=[""], keep=[])
+    folder, videos = (path.parent, [path.name]) if is_video(path) else _listed(root, search=[""], keep=[])
     return _table("videos", split, folder, videos, scan, selection)
 
 
-def _is_video(path: Path) -> bool:
+def is_video(path: Path) -> bool:
     """Tell whether a path is that of a video, and not of a folder or a list: by its suffix or its first bytes."""
     if not path.is_file():
         return False
@@ -81,25 +81,34 @@ def _listed(root: str, *, search: Sequence[str], keep: Sequence[str]) -> tuple[P
 
 
 def _find(root: Path, folder: str) -> list[str]:
-    """Return the paths relative to root of the videos below root/folder, sorted; folders that cannot be read are named
-    in the log.
-    """
-    found, visited, closed = [], set(), []
+    """Return the paths relative to root of the videos below root/folder, sorted."""
     if not (root / folder).is_dir():
         return []
-    for where, folders, names in os.walk(root / folder, followlinks=True, onerror=closed.append):
+    found = []
+    for where, _, names in walk(root / folder):
+        below = os.path.relpath(where, root)
+        videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+        found += videos if below == "." else [f"{below}/{name}" for name in videos]
+    return sorted(found)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (folder, its folders, its files) as os.walk does, through links, each folder once.
+
+    Folders that cannot be read are named in the log.
+    """
+    visited: set[tuple[int, int]] = set()
+    closed: list[OSError] = []
+    for where, folders, names in os.walk(root, followlinks=True, onerror=closed.append):
         status = os.stat(where)
         if (status.st_dev, status.st_ino) in visited:  # a link back up
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        below = os.path.relpath(where, root)
-        videos = [name for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
-        found += videos if below == "." else [f"{below}/{name}" for name in videos]
+        yield where, folders, names
     if closed:
         reasons = first_few((f"{error.filename} ({error.strerror})" for error in closed), 3)
         logger.warning(f"{root}: {len(closed)} folders cannot be read and are left out: {reasons}")
-    return sorted(found)
 
 
 def load_kinetics(root: str, split: str, scan: VideoScan, selection: Selection) -> ClipTable:

@@ -1,4 +1,4 @@
-"""Checkpoints in, with every key accounted for, and our own weights files."""
+"""Checkpoints in, with every key accounted for, our own weights files, and what is exported of them."""
 
 from models.weights.errors import CheckpointError
 from models.weights.file import fetch, read_checkpoint, read_spec

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from models.registry import create_model
 from models.weights.errors import CheckpointError
@@ -40,10 +41,16 @@ def main() -> None:
         sys.exit(f"error: {e}")
     print(report)
     print(f"  model    {args.model or ' or '.join(names)}")
-    for key, value in (spec or {}).items():
-        print(f"  spec     {key} {value}")
-    for key, value in hints.items():
-        print(f"  config   {key} {value}")
+    for line in _lines(spec or {}):
+        print(f"  spec     {line}")
+    for line in _lines(hints):
+        print(f"  config   {line}")
+
+
+def _lines(values: dict) -> Iterator[str]:
+    """Yield "key value" of each value, those of a dictionary behind its key."""
+    for key, value in values.items():
+        yield from (f"{key} {line}" for line in _lines(value)) if isinstance(value, dict) else (f"{key} {value}",)
 
 
 if __name__ == "__main__":

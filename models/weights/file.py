@@ -3,7 +3,8 @@
 What torch.save writes holds a CRC-32 of each part, which is checked. Older pickles, safetensors and flax checkpoints
 hold no sums: of these, damage is found in their structure alone, not within the values of a tensor.
 
-A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}.
+A weights file of ours is {"model": state dict, "spec": what `models.load` builds the model from}, or what
+`python -m models.export` makes of it.
 """
 
 import argparse
@@ -25,12 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.registry import SPEC_VERSION
-from models.weights import hf_folder
+from models.weights import container, hf_folder
 from models.weights.errors import CheckpointError
-from models.weights.kinds import explain_unreadable, foreign_kind, is_safetensors
+from models.weights.kinds import explain_unreadable, foreign_kind
 from models.weights.layouts import MODEL_KEYS, find_state, is_state_dict
 from models.weights.plain import is_harmless, read_plain
 from utils.damage import zip_damage
+from utils.event_rule import check_operating_point
 from utils.exits import explain
 from utils.text import first_few
 
@@ -109,11 +111,15 @@ def _safe_types() -> list:
 
 def _load(file: Path, *, mapped: bool) -> object:
     """Return the content of a PyTorch or safetensors file. mapped: tensors stay in the file, unread, where they can."""
+    if kind := container.kind_of(file):
+        record = container.read_record(file, kind, check=not mapped)
+        if kind != container.SAFETENSORS:
+            return {"spec": record, "program": kind}
+        if record is None or mapped:
+            return load_file(file) if record is None else {"spec": record}
+        return {"model": load_file(file), "spec": record}
     with file.open("rb") as f:
-        head = f.read(9)
-    if is_safetensors(head):
-        return load_file(file)
-    is_zip = head[:2] == b"PK"
+        is_zip = f.read(2) == b"PK"
     if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):
         raise ValueError(damage)
     try:
@@ -145,10 +151,12 @@ def _read(path: str, *, mapped: bool = False) -> dict:
         raise CheckpointError(f"{path}: no such checkpoint file")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again")
-    if foreign := foreign_kind(file):
+    if not container.kind_of(file) and (foreign := foreign_kind(file)):
         raise CheckpointError(f"{path}: {foreign}{_forget(file)}")
     try:
         content = _load(file, mapped=mapped)
+    except container.ExportedFileError as e:
+        raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
         raise CheckpointError(f"{path}: {explain_unreadable(file, e)}{_forget(file)}") from e
     if not isinstance(content, dict):
@@ -192,6 +200,11 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
     """
     content = _read(path)
+    if content.get("program") in (container.ONNX, container.PROGRAM):
+        raise CheckpointError(
+            f"{path}: an exported program, which runs as it is (models.load) and cannot be trained or changed; give "
+            "the weights file that it was exported from"
+        )
     if model_key == MODEL_KEYS and "ranks" in content and content.get("model_ema"):
         raise CheckpointError(
             f"{path}: the state of a run that averages its weights: use its checkpoint-<epoch>.pth, or name the "
@@ -265,6 +278,8 @@ def _checked_spec(content: dict, path: str) -> dict | None:
     if "spec" not in content or is_state_dict(content):
         return None
     spec = content["spec"]
+    if isinstance(spec, dict) and "export" in spec:
+        spec = {key: value for key, value in spec.items() if key != "export"}  # of the file it was exported from
     remedy = (
         "take another copy, or its weights alone (torch.save({'model': torch.load(FILE)['model']}, NEW_FILE)), with "
         "--model, --num_frames, --view_fps, --input_size, --tubelet_size, --gelu and --final_reduction of the run's "
@@ -291,4 +306,9 @@ def _checked_spec(content: dict, path: str) -> dict | None:
         )
         if not right:
             raise CheckpointError(f"{path}: its spec says {key} = {value!r}; {remedy}")
+    if "operating_point" in spec:
+        try:
+            check_operating_point(spec["operating_point"])
+        except ValueError as e:
+            raise CheckpointError(f"{path}: its spec is damaged: {e}; {remedy}") from e
     return spec

@@ -12,6 +12,8 @@ from models.weights.errors import CheckpointError
 from models.weights.file import fetch
 from models.weights.hf_folder import FAMILIES, folder_hints, read_config
 
+_OF_2_1 = ("use_rope_interleave", "interpolate_rope", "use_modality_embeddings")  # proposed, not in transformers 5.24
+
 
 def read_hints(path_or_url: str) -> dict[str, Any]:
     """Return what stands beside weights in Hugging Face's layout, see `hf_folder.folder_hints`; {} elsewhere.
@@ -30,6 +32,11 @@ def check_config(found: Entries, family: str, path: str) -> None:
     if kind != family:
         known = f"; it must be one of {', '.join(FAMILIES)}" if kind not in FAMILIES else ""
         raise CheckpointError(f"{path}: its config.json says model_type {kind!r}, its keys are {family}'s{known}")
+    if other := [key for key in _OF_2_1 if config.get(key)]:
+        raise CheckpointError(
+            f"{path}: its config.json says {other[0]}: V-JEPA 2.1 converted by others, whose rotations are not "
+            "known; give Meta's own file"
+        )
     has_norm = any(re.fullmatch(r"(encoder\.|fc_)norm\.(weight|bias)", entry.bare) for entry in found.entries)
     if family == "videomae" and config.get("use_mean_pooling", True) and not has_norm:
         found.fresh = r"norm\..+"

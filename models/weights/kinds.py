@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
+from models.weights.container import is_safetensors
 from utils.pickles import refused_code
 from utils.text import first_few, short_reason
 
@@ -28,11 +29,6 @@ _MAGIC = (  # first bytes -> what it is and what to do
     (b"%PDF", "a PDF"),
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; run `git lfs pull`"),
 )
-
-
-def is_safetensors(head: bytes) -> bool:
-    """Tell whether a file that begins with these 9 bytes is one: the length of a JSON header, and the header."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def is_flax(head: bytes) -> bool:
@@ -117,7 +113,7 @@ def explain_unreadable(file: Path, error: Exception) -> str:
         return refusal
     with file.open("rb") as f:
         head = f.read(_LINE)
-    if _is_text(head):
+    if head[:2] != b"PK" and _is_text(head):
         return f"this is text, not weights; it begins {head[:40].decode(errors='replace')!r}"
     advice = "weights_only" in str(error)  # to unpickle all, and no reason
     reason = type(error).__name__ if advice else short_reason(error)

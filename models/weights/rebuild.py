@@ -1,13 +1,16 @@
 """A model from its weights file alone: `load(path)`."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from models.registry import VideoInput, classifier_of, create_model
-from models.weights.file import CheckpointError, read_checkpoint
+from models.weights.container import ONNX, PROGRAM, kind_of
+from models.weights.file import CheckpointError, fetch, read_checkpoint
 from models.weights.pretrained import fill_model
+from models.weights.programs import load_program
 from utils.text import first_few, short_reason
 
 _COMMON = (*(f.name for f in fields(VideoInput)), "gelu")
@@ -17,11 +20,15 @@ def load(path: str) -> tuple[nn.Module, dict]:
     """Build the model that a weights file of ours is for, on the CPU, in evaluation mode, all its weights filled.
 
     Args:
-        path: file or URL of a classifier or a masked autoencoder.
+        path: file or URL of a classifier or a masked autoencoder, or what `python -m models.export` made of one: ONNX
+            and torch.export are run as they are, see `models.weights.programs`.
 
     Returns (model, spec), the spec as it stands in the file. Raises CheckpointError: an unreadable file, one without a
-    spec or with a damaged one, weights that are not those of its spec.
+    spec or with a damaged one, weights that are not those of its spec, an exported file that has changed.
     """
+    file = Path(fetch(str(path)))
+    if file.is_file() and kind_of(file) in (ONNX, PROGRAM):
+        return load_program(str(path))
     checkpoint = read_checkpoint(path)
     spec = checkpoint.spec
     if spec is None:

@@ -23,6 +23,7 @@ from engine.evaluate import (
     Scorer,
     coverage,
     gather_predictions,
+    read_predictions,
     write_metrics,
     write_predictions,
 )
@@ -35,7 +36,7 @@ CLIPS = ClipTable(
     "DoTA",
     "val",
     [
-        Clip("a", "", 3, 10.0, labels=LABELS[0].astype(np.uint8)),
+        Clip("a", "", 3, 10.0, labels=LABELS[0].astype(np.uint8), category="turning, left", ego=True, night=False),
         Clip("short", "", 1, 10.0, labels=np.zeros(1, np.uint8)),
         Clip("1/001", "", 4, 10.0, frame_name="{:04d}.png", first_frame=1, labels=LABELS[2].astype(np.uint8)),
     ],
@@ -208,7 +209,8 @@ def test_one_class_is_said_to_say_nothing(caplog):
 def test_predictions_csv(tmp_path):
     write_predictions(tmp_path / "predictions.csv", gathered(), CLIPS)
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
-    assert list(rows[0]) == ["clip", "filename", "frame", "logits_safe", "logits_risk", "score", "label", "ttc"]
+    first, last = ["clip", "filename", "frame", "time"], ["label", "ttc", "category", "ego", "night"]
+    assert list(rows[0]) == [*first, "logits_safe", "logits_risk", "score", *last]
     assert [(r["clip"], r["filename"], r["frame"]) for r in rows] == [
         ("a", "000001.jpg", "1"),
         ("a", "000002.jpg", "2"),
@@ -218,6 +220,33 @@ def test_predictions_csv(tmp_path):
     assert np.float32(rows[1]["logits_safe"]) == np.float32(0.1234567891)  # nothing lost on the way
     assert [r["label"] for r in rows] == ["1", "1", "0", "0"]
     assert [r["ttc"] for r in rows] == ["0", "0", "", ""]
+    assert [r["time"] for r in rows] == ["0.1", "0.2", "0.2", "0.3"]
+    assert [(r["category"], r["ego"], r["night"]) for r in rows] == [("turning, left", "1", "0")] * 2 + [
+        ("", "", "")
+    ] * 2
+
+
+def test_predictions_are_read_as_they_were_written(tmp_path):
+    """With the times of a rate that is no whole number; files from before there were times have none."""
+    labels = np.zeros(400, np.uint8)
+    clips = ClipTable("DoTA", "val", [Clip("a", "", 400, 30000 / 1001, labels=labels)])
+    scored = np.zeros(400, int), np.arange(400), np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)
+    written = gather_predictions(scored, scored[:2], clips)
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, written, clips)
+    read = read_predictions(path)
+    for name in ("clip", "frame", "label", "logits", "score"):
+        assert (getattr(read, name) == getattr(written, name)).all()
+    assert np.abs(read.time - written.time).max() < 1e-9 and np.allclose(written.time, np.arange(400) * 1001 / 30000)
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text("\n".join(",".join([*line[:3], *line[4:9]]) for line in lines) + "\n")
+    old = read_predictions(path)
+    assert old.time is None and (old.logits == written.logits).all()
+    path.write_text(
+        "\n".join(",".join([*line[:3], "soon", *line[4:]]) if i else ",".join(line) for i, line in enumerate(lines))
+    )
+    with pytest.raises(EvaluationError, match="not the scores of an evaluation"):
+        read_predictions(path)
 
 
 def test_every_clip_that_is_not_scored_stands_in_a_list():

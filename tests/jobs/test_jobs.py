@@ -16,6 +16,7 @@ from helpers import ROOT
 
 import run_finetune
 from utils.flags import dapt_parser, finetune_parser
+from utils.predict_flags import predict_parser
 
 FINETUNE = sorted((ROOT / "jobs" / "finetune").glob("*.sh"))
 DAPT = sorted((ROOT / "jobs" / "dapt").glob("*.sh"))
@@ -139,6 +140,15 @@ def test_file_says_what_it_is(job):
     assert f"#SBATCH --job-name={job.stem}\n" in text and "MODEL_ZOO.md" in text and os.access(job, os.X_OK)
     published = "Published, fine-tuned from it" if job in DAPT else PUBLISHED.get(job.stem, "no published row")
     assert published in text
+
+
+def test_prediction_takes_videos_and_weights(launch):
+    done = launch(ROOT / "jobs" / "predict.sh", "--", "--stride", "3", **PATHS, OUTPUT_DIR="/scratch/a b")
+    words = shlex.split(done.stdout)
+    args = predict_parser("").parse_args(words[words.index("run_predict.py") + 1 :])
+    assert (args.inputs, args.weights, args.output_dir) == (["/data/Do TA"], "w.pth", "/scratch/a b")
+    assert args.stride == 3
+    assert "DATA_PATH: a video, a folder" in launch(ROOT / "jobs" / "predict.sh").stderr
 
 
 @every_job

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import golden, load_weights, run
 from safetensors.torch import save_file
+from timm.models import group_parameters
 
 from models import create_model
 from models.heads import AttentivePooler
@@ -189,6 +190,10 @@ def test_folders_of_hugging_face_give_the_reference_numbers(tmp_path):
             model(hf_clip()), HF["vjepa2_classification"]["expected"]["logits"], atol=5e-6, rtol=0
         )
     assert read_hints(path) == {"num_frames": 4, "input_size": 64, "tubelet_size": 2, "gelu": "erf"}
+    settings = json.loads((tmp_path / "classifier" / "config.json").read_text())
+    (tmp_path / "classifier" / "config.json").write_text(json.dumps(settings | {"use_rope_interleave": True}))
+    with pytest.raises(CheckpointError, match="says use_rope_interleave: V-JEPA 2.1 converted by others"):
+        load_pretrained(model, path)
 
 
 def test_transformers_computes_the_same_of_the_same_folder(tmp_path):
@@ -272,6 +277,17 @@ def test_recomputed_blocks_give_the_same_gradients(version):
         model(video).sum().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(g is not None for g in grads[0]) and all(map(torch.allclose, *grads))
+
+
+@every_version
+def test_layers_of_the_learning_rate(version):
+    model = create_model(NAMES[version])
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    depth = len(model.blocks)
+    for name, layer in layers.items():
+        block = re.match(r"blocks\.(\d+)", name)
+        expected = 0 if re.match("patch_embed|img_mod|video_mod", name) else int(block[1]) + 1 if block else depth + 1
+        assert layer == expected, name
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 from helpers import golden, golden_input, published_file, recipe
 
 from models import create_model
-from models.weights import CheckpointError, fetch, load_pretrained, read_checkpoint
+from models.weights import CheckpointError, fetch, load, load_pretrained, read_checkpoint, read_spec
+from models.weights.__main__ import main
 
 TINY = "vit_tiny_patch16_64"
 
@@ -361,3 +362,40 @@ def test_downloads_are_whole_and_not_mixed_up(tmp_path, monkeypatch):
             fetch(bad)
     server.shutdown()
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operating point in a spec
+
+POINT = {"threshold": 0.25, "gap": 0.5, "source": "best F1 on mine", "criterion": "f1",
+         "measured": {"f1": 0.75, "recall": None, "split": "mine"}}  # fmt: skip
+
+
+def test_a_spec_with_an_operating_point_is_read_and_shown(tmp_path, monkeypatch, capsys):
+    model = tiny()
+    path = save(tmp_path, {"model": model.state_dict(), "spec": model.spec | {"operating_point": POINT}})
+    assert read_spec(path)["operating_point"] == load(path)[1]["operating_point"] == POINT
+    monkeypatch.setattr("sys.argv", ["models.weights", path])
+    main()
+    shown = capsys.readouterr().out
+    for line in ("threshold 0.25", "source best F1 on mine", "measured f1 0.75", "measured recall None"):
+        assert f"  spec     operating_point {line}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("damaged", "why"),
+    [
+        (None, "the operating point is a NoneType, not a dictionary"),
+        ({}, "lacks threshold"),
+        (POINT | {"threshold": 2}, "threshold = 2, which is not a number from 0 to 1"),
+        (POINT | {"gap": torch.zeros(1)}, "gap = "),
+        (POINT | {"measured": {"f1": {}}}, "measured = "),
+        (POINT | {"thresold": 0.5}, "has 'thresold'"),
+    ],
+)
+def test_a_damaged_operating_point_is_refused(tmp_path, damaged, why):
+    model = tiny()
+    path = save(tmp_path, {"model": model.state_dict(), "spec": model.spec | {"operating_point": damaged}})
+    for read in (read_spec, read_checkpoint, load):
+        with pytest.raises(CheckpointError, match=f"checkpoint.pth: its spec is damaged: .*{why}.*take another copy"):
+            read(path)

@@ -110,3 +110,11 @@ def test_progress_bar_on_a_terminal_only(monkeypatch):
     assert "epoch 0:" in shown and "/3" in shown and "item 2\n" in shown
     monkeypatch.undo()
     setup_logging(rank=0)
+
+
+def test_lines_can_go_elsewhere_than_to_standard_output(capsys):
+    setup_logging(0, sys.stderr)
+    logging.getLogger("tad").info("hello")
+    setup_logging(0)
+    out, err = capsys.readouterr()
+    assert not out and err.endswith(" hello\n")

@@ -25,6 +25,9 @@ OFF = {"--warmup_steps -1"}
 # A share has no value above 1. What is no share is named here, so that a new flag is a decision.
 ABOVE_1 = {"--lr", "--min_lr", "--weight_decay", "--weight_decay_end", "--clip_grad", "--init_scale"}
 ABOVE_1 |= {"--view_fps", "--assume_fps", "--fps", "--read_timeout", "--dist_timeout", "--save_every_minutes"}
+ABOVE_1 |= {"--alert_after", "--event_gap", "--event_min_duration", "--smooth_rise", "--smooth_fall", "--stream_fps"}
+ABOVE_1 |= {"--report_every", "--stream_timeout", "--reconnect", "--outage", "--seconds", "--kill_every", "--max_delay"}
+ABOVE_1 |= {"--false_alarms_per_hour"}
 HUGE = {"--clip_grad", "--save_every_minutes"}  # 1e30 harms nobody
 
 
@@ -39,7 +42,8 @@ def parsers(path, monkeypatch):
         raise Built(self)
 
     if path.startswith("run_"):
-        return [importlib.import_module("utils.flags").__dict__[f"{path[4:-3]}_parser"]("x")]
+        module = importlib.import_module("utils.predict_flags" if path == "run_predict.py" else "utils.flags")
+        return [getattr(module, f"{path[4:-3]}_parser")("x")]
     if path == "jobs/submit.py":
         return [importlib.import_module("jobs.submit").submit_parser()]
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", built)
