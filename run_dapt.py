@@ -30,6 +30,7 @@ from utils.record import Changeable
 from utils.resolve import (
     INPUT,
     common_flags,
+    fill_from_config,
     fill_unset,
     keep_history,
     leave_gpus_alone,
@@ -78,7 +79,7 @@ from engine.resume import agreed_state, recorded_arguments
 from engine.session import start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
-from models.weights import CheckpointError, fetch, load_pretrained, read_spec
+from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
     data_parallel,
@@ -125,8 +126,8 @@ def resolve_spec(args: Namespace, process: Process) -> None:
         return
     with local_main_first(process):  # one download per node
         path = fetch(args.from_ckpt)
-    spec = read_spec(path)
-    if spec is None:
+    if (spec := read_spec(path)) is None:
+        fill_from_config(args, read_hints(path), SPEC, args.from_ckpt)
         return
     try:
         spec["model"] = masked_autoencoder_of(spec["model"])
@@ -250,13 +251,8 @@ def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | Non
     if args.from_ckpt and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.from_ckpt)
-        report = load_pretrained(
-            model,
-            path,
-            model_key=args.model_key,
-            model_prefix=args.model_prefix or "",
-            stored_table=args.pos_embed != "sincos",
-        )
+        where = {"model_key": args.model_key, "model_prefix": args.model_prefix or "", "table_grid": args.table_grid}
+        report = load_pretrained(model, path, stored_table=args.pos_embed != "sincos", **where)
         require_same_weights(model, report.loaded, f"--from_ckpt {args.from_ckpt}")
         logger.info(report)
         if report.missing:

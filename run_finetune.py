@@ -32,6 +32,7 @@ from utils.resolve import (
     INPUT,
     WEIGHTS_SOURCE,
     common_flags,
+    fill_from_config,
     fill_unset,
     keep_history,
     leave_gpus_alone,
@@ -84,7 +85,7 @@ from engine.plots import evaluation_figures
 from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
 from models import classifier_of, create_model, model_defaults
-from models.weights import CheckpointError, fetch, load_pretrained, read_spec
+from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
     broadcast,
@@ -135,11 +136,10 @@ def resolve_spec(args: Namespace, process: Process) -> None:
         return
     with local_main_first(process):  # one download per node
         path = fetch(args.finetune)
-    spec = read_spec(path)
-    if spec is None:
+    if (spec := read_spec(path)) is None:
+        fill_from_config(args, read_hints(path), SPEC, args.finetune)
         if args.eval:
-            logger.warning(f"{args.finetune} has no spec: where --model, --num_frames, --view_fps, --gelu and the like "
-                           "are left out, their defaults are used")  # fmt: skip
+            logger.warning(f"{args.finetune} has no spec: --model, --view_fps and the like, left out, are the defaults")
         return
     try:
         trained = spec | {"model": classifier_of(spec["model"])}
@@ -365,13 +365,8 @@ def build_model(
     if args.finetune and not resumed:
         with local_main_first(process):  # one download per node
             path = fetch(args.finetune)
-        report = load_pretrained(
-            model,
-            path,
-            model_key=args.model_key,
-            model_prefix=args.model_prefix or "",
-            stored_table=args.pos_embed != "sincos",
-        )
+        where = {"model_key": args.model_key, "model_prefix": args.model_prefix or "", "table_grid": args.table_grid}
+        report = load_pretrained(model, path, stored_table=args.pos_embed != "sincos", **where)
         require_same_weights(model, report.loaded, f"--finetune {args.finetune}")
         logger.info(report)
         if trained_head and report.missing:

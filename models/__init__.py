@@ -10,7 +10,7 @@ from utils.exits import report_uncaught
 if sys.argv[:1] == ["-m"]:  # one of its commands starts, of which this is the first file
     report_uncaught()
 
-from models import internvideo2, mae, vit  # noqa: F401  (they fill the registry)
+from models import internvideo2, mae, vit, vivit, vjepa  # noqa: F401  (they fill the registry)
 from models.registry import (
     ModelDefaults,
     classifier_of,

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from models import internvideo2, vit
+from models import internvideo2, vit, vivit, vjepa
 from models.pos_embed import sinusoid_1d
 from models.registry import Dropout, VideoInput, build_model, register_model
 from models.vit import LayerNorm, Size, VideoEncoder, build_blocks, run_blocks
@@ -225,7 +225,11 @@ MODELS = {  # name: classifier
     "pretrain_videomae_large_patch16_224": "vit_large_patch16_224",  # 343 M, 39 M
     "pretrain_videomae_huge_patch16_224": "vit_huge_patch16_224",
     # The others have "pretrain_" before their classifier's name.
-    **{f"pretrain_{name}": name for name in (*vit.MODELS, *internvideo2.MODELS) if not name.startswith("vit_")},
+    **{
+        f"pretrain_{name}": name
+        for name in (*vit.MODELS, *internvideo2.MODELS, *vivit.MODELS, *vjepa.MODELS)
+        if not name.startswith("vit_")
+    },
 }
 for _name, _classifier in MODELS.items():
     _decoder = next(size for word, size in DECODERS.items() if word in _classifier)

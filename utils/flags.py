@@ -195,6 +195,11 @@ def _add_weights_flags(group: FlagGroup) -> None:
     help = "where the weights are in the file: the first of these"
     group.free("model_key", "model|module|state_dict|model_state", help)
     group.free("model_prefix", None, "read only the keys under this prefix, e.g. student. (default: all keys)")
+    help = (
+        "slots x rows x columns of the tokens that the weights' position table is for, e.g. 8x14x14, where neither the "
+        "file nor its config.json says it; a fixed table is resampled from there, too, and trained (default: as said)"
+    )
+    group.free("table_grid", None, help)
     help = "mean the flags that contradict what the weights file says of itself, instead of an error"
     group.free("override_spec", False, help)
 

@@ -25,6 +25,13 @@ CLASSIFIERS = (
     "internvideo2_small_patch14_224",
     "internvideo2_base_patch14_224",
     "internvideo2_large_patch14_224",
+    "vivit_tiny_patch16_64",
+    "vivit_base_patch16_224",
+    "vjepa2_vit_tiny_patch16_64",
+    "vjepa2_vit_large_patch16_256",
+    "vjepa21_vit_tiny_patch16_64",
+    "vjepa21_vit_base_patch16_384",
+    "vjepa21_vit_large_patch16_384",
 )
 # VideoMAE's own have "videomae_" in place of "vit_".
 MASKED_AUTOENCODERS = tuple(

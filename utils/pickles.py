@@ -9,6 +9,21 @@ from typing import BinaryIO
 
 _NO_CODE = ("torch", "collections", "numpy", "_codecs")  # modules that files of tensors and plain types name
 _BUILT_IN = "collections.OrderedDict", "argparse.Namespace"
+# What files hold beside weights that does no harm where it is not called; see models.weights.plain.
+HARMLESS = re.compile(
+    r"numpy\.(dtype|ndarray|(_?core\.)?(multiarray|numeric|_multiarray_umath)\.(scalar|_reconstruct|_frombuffer))"
+    r"|numpy\.(_core|core)\.(multiarray|numeric)\.(scalar|_reconstruct|_frombuffer)|numpy\.dtypes\.\w+|numpy\.(str_|bytes_)"
+    r"|numpy\.(float|int|uint|complex|bool)\d*_?|numpy\.random\._pickle\.__\w+_ctor"
+    r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
+    r"|datetime\.(datetime|date|time|timedelta|timezone)|uuid\.(UUID|SafeUUID)"
+    r"|collections\.(deque|defaultdict|Counter|ChainMap)|argparse\.Namespace|types\.SimpleNamespace"
+    r"|decimal\.Decimal|fractions\.Fraction|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|str|bool|complex|bytes|bytearray|x?range|slice)"
+    # what trainers keep their settings and their log in: dictionaries under another name
+    r"|(pytorch_lightning|lightning|lightning_fabric)\.[\w.]+\.AttributeDict|easydict\.EasyDict|yacs\.config\.CfgNode"
+    r"|omegaconf\.[\w.]+\.\w+|typing\.Any|mmengine\.config\.config\.ConfigDict|addict\.addict\.Dict"
+    r"|mmengine\.logging\.history_buffer\.HistoryBuffer"
+)
 _STREAMS = 5  # pickles one after another in files from before PyTorch 1.6
 
 
@@ -17,18 +32,22 @@ def refused_code(path: Path, error: Exception) -> str | None:
 
     error: what torch.load(path, weights_only=True) raised.
     """
+    try:
+        names, is_whole = [name for name in named_in(path) if not _is_data(name)], True
+    except Exception:  # pickletools raises several types where bytes go wrong
+        names, is_whole = [], False
+    if names:
+        return _refusal(names)
     named = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
     if named and (name := next(filter(None, named.groups()), None)):
         return _refusal([name])
-    try:
-        names = [name for name in _names(path) if name.partition(".")[0] not in _NO_CODE and name not in _BUILT_IN]
-    except Exception:  # pickletools raises several types where bytes go wrong
-        return None
-    if names:
-        return _refusal(names)
-    if "Unsupported operand" in str(error):
+    if is_whole and "Unsupported operand" in str(error):
         return "a whole pickle, but in a protocol that is not read: re-save it with torch.save(weights, NEW_FILE)"
     return None
+
+
+def _is_data(name: str) -> bool:
+    return name.partition(".")[0] in _NO_CODE or name in _BUILT_IN or bool(HARMLESS.fullmatch(name))
 
 
 def _refusal(names: list[str]) -> str:
@@ -38,7 +57,7 @@ def _refusal(names: list[str]) -> str:
     )
 
 
-def _names(path: Path) -> Iterator[str]:
+def named_in(path: Path) -> Iterator[str]:
     """Yield module.name of everything that a file would import. Raises where it is no pickle, or cut short."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

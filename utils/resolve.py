@@ -10,7 +10,7 @@ from utils.cli import ConfigError
 
 INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
 OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
-WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix")  # flags that say what the weights came from
+WEIGHTS_SOURCE = ("finetune", "from_ckpt", "model_key", "model_prefix", "table_grid")  # what weights came from
 LOCAL = ("output_dir", "log_dir", "scan_cache", "num_workers", "read_timeout", "pin_mem")  # see common_flags
 logger = logging.getLogger("tad")
 
@@ -33,6 +33,14 @@ def fill_unset(args: argparse.Namespace, values: Mapping[str, Any], names: Seque
     for name in names:
         if getattr(args, name, None) is None:
             setattr(args, name, values.get(name))
+
+
+def fill_from_config(args: argparse.Namespace, hints: Mapping[str, Any], names: Sequence[str], weights: str) -> None:
+    """Fill in what was left open of the named arguments from the files beside weights, in place, and log it."""
+    taken = {name: value for name, value in hints.items() if name in names and getattr(args, name, None) is None}
+    fill_unset(args, hints, names)
+    if taken:
+        logger.info(f"by the files beside {weights}: {', '.join(f'{name} {value}' for name, value in taken.items())}")
 
 
 def refuse_contradictions(

@@ -51,7 +51,7 @@ class ExportedFileError(ValueError):
 
 def is_safetensors(head: bytes) -> bool:
     """Tell whether a file that begins with these 9 bytes is one: the length of a JSON header, and the header."""
-    return head[8:9] == b"{"
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def kind_of(path: Path) -> str | None:

@@ -12,6 +12,7 @@ class Dialect:
 
     marks: a pattern that at least one key matches, as it stands or without the prefixes of wrappers; our own files of
         the family should match it too.
+    absent: a pattern that no key matches, without the prefixes of wrappers.
     shapes: key -> pattern of its shape, written like 768x384, where these tell families with the same keys apart.
     family: what the file must say of itself.
     prefix: pattern of what stands before the encoder's keys.
@@ -27,6 +28,7 @@ class Dialect:
 
     name: str
     marks: str
+    absent: str | None = None
     shapes: dict[str, str] = field(default_factory=dict)
     family: str | None = None
     prefix: str = r"encoder\."
@@ -47,11 +49,58 @@ _PIXEL_DECODER = (
     rf"decoder\.{_BLOCK}",
     r"decoder\.(norm|head)\.(weight|bias)",
 )
+_PROBE = (r"head\.(weight|bias)", r"pooler\..+")
 _TUBELET_OF_TWO = r"\d+x3x2x16x16"  # 768 are not the pixels of such a token
 _PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
 # The first that fits wins: a new one stands before every one whose marks its files match too, as those of "VideoMAE
 # pre-training" (encoder.blocks), "VideoMAE V2 distilled" and "Video ViT" (blocks).
 DIALECTS = (
+    Dialect(
+        "V-JEPA 2 of Hugging Face",
+        marks=r".+",
+        family="vjepa2",
+        ignored=_PROBE,
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa2_.+",
+        pos_embed="rotary 2.0",
+    ),
+    Dialect(
+        "ViViT of Hugging Face",
+        marks=r".+",
+        family="vivit",
+        ignored=(r"head\.(weight|bias)", r"pooler\.dense\.(weight|bias)"),
+        models=r"(pretrain_)?(vivit|vit)_.+",
+        pos_embed=None,
+        stored_table=True,
+    ),
+    Dialect(
+        "VideoMAE of Hugging Face",
+        marks=r".+",
+        family="videomae",
+        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
+        models=_PLAIN,
+    ),
+    Dialect(
+        "V-JEPA 2.1",
+        marks=r"((encoder|backbone)\.)?(norms_block\.\d+|patch_embed_img|img_mod_embed|video_mod_embed)(\..+)?",
+        prefix=r"(encoder|backbone)\.",
+        final_norm="norm",
+        ignored=(*_PIXEL_DECODER, *_PROBE),
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa21_.+",
+        pos_embed="rotary 2.1",
+    ),
+    Dialect(
+        "V-JEPA 2",
+        marks=r"((encoder|backbone)\.)?blocks\.\d+\.attn\.qkv\.bias",
+        absent=r"((encoder|backbone)\.)?(fc_norm\..+|blocks\.\d+\.attn\.[qv]_bias)|(decoder|cls_head)\..+qkv\.bias",
+        prefix=r"(encoder|backbone)\.",
+        final_norm="norm",
+        ignored=(*_PIXEL_DECODER, *_PROBE, r"backbone\.pos_embed"),  # frozen and unused
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa2_.+",
+        pos_embed="rotary 2.0",
+    ),
     Dialect(
         "InternVideo2",
         marks=r"(encoder\.)?clip_projector\..+",
@@ -70,6 +119,15 @@ DIALECTS = (
         pos_embed="learned",
         stored_table=True,
         inflated=True,
+    ),
+    Dialect(
+        "ViViT",
+        marks=r"(encoder\.)?cls_token",
+        final_norm="norm",
+        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
+        models=r"(pretrain_)?vivit_.+",
+        pos_embed="learned",
+        stored_table=True,
     ),
     Dialect("ViViT, converted", marks=r"encoder\.blocks\.\d+\..+", family="ViViT", pos_embed=None, stored_table=True),
     Dialect(
@@ -146,6 +204,7 @@ DIALECTS = (
         "Video ViT as a backbone",
         marks=r"backbone\.blocks\.\d+\..+",
         prefix=r"backbone\.",
+        ignored=(r"head\.(weight|bias)",),
         models=_PLAIN,
         pos_embed=None,
     ),

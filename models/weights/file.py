@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import math
 import os
+import pickle
 import re
 import shutil
 from contextlib import suppress
@@ -25,21 +26,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.registry import SPEC_VERSION
-from models.weights import container
-from models.weights.container import is_safetensors
+from models.weights import container, hf_folder
+from models.weights.errors import CheckpointError
+from models.weights.kinds import explain_unreadable, foreign_kind
+from models.weights.layouts import MODEL_KEYS, find_state, is_state_dict
+from models.weights.plain import is_harmless, read_plain
 from utils.damage import zip_damage
 from utils.event_rule import check_operating_point
 from utils.exits import explain
-from utils.pickles import refused_code
-from utils.text import first_few, short_reason
+from utils.text import first_few
 
-MODEL_KEYS = "model|module|state_dict|model_state"
+_LARGE = 1 << 30  # bytes of a file whose tensors stay in it until they are used: it may hold more than one model
 _LONGEST_NAME = 200  # characters of a file name; systems allow 255 with what is put before and behind
-CONVERT_VIVIT = "convert it with other_models/ViViT/ckpt_vivit.py"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Checkpoint:
     epoch, family: what the file says of itself, if it does.
     model: its registered name, in a file of ours.
     spec: see `read_spec`.
+    beside: keys of the file that stand flat beside the weights and are none.
     """
 
     path: str
@@ -61,6 +60,7 @@ class Checkpoint:
     family: str | None = None
     model: str | None = None
     spec: dict | None = None
+    beside: tuple[str, ...] = ()
 
 
 def fetch(path_or_url: str) -> str:
@@ -73,7 +73,7 @@ def fetch(path_or_url: str) -> str:
     encoded = path_or_url.encode(errors="surrogateescape")
     digest = hashlib.sha256(encoded).hexdigest()[:8]  # files of the same name are told apart
     name = re.sub(r"[^ -~]", "", path_or_url.partition("?")[0].split("/")[-1])[-_LONGEST_NAME:]
-    target = Path(torch.hub.get_dir(), "checkpoints", f"{digest}-{name}")
+    target = _downloads() / f"{digest}-{name}"
     if target.exists():
         return str(target)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -97,35 +97,16 @@ def fetch(path_or_url: str) -> str:
     return str(target)
 
 
+def _downloads() -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints")
+
+
 def _safe_types() -> list:
     """List what published scripts pickle beside tensors: their arguments, and NumPy's scalars in the optimizer."""
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.bool_)]
+    dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
     scalar = np.float64(0).__reduce__()[0]
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1 and 2 files
     return [argparse.Namespace, np.dtype, *dtypes, *scalars]
-
-
-def is_flax(head: bytes) -> bool:
-    """Tell whether a file that begins with these 9 bytes is a flax checkpoint: a msgpack map. No pickle does."""
-    return bool(head) and not is_safetensors(head) and (0x80 < head[0] <= 0x8F or head[0] in (0xDE, 0xDF))
-
-
-def _explain_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as f:
-        head = f.read(512).lstrip()
-    if head[:1] == b"<":
-        return "this is an HTML or XML page saved under the name of a checkpoint; download the file itself"
-    if head.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the weights; run `git lfs pull`"
-    if is_flax(head):
-        return f"this is a flax checkpoint; if it is ViViT's, {CONVERT_VIVIT}"
-    if refusal := refused_code(path, error):
-        return refusal
-    advice = "weights_only" in str(error)  # to unpickle all, and no reason
-    reason = type(error).__name__ if advice else short_reason(error)
-    has_end = head[:2] == b"PK" and "not a zip file" not in reason
-    what = "damaged" if has_end else "truncated, or not a PyTorch checkpoint"
-    return f"{what} ({reason}); download or copy it again"
 
 
 def _load(file: Path, *, mapped: bool) -> object:
@@ -141,27 +122,70 @@ def _load(file: Path, *, mapped: bool) -> object:
         is_zip = f.read(2) == b"PK"
     if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):
         raise ValueError(damage)
-    with torch.serialization.safe_globals(_safe_types()):
-        return torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+    try:
+        with torch.serialization.safe_globals(_safe_types()):
+            return torch.load(
+                str(file),
+                map_location="cpu",
+                weights_only=True,
+                mmap=is_zip and (mapped or file.stat().st_size > _LARGE),
+            )
+    except pickle.UnpicklingError:
+        if is_zip and is_harmless(file):
+            return read_plain(file)
+        raise
 
 
 def _read(path: str, *, mapped: bool = False) -> dict:
-    """Return the dictionary in a file. Raises CheckpointError: missing, empty, truncated or foreign file."""
+    """Return the dictionary in a file, or in all parts that an index names, which may be that of a folder.
+
+    Raises CheckpointError: missing, empty, truncated or foreign file, parts that are not those of their index.
+    """
     file = Path(fetch(str(path)))
     if file.is_dir():
-        raise CheckpointError(f"{path}: this is a folder; give a weights file, checkpoint-<epoch>.pth of a run of ours")
+        file = hf_folder.weights_file(file)
+        path = str(file)
+    if file.name.endswith(hf_folder.INDEX) and file.is_file():
+        return _read_parts(file, mapped=mapped)
     if not file.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again")
+    if not container.kind_of(file) and (foreign := foreign_kind(file)):
+        raise CheckpointError(f"{path}: {foreign}{_forget(file)}")
     try:
         content = _load(file, mapped=mapped)
     except container.ExportedFileError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # torch.load raises a dozen types, depending on where the bytes go wrong
-        raise CheckpointError(f"{path}: {_explain_unreadable(file, e)}") from e
+        raise CheckpointError(f"{path}: {explain_unreadable(file, e)}{_forget(file)}") from e
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def _forget(file: Path) -> str:
+    """Remove a file that does not load from the cache of downloads, and say so; "" for any other file."""
+    if file.parent != _downloads() or not re.match("[0-9a-f]{8}-", file.name):
+        return ""
+    with suppress(OSError):
+        file.unlink()
+        return f". It was downloaded to {file}, where it is removed: the next run downloads it again"
+    return f". It was downloaded to {file}; remove that before the next run"
+
+
+def _read_parts(index: Path, *, mapped: bool) -> dict:
+    """Return the dictionary in all parts that an index names."""
+    content: dict = {}
+    for part, keys in hf_folder.parts_of(index).items():
+        held = _read(str(part), mapped=mapped)
+        if lacking := keys - held.keys():
+            names = first_few(sorted(lacking), 4)
+            raise CheckpointError(f"{part}: lacks {names}, which {index.name} says it has; copy all parts again")
+        if twice := held.keys() & content.keys():
+            names = first_few(sorted(twice), 4)
+            raise CheckpointError(f"{part}: has {names}, which another part has too; copy all parts again")
+        content |= held
     return content
 
 
@@ -169,8 +193,9 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
     """Read a state dict to the CPU from a PyTorch or safetensors file, unpickling tensors and plain types only.
 
     Args:
-        path: file or URL.
-        model_key: names separated by |; the first one present is unwrapped, else the file itself must be a state dict.
+        path: file or URL, or a folder, see `models.weights.hf_folder`.
+        model_key: names separated by |, with dots where they are deep; the first one present is unwrapped, else the
+            file itself is a state dict, or, with the default, the one dictionary in it that is.
 
     Raises CheckpointError: missing, empty, truncated or foreign file, no state dict inside, a damaged spec.
     """
@@ -185,15 +210,9 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
             f"{path}: the state of a run that averages its weights: use its checkpoint-<epoch>.pth, or name the "
             "average with --model_key model_ema, the weights themselves with --model_key model"
         )
-    wrapper = next((k for k in model_key.split("|") if _is_state_dict(content.get(k))), "")
-    state = content[wrapper] if wrapper else content
-    if not _is_state_dict(state):
-        raise CheckpointError(
-            f"{path}: no weights under {' or '.join(model_key.split('|'))}; the file's keys are "
-            f"{first_few(content, 4)}. Name the right one with --model_key"
-        )
+    wrapper, state, beside = find_state(content, model_key, str(path))
     spec = _checked_spec(content, path)
-    about = {**(spec or {}), **content} if wrapper else {}
+    about = {**(spec or {}), **content} if wrapper or beside else {}
     epoch, family = about.get("epoch"), about.get("family")
     return Checkpoint(
         str(path),
@@ -203,6 +222,7 @@ def read_checkpoint(path: str, model_key: str = MODEL_KEYS) -> Checkpoint:
         family=family if isinstance(family, str) else None,
         model=spec["model"] if spec else getattr(state, "_metadata", {}).get("", {}).get("model"),
         spec=spec,
+        beside=tuple(map(str, beside)),
     )
 
 
@@ -210,19 +230,12 @@ def read_spec(path_or_url: str) -> dict | None:
     """Return the spec of a weights file of ours; None where the file has none. Of a file as torch.save writes
     it, the tensors are not read.
 
-    Raises CheckpointError: an unreadable file, a damaged spec.
+    A folder has none: see `read_hints`. Raises CheckpointError: an unreadable file, a damaged spec.
     """
+    if Path(fetch(path_or_url)).is_dir():
+        hf_folder.weights_file(Path(path_or_url))
+        return None
     return _checked_spec(_read(path_or_url, mapped=True), path_or_url)
-
-
-def _is_state_dict(value: object) -> bool:
-    """Return whether this is a dictionary of names to dense tensors, not an empty one."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-        and all(v.layout == torch.strided and not v.is_quantized and not v.is_meta for v in value.values())
-    )
 
 
 def _is_name(value: object) -> bool:
@@ -262,7 +275,7 @@ _AUTOENCODER = {"decoder_depth": _is_count, "normalize_target": lambda value: is
 
 def _checked_spec(content: dict, path: str) -> dict | None:
     """Return the spec in the content of a file, or None. Raises CheckpointError where it is not one."""
-    if "spec" not in content or _is_state_dict(content):
+    if "spec" not in content or is_state_dict(content):
         return None
     spec = content["spec"]
     if isinstance(spec, dict) and "export" in spec:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.registry import create_model, list_models
+from models.weights import hf_keys
 from models.weights.dialects import DIALECTS, Dialect
-from models.weights.file import CONVERT_VIVIT, MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
+from models.weights.entries import Entries, Entry, possible_prefixes, rename_mmaction, select, under
+from models.weights.errors import CheckpointError
+from models.weights.file import MODEL_KEYS, Checkpoint, read_checkpoint
+from models.weights.hf_config import check_config
 from utils.text import first_few
 
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 Shapes = dict[str, tuple[int, ...]]  # by canonical key
 Fits = Callable[["Registered"], bool]
 
@@ -28,43 +31,56 @@ class Registered:
     table: str
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the file: its key there, and the key without wrappers' prefixes."""
+def find_entries(checkpoint: Checkpoint, model_prefix: str) -> Entries:
+    """Return the tensors under model_prefix, in our names where they have Hugging Face's; the others are ignored.
 
-    key: str
-    bare: str
-    tensor: Tensor
-
-
-def find_entries(checkpoint: Checkpoint, model_prefix: str, reasons: dict[str, str]) -> list[Entry]:
-    """Return the tensors under model_prefix; the others go to reasons. Raises CheckpointError where there are none."""
-    prefix = _WRAPPERS.sub("", model_prefix and model_prefix.rstrip(".") + ".")
-    entries = []
-    for key, tensor in checkpoint.state.items():
-        bare = _WRAPPERS.sub("", key)
-        if bare.startswith(prefix):
-            entries.append(Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), tensor))
-        else:
-            reasons[key] = f"outside {prefix}*"
-    if not entries:
-        raise CheckpointError(
-            f"{checkpoint.path}: no key begins {prefix!r}; the keys begin {first_few(checkpoint.state, 4)}"
-        )
-    return entries
+    Raises CheckpointError: there are none, or Hugging Face's are not whole or not those of their config.json.
+    """
+    found = select(checkpoint, model_prefix)
+    rename_mmaction(found)
+    if not model_prefix and not _is_known(found, checkpoint):
+        found = _within(found, checkpoint)
+    if family := hf_keys.family_of(found.entries):
+        hf_keys.translate(found, family, checkpoint.path)
+        check_config(found, family, checkpoint.path)
+    return found
 
 
-def recognise(entries: list[Entry], checkpoint: Checkpoint) -> Dialect:
+def _is_known(found: Entries, checkpoint: Checkpoint) -> bool:
+    return bool(hf_keys.family_of(found.entries)) or _dialect(found, checkpoint) is not None
+
+
+def _within(found: Entries, checkpoint: Checkpoint) -> Entries:
+    """Return the entries under the one prefix that makes a known model of them; all of them where none does.
+
+    Raises CheckpointError where several do.
+    """
+    choices = {prefix: under(found, prefix) for prefix in possible_prefixes(found)}
+    known = [prefix for prefix, entries in choices.items() if _is_known(entries, checkpoint)]
+    if len(known) > 1:
+        told = " or ".join(f"--model_prefix {prefix.rstrip('.')}" for prefix in known)
+        raise CheckpointError(f"{checkpoint.path}: holds {len(known)} models; choose one with {told}")
+    return choices[known[0]] if known else found
+
+
+def recognise(found: Entries, checkpoint: Checkpoint) -> Dialect:
     """Return the dialect of a file. Raises CheckpointError where it is of none."""
+    if dialect := _dialect(found, checkpoint):
+        return dialect
+    keys = first_few((entry.bare for entry in found.entries), 4)
+    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
+
+
+def _dialect(found: Entries, checkpoint: Checkpoint) -> Dialect | None:
+    entries, family = found.entries, found.family or checkpoint.family
     shapes = {re.sub(r"^encoder\.", "", e.bare): "x".join(map(str, e.tensor.shape)) for e in entries}
     for dialect in DIALECTS:
         has_shapes = all(re.fullmatch(shape, shapes.get(key, "")) for key, shape in dialect.shapes.items())
-        if has_shapes and dialect.family in (None, checkpoint.family) and _marked(entries, dialect.marks):
+        if dialect.absent and any(re.fullmatch(dialect.absent, e.bare) for e in entries):
+            continue
+        if has_shapes and dialect.family in (None, family) and _marked(entries, dialect.marks):
             return dialect
-    if _marked(entries, r"(vivit\.)?embeddings\.cls_token"):
-        raise CheckpointError(f"{checkpoint.path}: this is a ViViT of Hugging Face; {CONVERT_VIVIT}")
-    keys = first_few((entry.bare for entry in entries), 4)
-    raise CheckpointError(f"{checkpoint.path}: not a Video ViT checkpoint; its keys begin {keys}")
+    return None
 
 
 def _marked(entries: list[Entry], pattern: str) -> bool:
@@ -154,9 +170,9 @@ def likely_models(path: str, *, model_key: str = MODEL_KEYS, model_prefix: str =
     Classifiers come first. Raises CheckpointError where the file is not readable or for no registered model.
     """
     checkpoint = read_checkpoint(path, model_key)
-    entries = find_entries(checkpoint, model_prefix, {})
+    entries = find_entries(checkpoint, model_prefix)
     dialect = recognise(entries, checkpoint)
-    shapes = {re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries}
+    shapes = {re.sub(f"^{dialect.prefix}", "", e.bare): tuple(e.tensor.shape) for e in entries.entries}
     found, table = architecture(shapes), trained_table(checkpoint, dialect)
     if not (names := _names(found, lambda model: _fits(model, dialect, table))):
         raise CheckpointError(f"{path}: {dialect.name}, {describe(found)}: no registered model")

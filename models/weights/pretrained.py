@@ -7,7 +7,6 @@ keys of both sides are brought to one canonical form and matched; what the file 
 rule of its dialect. What the file may lack is the head of a classifier and the whole decoder of a masked autoencoder.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -15,14 +14,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from models.pos_embed import Grid, likely_grid, resampled
 from models.registry import list_models
 from models.weights.dialects import Dialect
-from models.weights.file import MODEL_KEYS, Checkpoint, CheckpointError, read_checkpoint
-from models.weights.identify import Entry, Shapes, check_architecture, find_entries, recognise, trained_table
+from models.weights.entries import Entry
+from models.weights.errors import CheckpointError
+from models.weights.file import MODEL_KEYS, Checkpoint, read_checkpoint
+from models.weights.hf_config import notes_on
+from models.weights.identify import Shapes, check_architecture, find_entries, recognise, trained_table
+from models.weights.position import PositionTable
 from utils.text import first_few
 
 _ENCODER_PREFIX = r"encoder\."  # of a masked autoencoder of ours; a classifier has none
+SPLIT = "qkv.bias split into q_bias and v_bias; its key part changes no attention, and is left out"
 _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 
 
@@ -31,7 +34,7 @@ class LoadReport:
     """What became of every key. `loaded` and `missing` are the model's keys, `ignored` the file's.
 
     sources maps each loaded key to the file's name for it; reasons maps each ignored key to why. epoch: of the file.
-    fitted: what was done to tensors of another grid or type.
+    fitted: what was done to tensors of another grid or type. notes: what else should be known.
     """
 
     path: str
@@ -45,6 +48,7 @@ class LoadReport:
     sources: dict[str, str] = field(repr=False)
     reasons: dict[str, str] = field(repr=False)
     fitted: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         wrapped = f" under {self.wrapper!r}" if self.wrapper else ""
@@ -60,6 +64,7 @@ class LoadReport:
                 f"  ignored  {len(self.ignored):4d}  {why}".rstrip(),
                 f"  missing  {len(self.missing):4d}  {missing}".rstrip(),
                 *(f"  fitted         {what}" for what in self.fitted),
+                *(f"  note           {what}" for what in self.notes),
             )
         )
 
@@ -71,6 +76,7 @@ def load_pretrained(
     model_key: str = MODEL_KEYS,
     model_prefix: str = "",
     stored_table: bool = True,
+    table_grid: str | None = None,
 ) -> LoadReport:
     """Fill `model` in place from a published, DAPT or fine-tuned checkpoint.
 
@@ -83,28 +89,38 @@ def load_pretrained(
         path: file or http(s) URL. model_key: see `read_checkpoint`.
         model_prefix: take the keys under this prefix alone, e.g. "student."; the others are reported as ignored.
         stored_table: take a learned position table, where the file has one; else it is left out.
+        table_grid: slots x rows x columns of the tokens that the file's position table is for, as in "8x14x14"; None
+            takes what the file says. A fixed table is resampled from there where it is given, and trained from then on.
 
     Returns the LoadReport. Raises CheckpointError: unreadable file, another model's size, an encoder tensor absent or
     of another shape or with NaN, a key that nothing accounts for. The model is untouched then.
     """
-    return fill_model(model, read_checkpoint(path, model_key), model_prefix=model_prefix, stored_table=stored_table)
+    options = {"model_prefix": model_prefix, "stored_table": stored_table, "table_grid": table_grid}
+    return fill_model(model, read_checkpoint(path, model_key), **options)
 
 
 def fill_model(
-    model: nn.Module, checkpoint: Checkpoint, *, model_prefix: str = "", stored_table: bool = True
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    model_prefix: str = "",
+    stored_table: bool = True,
+    table_grid: str | None = None,
 ) -> LoadReport:
     """Fill `model` in place from a checkpoint that is read; the same as `load_pretrained` in all else."""
     matching = Matching(model, checkpoint, model_prefix)
+    matching.split_qkv_biases()
     matching.check_spec()
     matching.check_architecture()
+    matching.check_config()
     matching.ignore_head_of_other_classes()
+    matching.fit_class_token()
     matching.check_pooling()
     matching.ignore_by_rules()
     if not stored_table:
         matching.ignore_position_table()
-    matching.fit_position_table()
+    PositionTable(matching, table_grid).fit()
     matching.fit_patch_embed()
-    matching.note_unknown_table()
     matching.expect_learned_table(stored_table)
     matching.check_shapes()
     matching.check_complete()
@@ -124,7 +140,7 @@ class Matching:
         target: key -> the model's key.
         shapes: key -> the shape in the model.
         reasons: the file's key -> why it is ignored.
-        fitted: what was done to tensors, for the report.
+        fitted, notes: what was done to tensors, and what else should be known, for the report.
 
     Raises CheckpointError, as each pass does: no key under the prefix, no dialect, the same tensor twice.
     """
@@ -133,29 +149,43 @@ class Matching:
         self.model, self.checkpoint, self.path = model, checkpoint, checkpoint.path
         self.encoder = getattr(model, "encoder", model)
         self.is_ours = checkpoint.model in list_models()
-        self.reasons: dict[str, str] = {}
-        self.fitted: list[str] = []
-        entries = find_entries(checkpoint, model_prefix, self.reasons)
-        self.dialect = recognise(entries, checkpoint)
+        found = find_entries(checkpoint, model_prefix)
+        self.found, entries = found, found.entries
+        self.reasons, self.fitted, self.notes = found.reasons, found.notes, []
+        self.dialect = recognise(found, checkpoint)
         self.source: dict[str, Entry] = {}
         for entry in entries:
             other = self.source.setdefault(_canonical(entry.bare, self.dialect.prefix, self.dialect), entry)
             if other is not entry:
-                raise self._error(f"{other.key} and {entry.key} both stand for the same tensor; one must go")
+                raise self.error(f"{other.key} and {entry.key} both stand for the same tensor; one must go")
         state = model.state_dict()
         self.target = {_canonical(key, _ENCODER_PREFIX, self.dialect): key for key in state}
         self.shapes: Shapes = {c: tuple(state[key].shape) for c, key in self.target.items()}
 
-    def _error(self, message: str) -> CheckpointError:
+    def error(self, message: str) -> CheckpointError:
+        """Return the error that says this of the file."""
         return CheckpointError(f"{self.path}: {message}")
 
-    def _ignore(self, c: str, reason: str) -> None:
+    def ignore(self, c: str, reason: str) -> None:
         """Move an entry from source to reasons."""
         self.reasons[self.source.pop(c).key] = reason
 
     def _missing(self) -> dict[str, str]:
         """Return the part of target that the file does not have."""
         return {c: key for c, key in self.target.items() if c not in self.source}
+
+    def split_qkv_biases(self) -> None:
+        """Take the query's and the value's part of a whole qkv.bias, where the model has these alone."""
+        for c in [c for c in self.source if c.endswith(".attn.qkv.bias") and c not in self.target]:
+            entry, names = self.source[c], [c.replace("qkv.bias", f"{part}_bias") for part in "qv"]
+            if not all(name in self.target and name not in self.source for name in names) or entry.tensor.ndim != 1:
+                continue
+            if len(entry.tensor) % 3 == 0:
+                query, _, value = entry.tensor.chunk(3)
+                del self.source[c]
+                self.source |= {n: replace(entry, tensor=t) for n, t in zip(names, (query, value), strict=True)}
+                if SPLIT not in self.fitted:
+                    self.fitted.append(SPLIT)
 
     def check_spec(self) -> None:
         """Refuse a file whose spec is not that of its weights: another position table or number of classes."""
@@ -165,16 +195,24 @@ class Matching:
         head = self.source.get("head.weight")
         kinds = ("learned",) if "pos_embed" in self.source else (trained_table(self.checkpoint, self.dialect),)
         if self.is_ours and self.encoder.pos_embed is not None and spec["pos_embed"] not in kinds:
-            raise self._error(f"its spec says pos_embed = {spec['pos_embed']!r}, but its weights have {kinds[0]!r}")
+            raise self.error(f"its spec says pos_embed = {spec['pos_embed']!r}, but its weights have {kinds[0]!r}")
         if len(spec["classes"]) != (len(head.tensor) if head else 0):
-            raise self._error(f"its spec says classes = {spec['classes']!r}, but that is not the size of its head")
+            raise self.error(f"its spec says classes = {spec['classes']!r}, but that is not the size of its head")
         if spec["classes"] != self.model.spec["classes"] and len(spec["classes"]) == len(self.model.spec["classes"]):
-            raise self._error(f"its classes are {spec['classes']!r}, the model's {self.model.spec['classes']!r}")
+            raise self.error(f"its classes are {spec['classes']!r}, the model's {self.model.spec['classes']!r}")
 
     def check_architecture(self) -> None:
         """Refuse a file of another model size or family."""
+        if (entry := self.source.get("patch_embed.proj.weight")) is not None and entry.tensor.ndim != 5:
+            shape = tuple(entry.tensor.shape)
+            raise self.error(f"{entry.key} is {shape}, no kernel over frames, rows and columns; not of a video model")
         found = {c: tuple(e.tensor.shape) for c, e in self.source.items()}
         check_architecture(self.model, self.shapes, found, self.dialect, self.checkpoint)
+
+    def check_config(self) -> None:
+        """Note in what the model differs from the config.json beside the weights; refuse another number of heads."""
+        if self.found.family:
+            self.fitted += notes_on(self.model, self.path)
 
     def ignore_head_of_other_classes(self) -> None:
         """Ignore a head of another class count, the same in all else."""
@@ -182,7 +220,7 @@ class Matching:
         head = {c: tuple(e.tensor.shape) for c, e in self.source.items() if c.startswith("head.") and c in wanted}
         if all(len(s) == len(wanted[c]) and s[1:] == wanted[c][1:] and s[0] != wanted[c][0] for c, s in head.items()):
             for c, (classes, *_) in head.items():
-                self._ignore(c, f"head.* of {classes} classes")
+                self.ignore(c, f"head.* of {classes} classes")
 
     def check_pooling(self) -> None:
         """Refuse a trained head that stands behind another pooling than the model's."""
@@ -191,7 +229,7 @@ class Matching:
             names = [key.split(".")[-2] for key in (self.source[c].bare, self.target[c])]
             if names[0] != names[1]:
                 in_file, in_model = ("fc_norm" if name == "fc_norm" else "cls" for name in names)
-                raise self._error(
+                raise self.error(
                     f"its head was trained with --final_reduction {in_file}, the model has {in_model}; use {in_file}"
                 )
 
@@ -201,49 +239,24 @@ class Matching:
             bare = self.source[c].bare
             if any(re.fullmatch(rule, bare) for rule in self.dialect.ignored):
                 module = re.match(r"(encoder\.)?[^.]+", bare).group()
-                self._ignore(c, module if module == bare else f"{module}.*")
+                self.ignore(c, module if module == bare else f"{module}.*")
 
     def ignore_position_table(self) -> None:
         """Ignore the file's position table; refuse the file where the model needs it."""
         if "pos_embed" in self.shapes:
-            raise self._error("the model's position table is learned, so it takes the file's; not sincos")
+            raise self.error("the model's position table is learned, so it takes the file's; not sincos")
         if "pos_embed" in self.source:
-            self._ignore("pos_embed", "learned position table")
+            self.ignore("pos_embed", "learned position table")
 
-    def fit_position_table(self) -> None:
-        """Fit the file's position table to the encoder's grid; refuse it where the encoder has none.
-
-        A table equal to the encoder's fixed one is ignored, unless it is known to be learned.
-        """
-        entry, model_table = self.source.get("pos_embed"), self.encoder.pos_embed
-        if entry is None or entry.tensor.ndim != 3 or not entry.tensor.is_floating_point():
+    def fit_class_token(self) -> None:
+        """Leave out the class token, its position and a head that stands on it, where the model has none of it."""
+        if "cls_token" not in self.source or "cls_token" in self.target:
             return
-        if model_table is None:
-            kind = self.encoder.pos_embed_kind
-            raise self._error(f"{entry.key} is a position table, and the model has none (its positions are {kind})")
-        table, notes = entry.tensor.float(), []
-        first = model_table.shape[1] - math.prod(self.encoder.grid)  # the class token's, if there is one
-        grid = self._grid_of_spec(table.shape[1] - first) or likely_grid(table.shape[1] - first, self.encoder.grid)
-        if grid:
-            table = torch.cat([table[:, :first], resampled(table[0, first:], grid, self.encoder.grid)[None]], dim=1)
-            read, fitted = (" x ".join(map(str, g)) for g in (grid, self.encoder.grid))
-            notes.append(f"{entry.key} of {read} tokens" + f", resampled to {fitted}" * (read != fitted))
-        if not isinstance(model_table, nn.Parameter):
-            if not self.is_ours and table.shape == model_table.shape and torch.allclose(table, model_table, atol=1e-3):
-                self._ignore("pos_embed", "position table, the model's own")
-                return
-            what = "replaces the model's fixed table, and is trained unless --freeze_layers is given"
-            notes.append(f"{entry.key} {what}")
-        self.source["pos_embed"] = replace(entry, tensor=table)
-        self.fitted += notes
-
-    def _grid_of_spec(self, positions: int) -> Grid | None:
-        """Return the grid of so many tokens that a file of ours was trained with, if it says so."""
-        if (spec := self.checkpoint.spec) is None:
-            return None
-        side = spec["input_size"] // self.shapes["patch_embed.proj.weight"][-1]
-        grid = spec["num_frames"] // spec["tubelet_size"], side, side
-        return grid if math.prod(grid) == positions else None
+        self.ignore("cls_token", "class token")
+        for c in [c for c in self.source if c.startswith("head.")]:
+            self.ignore(c, "head.* of the class token")
+        if (entry := self.source.get("pos_embed")) is not None and entry.tensor.ndim == 3:
+            self.source["pos_embed"] = replace(entry, tensor=entry.tensor[:, 1:])
 
     def fit_patch_embed(self) -> None:
         """Inflate a patch embedding of one frame to the model's frames, keeping its sum."""
@@ -253,13 +266,6 @@ class Matching:
         entry, frames = self.source[c], self.shapes[c][2]
         self.source[c] = replace(entry, tensor=entry.tensor.float().expand(self.shapes[c]) / frames)
         self.fitted.append(f"{entry.key} from 1 frame to {frames}")
-
-    def note_unknown_table(self) -> None:
-        """Say so where the file does not say which position table it was trained with."""
-        known = self.is_ours or self.dialect.pos_embed or self.dialect.stored_table or "pos_embed" in self.source
-        if not known and self.encoder.pos_embed is not None:
-            kind = self.encoder.pos_embed_kind
-            self.fitted.append(f"position table: {kind}, the model's; the file does not say which it was trained with")
 
     def expect_learned_table(self, stored_table: bool) -> None:
         """Expect a learned position table where the file has one, or files of its dialect do."""
@@ -274,7 +280,7 @@ class Matching:
         wrong = [c for c, shape in found.items() if shape != self.shapes[c]]
         if wrong:
             c = wrong[0]
-            raise self._error(
+            raise self.error(
                 f"{len(wrong)} tensors have another shape than the model's: {self.source[c].key} is {found[c]}, "
                 f"not {self.shapes[c]}; give the model's options that the weights were trained with"
             )
@@ -293,22 +299,24 @@ class Matching:
                 f"{first_few(unknown, 4)}; wrong file, or a family this loader does not know"
             )
         if problems:
-            raise self._error("; ".join(problems))
+            raise self.error("; ".join(problems))
 
     def _may_be_fresh(self, c: str) -> bool:
         """Tell whether the file may lack a tensor: of a module that such files may lack, if it lacks all of it."""
         if _DECODER.fullmatch(c):
             return not any(map(_DECODER.fullmatch, self.source))
         module = c.split(".")[0]
-        return all(key.split(".")[0] != module for key in self.source) and bool(re.fullmatch(self.dialect.fresh, c))
+        return all(key.split(".")[0] != module for key in self.source) and any(
+            re.fullmatch(pattern, c) for pattern in (self.dialect.fresh, self.found.fresh)
+        )
 
     def check_values(self) -> None:
         """Refuse a tensor that is not of floating point or not finite."""
         for key, tensor in ((entry.key, entry.tensor) for entry in self.source.values()):
             if not tensor.is_floating_point():
-                raise self._error(f"{key} holds {tensor.dtype}, not weights; wrong or damaged file")
+                raise self.error(f"{key} holds {tensor.dtype}, not weights; wrong or damaged file")
             if not tensor.isfinite().all():
-                raise self._error(f"{key} has NaN or infinite values; the training that wrote it diverged")
+                raise self.error(f"{key} has NaN or infinite values; the training that wrote it diverged")
 
     def copy(self) -> None:
         """Write source into the model."""
@@ -330,11 +338,12 @@ class Matching:
             epoch=self.checkpoint.epoch,
             dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
             loaded=list(sources),
-            ignored=[key for key in state if key in self.reasons],
+            ignored=[key for key in (*state, *self.checkpoint.beside) if key in self.reasons],
             missing=list(self._missing().values()),
             sources=sources,
             reasons=self.reasons,
             fitted=self.fitted,
+            notes=self.notes,
         )
 
 

@@ -30,7 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.weights.file import CheckpointError, is_flax, read_checkpoint
+from models.weights.errors import CheckpointError
+from models.weights.file import read_checkpoint
+from models.weights.kinds import is_flax
 from utils.files import replaced
 from utils.text import first_few, short_reason
 

@@ -79,11 +79,14 @@ def test_a_model_says_what_it_is():
     assert new(num_classes=3, **OURS).spec.items() >= {**OURS, "classes": ["class_0", "class_1", "class_2"]}.items()
     about = {"model": MAE, "final_reduction": "none", "classes": [], "decoder_depth": 2, "normalize_target": False}
     assert new(MAE, decoder_depth=2, normalize_target=False).spec == new().spec | about
-    kinds = {"mvd": "sincos_3d", "umt": "umt", "internvideo2": "learned", "vit": "sinusoid"}
+    kinds = {"mvd": "sincos_3d", "umt": "umt", "internvideo2": "learned", "vivit": "learned", "vit": "sinusoid"}
+    kinds |= {"vjepa2": "rotary 2.0", "vjepa21": "rotary 2.1"}
     for name in ALL_TINY:
         family = classifier_of(name).split("_")[0]
         model = new(name)
         assert model.spec["pos_embed"] == kinds[family] == model.pos_embed_kind
+        if encoder_of(model).pos_embed is None:
+            continue
         encoder_of(model).learn_pos_embed()
         assert model.spec["pos_embed"] == "learned" and model.pos_embed_kind == kinds[family]
     model = new()
@@ -150,6 +153,8 @@ def test_a_seed_gives_the_weights_it_always_gave(name, total, draw):
 )
 def test_a_file_is_enough(name, options, learned, tmp_path):
     model = new(name, **{"init_scale": 1.0} | options if name == classifier_of(name) else options)
+    if learned and encoder_of(model).pos_embed is None:
+        pytest.skip("it has no table")
     if learned:
         encoder_of(model).learn_pos_embed()
         with torch.no_grad():

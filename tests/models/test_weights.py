@@ -233,7 +233,7 @@ def test_the_same_tensor_twice_is_refused(tmp_path):
 
 
 def test_files_without_weights_name_their_keys(tmp_path):
-    assert "epoch, net" in error(save(tmp_path, {"epoch": 3, "net": tiny().state_dict()}))
+    assert "epoch, net" in error(save(tmp_path, {"epoch": 3, "net": [tiny().state_dict()]}))
     assert "holds a list" in error(save(tmp_path, [1, 2]))
     assert "not a Video ViT checkpoint" in error(save(tmp_path, {"conv1.weight": torch.zeros(3)}))
 

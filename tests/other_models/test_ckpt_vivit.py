@@ -11,8 +11,10 @@ from helpers import ROOT, fill_head, golden, other_input, other_recipe, run
 from safetensors.torch import save_file
 
 from models import create_model
+from models.registry import Dropout, VideoInput
+from models.vit import Size, VideoViT
 from models.weights import CheckpointError, load_pretrained
-from models.weights.file import is_flax
+from models.weights.kinds import is_flax
 
 SCRIPT = ROOT / "other_models" / "ViViT" / "ckpt_vivit.py"
 FIXTURES = {f["name"]: f for f in golden("models_other")["fixtures"] if f["family"] == "ViViT"}
@@ -228,16 +230,23 @@ def test_other_files_are_refused(tmp_path):
 # Unconverted and converted files in load_pretrained
 
 
-def test_unconverted_files_are_sent_to_the_converter(tmp_path):
-    model = create_model("vit_tiny_patch16_64")
-    state = tensors(HF, tiny=True)
-    for path in (
-        write_hf(tmp_path / "a.bin", state),
-        write_hf(tmp_path / "model.safetensors", state),
-        write_scenic(tmp_path / "checkpoint", tensors(SCENIC, tiny=True)),
-    ):
-        with pytest.raises(CheckpointError, match=r"convert it with other_models/ViViT/ckpt_vivit\.py"):
-            load_pretrained(model, path)
+def test_flax_files_are_sent_to_the_converter(tmp_path):
+    path = write_scenic(tmp_path / "checkpoint", tensors(SCENIC, tiny=True))
+    with pytest.raises(CheckpointError, match=r"convert it with other_models/ViViT/ckpt_vivit\.py"):
+        load_pretrained(create_model("vit_tiny_patch16_64"), path)
+
+
+def test_hugging_face_s_files_load_as_they_are_and_as_converted(tmp_path):
+    sizes, video = Size(24, 2, 3), VideoInput(num_frames=16)
+    direct, by_way = (VideoViT(sizes, "sinusoid", video, Dropout()).eval() for _ in range(2))
+    source = write_hf(tmp_path / "model.safetensors", tensors(HF, tiny=True))
+    report = load_pretrained(direct, source)
+    assert "of 16 x 14 x 14 tokens, resampled to 8 x 14 x 14" in str(report)
+    converted(source, tmp_path / "vivit.pth")
+    load_pretrained(by_way, str(tmp_path / "vivit.pth"))
+    for key, value in by_way.state_dict().items():
+        if not key.startswith("head."):
+            torch.testing.assert_close(value, direct.state_dict()[key], atol=1e-6, rtol=0)
 
 
 def with_table(tmp_path, scale=2.0, **kwargs):
