@@ -72,9 +72,7 @@ def _note(number: int) -> None:
         os.write(2, b"the third signal within 5 seconds: leaving at once\n")
         os._exit(128 + number)
     if len(_arrivals) == 1 and os.isatty(2):
-        text = (
-            f"{first_signal()}: this stops as soon as what is done is kept; the third within 5 seconds ends it\n"
-        )
+        text = f"{first_signal()}: this stops as soon as what is done is kept; the third within 5 seconds ends it\n"
         os.write(2, text.encode())
 
 
