@@ -215,7 +215,7 @@ def _joined(parts: Sequence[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.
 
 
 def _passes(video: Tensor) -> tuple[Tensor, ...]:
-    """Split (B, 3, T, H, W) into what goes through a model at once: all of it, on the CPU as much as its caches hold."""
+    """Split (B, 3, T, H, W) into what goes through a model at once: on the CPU no more than its caches hold."""
     if video.device.type != "cpu":
         return (video,)
     return video.split(max(1, _NUMBERS_AT_ONCE // video[0].numel()))
