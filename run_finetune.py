@@ -275,7 +275,8 @@ def labelled_clips(args: Namespace, split: str) -> ClipTable:
     """Return the clips of a split, read once for all ranks."""
     scan = VideoScan(args.scan_cache, workers=args.num_workers, read_timeout=args.read_timeout)
     arguments = (args.data_set, args.data_path, split, scan, args.assume_fps)
-    clips = from_main(lambda: build_clips(*arguments, leave_out=read_bad_clips(args.bad_clips or ())))
+    bad = read_bad_clips(args.bad_clips or ())
+    clips = from_main(lambda: build_clips(*arguments, leave_out=bad, labels=args.labels))
     clips.require_labels()
     return clips
 

@@ -117,6 +117,8 @@ def finetune_parser(description: str) -> Parser:
     group.overridable(
         "data_set", "DoTA", f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)", reorders=True
     )
+    help = "labels of the frames: own, or BADAS' consensus (consensus_ego: accidents of the recording car)"
+    group.overridable("labels", "own", help, choices=names.LABELS, reorders=True)
     help = "root folder of the data set, or of a pack of it; of csv the folder of train.csv and val.csv"
     group.free("data_path", None, help, required=True)
     group.overridable(
