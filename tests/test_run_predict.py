@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_an_exported_model_scores_alike(predicted, videos, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_videos_over_two_processes_killed_twice(weights, tmp_path):
+def test_many_videos_over_two_processes_killed_twice_and_stopped(weights, tmp_path):
     write_video(tmp_path / "videos" / "000.mp4", frames=40, fps=20)
     for i in range(1, 200):
         shutil.copy(tmp_path / "videos" / "000.mp4", tmp_path / "videos" / f"{i:03d}.mp4")
@@ -215,14 +216,19 @@ def test_many_videos_over_two_processes_killed_twice(weights, tmp_path):
     def complete():
         return list(folder.glob("*.mp4/events.json"))
 
-    for least in (30, 100):
+    for least, number in ((30, signal.SIGKILL), (80, signal.SIGKILL), (120, signal.SIGTERM)):
         started = Run([*words, "--num_workers", 1], folder)
         assert started.until(lambda least=least: len(complete()) >= least)
-        started.kill(started.tree())
+        if number == signal.SIGKILL:
+            started.kill(started.tree())
+        else:
+            started.process.send_signal(number)
+            assert started.end(120) and "the same command goes on" in started.output
+        assert (folder / "REQUEUE").exists() == (number == signal.SIGTERM)
         done.append({path: path.stat().st_mtime_ns for path in (p.with_name("scores.csv") for p in complete())})
     last = Run([*words, "--num_workers", 1], folder)
     assert last.end(300) == 0, last.output
-    assert len(complete()) == 200
+    assert len(complete()) == 200 and not (folder / "REQUEUE").exists()
     for before in done:  # whole when it was killed, so not made again
         assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert len({(folder / f"{i:03d}.mp4" / "scores.csv").read_bytes() for i in range(200)}) == 1
