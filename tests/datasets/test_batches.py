@@ -156,4 +156,4 @@ def test_a_loader_says_for_how_long_it_was_waited_for(workers):
         time.sleep(1.5)
     loader.close()
     second = seconds[1] - seconds[0]
-    assert seconds[0] >= 0.5 and (second >= 0.5 if workers == 0 else second < 0.25)
+    assert seconds[0] >= 0.4 and (second >= 0.4 if workers == 0 else second < 0.25)  # a process begins before the wait

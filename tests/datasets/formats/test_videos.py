@@ -241,10 +241,10 @@ def test_kinetics(tmp_path, caplog):
         build_clips("Kinetics", str(tmp_path), "train", scan)
 
 
-def test_a_hundred_thousand_videos_are_indexed_in_seconds_and_200_mb(tmp_path):
+def test_twenty_thousand_videos_are_indexed_in_a_moment_and_40_mb(tmp_path):
     (tmp_path / "train").mkdir()
     known = {}
-    for i in range(100_000):
+    for i in range(20_000):
         path = tmp_path / "train" / f"{i:08x}-{i:08x}.mov"
         path.touch()
         status = os.stat(path)
@@ -257,11 +257,11 @@ def test_a_hundred_thousand_videos_are_indexed_in_seconds_and_200_mb(tmp_path):
         started = time.process_time()
         index = index_clips(build_clips("BDD100K", str(tmp_path), "all", scan), num_frames=16, view_fps=10, stride=16)
         seconds.append(time.process_time() - started)
-    assert len(index) == 100_000 * ((1200 - 46) // 16 + 1)
-    assert min(seconds) < 3, seconds  # 1.3 to 1.7 where nothing else runs
+    assert len(index) == 20_000 * ((1200 - 46) // 16 + 1)
+    assert min(seconds) < 0.8, seconds  # 0.3 where nothing else runs
     tracemalloc.start()
     index_clips(build_clips("BDD100K", str(tmp_path), "all", scan), num_frames=16, view_fps=10, stride=16)
-    assert tracemalloc.get_traced_memory()[1] < 200e6
+    assert tracemalloc.get_traced_memory()[1] < 40e6
     tracemalloc.stop()
 
 
