@@ -108,6 +108,7 @@ class VideoScorer:
     batch_size: windows of a forward pass at most.
     num_workers: reading processes; 0: this one.
     read_timeout: seconds without a picture read after which a video counts as unreadable.
+    pin_memory: whether the memory of pictures is page-locked for copies to a CUDA device.
     """
 
     model: nn.Module
@@ -300,10 +301,16 @@ def predict(args: Namespace, process: Process) -> None:
 
 
 def write(outputs: Outputs, clip: Clip, result: VideoResult) -> None:
-    """Write what is missing of a video, and say what it comes to. Raises Preempted after a signal."""
+    """Write what is missing of a video, and say what it comes to. Raises Preempted after a signal.
+
+    One that cannot be drawn is named, and drawn by the next run of the command.
+    """
     if stop_requested():
         raise Preempted(EXIT_CODE)
-    outputs.write(clip, result)
+    try:
+        outputs.write(clip, result)
+    except (DataError, OverlayError) as e:
+        logger.error(f"{clip.name}: scored, but not drawn: {e}")
     if result.problem:
         logger.error(f"{clip.name}: not scored: {result.problem}")
         return

@@ -15,6 +15,7 @@ import run_finetune
 import run_predict
 from datasets.tools import synthetic
 from engine.checkpoint import save_weights
+from engine.overlay import OverlayError
 from models import create_model
 from run_predict import load_scorer
 from utils.cli import ConfigError
@@ -148,6 +149,22 @@ def test_another_threshold_draws_anew_and_scores_nothing(predicted, videos, weig
     predict(videos / "a.mp4", "--weights", weights, "--output_dir", folder, "--threshold", 0.01)
     (event,) = json.loads((folder / "a.mp4" / "events.json").read_text())["events"]
     assert event["end"] - event["start"] > 1
+
+
+def test_a_video_that_cannot_be_drawn_stops_no_other(videos, weights, tmp_path, monkeypatch):
+    def fail(path, *_):
+        raise OverlayError(f"{path}: not written")
+
+    words = [videos / "a.mp4", videos / "day", "--weights", weights, "--output_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.prediction.write_overlay", fail)
+        predict(*words, "--threshold", 0.5)
+    for name in ("a.mp4", "b.mp4"):
+        assert json.loads((tmp_path / "run" / name / "events.json").read_text())["written"] == ["events", "scores"]
+    predict(*words, "--threshold", 0.5)
+    for name in ("a.mp4", "b.mp4"):
+        known = json.loads((tmp_path / "run" / name / "events.json").read_text())
+        assert known["written"] == ["curve", "events", "overlay", "scores"]
 
 
 def test_three_lines(predicted, videos, weights, tmp_path):

@@ -1,6 +1,7 @@
 """The flags of run_predict.py, in groups. `fixed` ones are in the scores: a folder is continued with the same."""
 
 from utils.cli import Number, Parser, frame_rate, from_to, positive, share, wait
+from utils.event_rule import seconds
 from utils.flags import FlagGroup
 
 OUTPUTS = ("scores", "curve", "overlay", "report")
@@ -29,7 +30,6 @@ def predict_parser(description: str) -> Parser:
 def _add_event_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "events; what is left out is the operating point in the weights file, see --eval")
     group.free("threshold", None, "score from which a frame is risky", type=share)
-    seconds = Number(0, 3600)
     help = "seconds for which scores must be risky before an event counts"
     group.free("alert_after", None, help, type=seconds)
     group.free("event_gap", None, "seconds below the threshold that do not end an event", type=seconds)
