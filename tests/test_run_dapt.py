@@ -333,7 +333,7 @@ def test_kinetics_and_labelled_sets_mix(roots, dota_root, tmp_path):
         (["--batch_size", "4"], "--batch_size has 1 values for 2 data sets"),
         (["--batch_size", "4", "2", *SHARES], "give --batch_size (per process) or --total_batch_size, not both"),
         ([*SHARES, "--sampling_rate", "1"], "--sampling_rate has 1 values for 2 data sets"),
-        ([*SHARES, "--data_set", "videos", "CAPDATA"], "unknown data set 'CAPDATA'; known: BDD100K"),
+        ([*SHARES, "--data_set", "videos", "CAPDATA"], "unknown data set 'CAPDATA'; known: A3D, BDD100K"),
         ([*SHARES, "--model", "vit_tiny_patch16_64"], "is a classifier; DAPT takes a pretrain_ model"),
         ([*SHARES, "--model", "pretrain_tiny"], "unknown model 'pretrain_tiny'"),
         ([*SHARES, "--model", "pretrain_internvideo2_tiny_patch14_56", "--pos_embed", "sincos"], "table alone"),
