@@ -641,9 +641,10 @@ def test_as_a_user_would_run_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["onnx", "torch_export"])
-@pytest.mark.parametrize("name", ["vit_small_patch16_224", "internvideo2_small_patch14_224"])
-def test_full_size(tmp_path, kind, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("vit_small_patch16_224", "torch_export"), ("internvideo2_small_patch14_224", "onnx")]
+)
+def test_full_size(tmp_path, name, kind):
     model = trained(name, spread=0.02)
     export.export(saved(tmp_path, model), kind)
     assert difference(model, load(tmp_path / f"weights{container.SUFFIXES[kind]}")[0], 2) < 1e-4
