@@ -40,7 +40,9 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     step = ["--device", "cuda", "--compile"] if cuda else ["--device", "cpu", "--steps", "2", "--batch_size", "4"]
     text = INTRODUCTION + section("Loading", "data", [*loading, "--workers", "1", "2"])
-    text += section("Evaluation", "evaluate", loading) + section("Training steps", "step", step)
+    text += section("Evaluation", "evaluate", loading)
+    text += section("Prediction", "predict", ["--seconds", "2.2", *(["--video", args.video] if args.video else [])])
+    text += section("Training steps", "step", step)
     if not cuda:
         text += "\nThe table of a GPU: `python -m benchmarks.step --device cuda --compile`. None was at hand here.\n"
     Path(args.out).write_text(text)
