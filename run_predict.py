@@ -284,8 +284,9 @@ def predict(args: Namespace, process: Process) -> None:
     clips = from_main(lambda: begin(args, scorer, process))
     of = {name: getattr(args, name) for name in SCORED_WITH}
     draw = {"curve": partial(draw_curve, open_clip), "overlay": partial(draw_overlay, open_clip)}
+    draw = {name: function for name, function in draw.items() if name in args.write}
     draw |= {"explain": partial(explain, scorer)} if args.explain else {}
-    outputs = Outputs(output_dir, frozenset({*args.write, "explain"}), of, scorer.rule, draw)
+    outputs = Outputs(output_dir, of, scorer.rule, draw)
     with ended_together(), marked_if_stopped(output_dir):
         done = from_main(lambda: {n: known for n, clip in enumerate(clips) if (known := outputs.known(clip))})
         if done:
@@ -341,7 +342,6 @@ def watch_source(args: Namespace, process: Process) -> None:
         raise ConfigError("--stream: a live source is scored by one process; start it without torchrun")
     scorer, output_dir = build_scorer(args, process), Path(args.output_dir)
     say_what_it_rests_on(scorer)
-    write_run_record(output_dir / "stream_args.json", vars(args), process.world_size)
     with config_errors():
         notifiers = [command_notifier(args.on_event)] if args.on_event else []
         notifiers += [webhook_notifier(args.webhook)] if args.webhook else []
@@ -361,6 +361,7 @@ def watch_source(args: Namespace, process: Process) -> None:
         device=process.device,
     )
     alerts = Alerts(source.name, scorer.rule, notifiers=notifiers) if scorer.rule else None
+    write_run_record(output_dir / "stream_args.json", vars(args), process.world_size)
     scores = ScoreFile(output_dir / time.strftime("scores-%Y%m%d-%H%M%S.csv"))
     watch(
         source,

@@ -11,6 +11,7 @@ OUTPUT_DIR/
 """
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from utils.damage import parse_json
 from utils.record import write_json
 
 SCORES, EVENTS = "scores.csv", "events.json"
+DRAWN = ("curve.png", "overlay.mp4", "explain-*.png")
 BYTES_OF_A_SCORE = 40  # of scores.csv, about
 
 
@@ -49,12 +51,18 @@ class VideoResult:
 
 
 def fingerprint(model: nn.Module, path: str) -> str:
-    """Return a SHA-256 of the weights of a model, whatever its file says beside them; of an ONNX file all of it."""
-    digest, state = hashlib.sha256(), model.state_dict()
+    """Return a SHA-256 of the weights of a model, for ONNX of the whole file, and of how it is fed.
+
+    The operating point, which an evaluation may write into the file later, makes no difference.
+    """
+    fed = {key: value for key, value in model.spec.items() if key != "operating_point"}
+    digest, state = hashlib.sha256(json.dumps(fed, sort_keys=True).encode()), model.state_dict()
     for key, tensor in state.items():
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest() if state else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if not state:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
 
 
 def stamp(source: str) -> list[int] | None:
@@ -89,14 +97,14 @@ def save_result(folder: Path, result: VideoResult, of: Mapping[str, Any]) -> Non
     write_json(folder / EVENTS, content)
 
 
-def load_result(folder: Path, name: str, of: Mapping[str, Any] | None, rule: EventRule | None) -> VideoResult | None:
+def load_result(folder: Path, name: str, of: Mapping[str, Any], rule: EventRule | None) -> VideoResult | None:
     """Return what `save_result` left of a video, its events by `rule`; None where nothing is left of it that counts.
 
-    of: what the scores must be of; None: of anything. Where the rule was another, only scores count as written.
+    of: what the scores must be of. Where the rule was another, only scores count as written.
     """
     try:
         known = parse_json((folder / EVENTS).read_bytes())
-        if known["video"] != name or (of is not None and known["of"] != dict(of)):
+        if known["video"] != name or known["of"] != dict(of):
             return None
         if known["problem"]:
             return VideoResult(name, problem=known["problem"])
@@ -142,14 +150,12 @@ class Outputs:
     """What is written of each video, and what is there already.
 
     folder: OUTPUT_DIR.
-    wanted: names of `draw`, and what else there may be.
     of: what scores must be of, in plain types.
     rule: that makes events of scores.
-    draw: {name: function of (clip, curve, the video's folder) that writes it}.
+    draw: {name: function of (clip, curve, the video's folder) that writes it} of what is wanted beside the scores.
     """
 
     folder: Path
-    wanted: frozenset[str]
     of: Mapping[str, Any]
     rule: EventRule | None
     draw: Mapping[str, Callable[[Any, RiskCurve, Path], None]]
@@ -170,9 +176,12 @@ class Outputs:
         Raises OSError, which names the file, and what `draw` raises.
         """
         folder = self.folder / clip.name
-        missing = () if result.problem else sorted((self.wanted & self.draw.keys()) - result.written)
+        missing = () if result.problem else sorted(self.draw.keys() - result.written)
         if {"scores", "events"} <= result.written and not missing:
             return
+        if "events" not in result.written:  # what was drawn of other events is not to stand beside these
+            for stale in [path for pattern in DRAWN for path in folder.glob(pattern)]:
+                stale.unlink()
         save_result(folder, result, self._of(clip))
         for name in missing:
             self.draw[name](clip, result.curve, folder)

@@ -149,6 +149,19 @@ def test_another_threshold_draws_anew_and_scores_nothing(predicted, videos, weig
     predict(videos / "a.mp4", "--weights", weights, "--output_dir", folder, "--threshold", 0.01)
     (event,) = json.loads((folder / "a.mp4" / "events.json").read_text())["events"]
     assert event["end"] - event["start"] > 1
+    (folder / "a.mp4" / "explain-7.png").touch()  # of an event that there is no more
+    predict(videos / "a.mp4", "--weights", weights, "--output_dir", folder, "--threshold", 0.9, "--write", "scores")
+    assert {path.name for path in (folder / "a.mp4").iterdir()} == {"events.json", "scores.csv"}
+
+
+def test_the_same_weights_fed_otherwise_need_another_folder(predicted, videos, weights, tmp_path):
+    content = torch.load(weights, weights_only=True)
+    torch.save(content | {"spec": content["spec"] | {"operating_point": {"threshold": 0.3}}}, tmp_path / "point.pth")
+    torch.save(content | {"spec": content["spec"] | {"view_fps": 10.0}}, tmp_path / "other.pth")
+    words = [videos / "a.mp4", "--output_dir", predicted, "--threshold", 0.5, "--weights"]
+    predict(*words, tmp_path / "point.pth")
+    with pytest.raises(ConfigError, match="holds scores of other settings .fingerprint: "):
+        predict(*words, tmp_path / "other.pth")
 
 
 def test_a_video_that_cannot_be_drawn_stops_no_other(videos, weights, tmp_path, monkeypatch):
