@@ -26,7 +26,7 @@ def curve_in(folder: Path) -> RiskCurve:
     try:
         known = json.loads((folder / EVENTS).read_text())
         rule = EventRule.from_spec(known["rule"]) if known["rule"] else None
-        result = load_result(folder, known["video"], None, rule)
+        result = load_result(folder, known["video"], known["of"], rule)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{folder}: holds no scores of run_predict.py ({e})") from e
     if not (result and result.curve and len(result.curve.frame)):
