@@ -5,7 +5,8 @@
 onnx            one .onnx file; needs the packages onnx, onnxscript and onnxruntime
 torch_export    one .pt2 file of torch.export, for torch.export.load
 safetensors     the weights alone, under their published names
-hf              a folder for VideoMAEForVideoClassification of the package transformers, which it needs; of vit_* models
+hf              a folder for the package transformers, which it needs: VideoMAE of vit_* models, ViViT, V-JEPA 2; of a
+                V-JEPA 2 whose head stands on the mean of the tokens the encoder alone, compared by its tokens
 
 The file that was written is read again and run: by onnxruntime on the CPU, by PyTorch, by transformers. Its logits are
 compared in float32 with those of the weights file, at batch 1, 2 and 3 or one clip at a time, on random windows, and on
@@ -97,8 +98,7 @@ def export(
     if classifier_of(spec["model"]) != spec["model"] or not spec["classes"]:
         raise CheckpointError(f"{weights}: {spec['model']} has no logits to export; fine-tune it first: "
                               f"run_finetune.py --finetune {weights}")  # fmt: skip
-    if to == hf.HF:
-        hf.check_architecture(model, weights)
+    kind = hf.kind_of(model, weights) if to == hf.HF else None
     for package in PACKAGES.get(to, ()):
         require(package)
     target = Path(output) if output else _default_output(weights, to)
@@ -107,9 +107,10 @@ def export(
     windows = {"random": random_windows(spec)}
     windows |= {"of video": read_windows(clips, spec)} if clips else {"video-like": moving_windows(spec)}
     batch = batch if to in (ONNX, PROGRAM) else "dynamic"
-    proof = Proof(model, windows, BATCHES if batch == "dynamic" else (1,), tolerance)
-    if to == hf.HF:
-        lines = _write_folder(target, model, spec, proof)
+    run = hf.Features(model) if kind is hf.VJEPA2_ENCODER else model
+    proof = Proof(run, windows, BATCHES if batch == "dynamic" else (1,), tolerance)
+    if kind:
+        lines = _write_folder(target, model, spec, kind, proof)
     else:
         lines = _write_file(target, to, model, spec, proof, batch)
     return "\n".join([f"{spec['model']} from {weights}", *lines])
@@ -135,20 +136,21 @@ def _write_file(target: Path, to: str, model: nn.Module, spec: dict, proof: "Pro
     return [*lines, *(tensorrt_lines(target, spec, batch) if to == ONNX else [])]
 
 
-def _write_folder(target: Path, model: nn.Module, spec: dict, proof: "Proof") -> list[str]:
+def _write_folder(target: Path, model: nn.Module, spec: dict, kind: hf.Kind, proof: "Proof") -> list[str]:
     """Write a folder for transformers, if the proof holds, with the names of biases that this version reads."""
     failures = []
-    for biases in (hf.PUBLISHED, hf.LINEAR):
+    for biases in kind.biases:
         try:
             with _new_folder(target) as temporary:
-                hf.write_hf(temporary, model, spec, biases=biases, tolerance=proof.tolerance)
-                written = hf.HfModel(temporary)
+                hf.write_hf(temporary, model, spec, kind=kind, biases=biases, tolerance=proof.tolerance)
+                written = hf.HfModel(temporary, kind)
                 result = proof.compare(written)
         except ProofError as e:
-            failures.append(f"with {biases}: {e}")
+            failures.append(f"with {biases}: {e}" if biases else str(e))
             continue
-        version = written.transformers.__version__
-        return [f"  to hf: {target}, biases named {biases}, as transformers {version} reads them", result]
+        version = f"transformers {written.transformers.__version__}"
+        named = f"biases named {biases}, as {version} reads them" if biases else f"read by {version}"
+        return [f"  to hf: {target}, for {kind.name}, {named}", result, *hf.lines_on(kind)]
     raise ProofError("; ".join(failures))
 
 
@@ -199,10 +201,11 @@ class Proof:
                              "trained")  # fmt: skip
         limit = self.tolerance * min(1, largest)  # smaller logits agree to any tolerance, whatever the weights
         differences = {what: self._difference(run, what) for what in self.windows}
-        found = ", ".join(f"{value:.2g} on {len(self.windows[what])} windows {what}"
-                          for what, value in differences.items())  # fmt: skip
-        result = f"largest difference of a logit {found}, at batch {', '.join(map(str, self.batches))}"
-        scale = f"logits up to {largest:.3g}, limit {limit:.3g}"
+        found = ", ".join(f"{value:.2g} on {len(self.windows[kind])} windows {kind}"
+                          for kind, value in differences.items())  # fmt: skip
+        what = "feature" if isinstance(self.model, hf.Features) else "logit"
+        result = f"largest difference of a {what} {found}, at batch {', '.join(map(str, self.batches))}"
+        scale = f"{what}s up to {largest:.3g}, limit {limit:.3g}"
         if not max(differences.values()) <= limit:
             raise ProofError(
                 f"nothing was written: what was made does not do what the weights file does: {result} ({scale})"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from models.pos_embed import sincos_3d
 from models.registry import Dropout, ModelDefaults, VideoInput, register_model
 from models.vit import Size, VideoEncoder, drop_path_rates, gelu_layer
+from models.weights.dialects import PIXEL_DECODER, Dialect, register_dialect
 
 
 class RMSNorm(nn.RMSNorm):
@@ -186,3 +187,24 @@ MODELS = {  # name: size, width of the pooling, defaults; the tiny one is for te
 }
 for _name, (_size, _pool_dim, _defaults) in MODELS.items():
     register_model(_name, partial(InternVideo2, _size, _pool_dim), ModelDefaults(**_defaults))
+register_dialect(
+    Dialect(
+        "InternVideo2",
+        marks=r"(encoder\.)?clip_projector\..+",
+        final_norm="norm",  # of a masked autoencoder alone; a classifier's fc_norm comes after the pooling
+        ignored=(
+            *PIXEL_DECODER,
+            r"(clip|mae)_pos_embed",
+            r"clip_decoder\.\d+\.(head\.[02]|norm)\.(weight|bias)",
+            r"final_clip_decoder\.(head\.[02]|norm)\.(weight|bias)",
+            r"mae_decoder\..+",
+            r"encoder\.norm\.(weight|bias)",
+            r"(fc_norm|head)\.(weight|bias)",
+        ),
+        fresh=r"(head|fc_norm|norm)\..+",
+        models=r"(pretrain_)?internvideo2_.+",
+        pos_embed="learned",
+        stored_table=True,
+        inflated=True,
+    )
+)

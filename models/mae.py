@@ -8,7 +8,6 @@ Shapes: B clips, N tokens in (t h w) order, n visible and m masked ones, p pixel
 """
 
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -17,9 +16,8 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from models import internvideo2, vit, vivit, vjepa
 from models.pos_embed import sinusoid_1d
-from models.registry import Dropout, VideoInput, build_model, register_model
+from models.registry import Dropout, VideoInput, build_model, register_autoencoder
 from models.vit import LayerNorm, Size, VideoEncoder, build_blocks, run_blocks
 
 
@@ -192,9 +190,17 @@ def _take(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return tokens.take_along_dim(positions[:, :, None], dim=1)  # its backward is cheaper than that of indexing
 
 
+DECODERS = {  # width of an encoder -> VideoMAE's decoder for it and for narrower ones; V2's for huge is 512 wide
+    128: Size(64, 1, 2),  # for tests and the demo
+    384: Size(192, 4, 3),  # of ViT-S: 2 M parameters
+    768: Size(384, 4, 6),  # of ViT-B: 8 M
+    1024: Size(512, 12, 8),  # of ViT-L: 39 M
+    1280: Size(640, 12, 8),  # of ViT-H
+}
+
+
 def _build(
     encoder: str,
-    decoder: Size,
     video: VideoInput,
     dropout: Dropout,
     *,
@@ -203,34 +209,14 @@ def _build(
     **options,
 ) -> MaskedAutoencoder:
     """Return the MaskedAutoencoder over a registered encoder, which takes the options."""
+    built = build_model(encoder, video, dropout, num_classes=0, final_reduction="none", **options)
+    decoder = next((DECODERS[width] for width in DECODERS if built.embed_dim <= width), DECODERS[max(DECODERS)])
     return MaskedAutoencoder(
-        build_model(encoder, video, dropout, num_classes=0, final_reduction="none", **options),
+        built,
         decoder if decoder_depth is None else replace(decoder, depth=decoder_depth),
         drop_path_rate=dropout.drop_path_rate,
         normalize_target=normalize_target,
     )
 
 
-DECODERS = {  # VideoMAE's, by the size of the encoder; VideoMAE V2's for huge is 512 wide
-    "tiny": Size(64, 1, 2),  # for tests and the demo
-    "small": Size(192, 4, 3),
-    "base": Size(384, 4, 6),
-    "large": Size(512, 12, 8),
-    "huge": Size(640, 12, 8),
-}
-MODELS = {  # name: classifier
-    "pretrain_videomae_tiny_patch16_64": "vit_tiny_patch16_64",
-    "pretrain_videomae_small_patch16_224": "vit_small_patch16_224",  # 24 M parameters, 2 M of them in the decoder
-    "pretrain_videomae_base_patch16_224": "vit_base_patch16_224",  # 94 M, 8 M
-    "pretrain_videomae_large_patch16_224": "vit_large_patch16_224",  # 343 M, 39 M
-    "pretrain_videomae_huge_patch16_224": "vit_huge_patch16_224",
-    # The others have "pretrain_" before their classifier's name.
-    **{
-        f"pretrain_{name}": name
-        for name in (*vit.MODELS, *internvideo2.MODELS, *vivit.MODELS, *vjepa.MODELS)
-        if not name.startswith("vit_")
-    },
-}
-for _name, _classifier in MODELS.items():
-    _decoder = next(size for word, size in DECODERS.items() if word in _classifier)
-    register_model(_name, partial(_build, _classifier, _decoder), encoder=_classifier)
+register_autoencoder(_build)

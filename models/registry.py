@@ -1,8 +1,12 @@
-"""Named models: `create_model(name, **options)`, `list_models()`, and the clips that each name was trained on."""
+"""Named models: `create_model(name, **options)`, `list_models()`, and the clips that each name was trained on.
+
+An encoder is registered once, as a classifier; the masked autoencoder that DAPT trains it in has a name by that.
+"""
 
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from torch import nn
 
@@ -58,26 +62,44 @@ class Dropout:
 @dataclass(frozen=True)
 class _Registered:
     build: Callable[..., nn.Module]
-    defaults: ModelDefaults | None  # None: those of its encoder
-    encoder: str | None  # of a masked autoencoder
+    defaults: ModelDefaults
+    encoder: str | None = None  # of a masked autoencoder: the classifier's name
 
 
 _MODELS: dict[str, _Registered] = {}
+_AUTOENCODERS: list[Callable[..., nn.Module]] = []  # the one that builds them all
 
 
-def register_model(
-    name: str, build: Callable[..., nn.Module], defaults: ModelDefaults | None = None, *, encoder: str | None = None
-) -> None:
-    """Put a model into the registry. Raises ValueError where the name is taken.
+def register_model(name: str, build: Callable[..., nn.Module], defaults: ModelDefaults) -> None:
+    """Put a classifier into the registry, and the masked autoencoder over its encoder: "pretrain_" and the name.
 
     Args:
-        build: (VideoInput, Dropout, **options) -> the model.
-        defaults: of a classifier.
-        encoder: the name of the classifier that a masked autoencoder trains; their defaults are the same.
+        name: of the classifier; VideoMAE's own, "vit_...", have masked autoencoders "pretrain_videomae_...".
+        build: (VideoInput, Dropout, **options) -> the classifier, a VideoEncoder.
+        defaults: of both.
+
+    Raises ValueError where a name is taken.
     """
-    if name in _MODELS:
-        raise ValueError(f"model {name!r} is registered twice")
-    _MODELS[name] = _Registered(build, defaults, encoder)
+    twin = _pretrain(name)
+    if taken := next((n for n in (name, twin) if n in _MODELS), None):
+        raise ValueError(f"model {taken!r} is registered twice")
+    _MODELS[name] = _Registered(build, defaults)
+    _MODELS[twin] = _Registered(partial(_build_autoencoder, name), defaults, encoder=name)
+
+
+def register_autoencoder(build: Callable[..., nn.Module]) -> None:
+    """Say how every masked autoencoder is built: (classifier's name, VideoInput, Dropout, **options) -> the model."""
+    _AUTOENCODERS[:] = [build]
+
+
+def _build_autoencoder(encoder: str, video: VideoInput, dropout: Dropout, **options) -> nn.Module:
+    return _AUTOENCODERS[0](encoder, video, dropout, **options)
+
+
+def _pretrain(classifier: str) -> str:
+    """Return the name of the masked autoencoder over a classifier's encoder."""
+    family, _, rest = classifier.partition("_")
+    return f"pretrain_videomae_{rest}" if family == "vit" else f"pretrain_{classifier}"
 
 
 def _find(name: str) -> _Registered:
@@ -99,18 +121,13 @@ def classifier_of(name: str) -> str:
 
 
 def masked_autoencoder_of(name: str) -> str:
-    """Return the masked autoencoder that trains a classifier's encoder, or its own name. Raises ValueError if none."""
-    if _find(name).encoder:
-        return name
-    for other, registered in _MODELS.items():
-        if registered.encoder == name:
-            return other
-    raise ValueError(f"{name} has no masked autoencoder")
+    """Return the masked autoencoder over a classifier's encoder, or its own name. Raises ValueError if unknown."""
+    return _pretrain(classifier_of(name))
 
 
 def model_defaults(name: str) -> ModelDefaults:
     """Return the defaults of a registered model, without building it. Raises ValueError for an unknown name."""
-    return _find(classifier_of(name)).defaults
+    return _find(name).defaults
 
 
 def create_model(name: str, **options) -> nn.Module:

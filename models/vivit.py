@@ -13,6 +13,7 @@ from torch import nn
 
 from models.registry import Dropout, ModelDefaults, VideoInput, register_model
 from models.vit import BASE, TINY, Size, VideoEncoder, build_blocks
+from models.weights.dialects import PIXEL_DECODER, Dialect, register_dialect
 
 
 class ViViT(VideoEncoder):
@@ -69,3 +70,26 @@ MODELS = {  # name: size, defaults; the tiny one is for tests, not published
 }
 for _name, (_size, _defaults) in MODELS.items():
     register_model(_name, partial(ViViT, _size), ModelDefaults(**_defaults))
+register_dialect(
+    Dialect(
+        "ViViT",
+        marks=r"(encoder\.)?cls_token",
+        absent=r"(encoder\.)?clip_projector\..+",  # InternVideo2's
+        final_norm="norm",
+        ignored=(*PIXEL_DECODER, r"head\.(weight|bias)"),
+        models=r"(pretrain_)?vivit_.+",
+        pos_embed="learned",
+        stored_table=True,
+    )
+)
+register_dialect(
+    Dialect(
+        "ViViT of Hugging Face",
+        marks=r".+",
+        family="vivit",
+        ignored=(r"head\.(weight|bias)", r"pooler\.dense\.(weight|bias)"),
+        models=r"(pretrain_)?(vivit|vit)_.+",
+        pos_embed=None,
+        stored_table=True,
+    )
+)

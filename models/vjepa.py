@@ -18,6 +18,7 @@ from models.heads import AttentivePooler
 from models.pos_embed import Grid
 from models.registry import Dropout, ModelDefaults, VideoInput, register_model
 from models.vit import LayerNorm, Size, TubeletEmbed, VideoEncoder, drop_path_rates, gelu_layer, init_weights
+from models.weights.dialects import PIXEL_DECODER, Dialect, register_dialect
 
 _PRETRAINED_SIDE = 16  # rows and columns of tokens in pre-training, to which version 2.1 scales every other number
 _LEVELS = 4
@@ -230,6 +231,7 @@ class VJEPA(VideoEncoder):
         return [*found[:-1], last(x)]
 
 
+_PROBE = (r"head\.(weight|bias)", r"pooler\..+")
 _TINY = {"num_frames": 4, "view_fps": 4, "input_size": 64, "finetune_lr": 1e-3}
 BASE, LARGE = Size(768, 12, 12), Size(1024, 24, 16)
 MODELS = {  # name: size, version, heads of the probe, defaults; the tiny ones are for tests, not published
@@ -241,3 +243,39 @@ MODELS = {  # name: size, version, heads of the probe, defaults; the tiny ones a
 }
 for _name, (_size, _version, _pool_heads, _defaults) in MODELS.items():
     register_model(_name, partial(VJEPA, _size, _version, _pool_heads), ModelDefaults(**_defaults))
+register_dialect(
+    Dialect(
+        "V-JEPA 2",
+        marks=r"((encoder|backbone)\.)?blocks\.\d+\.attn\.qkv\.bias",
+        absent=r"((encoder|backbone)\.)?(fc_norm\..+|blocks\.\d+\.attn\.[qv]_bias)|(decoder|cls_head)\..+qkv\.bias",
+        prefix=r"(encoder|backbone)\.",
+        final_norm="norm",
+        ignored=(*PIXEL_DECODER, *_PROBE, r"backbone\.pos_embed"),  # frozen and unused
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa2_.+",
+        pos_embed="rotary 2.0",
+    )
+)
+register_dialect(  # later than 2.0, whose marks its files have, too
+    Dialect(
+        "V-JEPA 2.1",
+        marks=r"((encoder|backbone)\.)?(norms_block\.\d+|patch_embed_img|img_mod_embed|video_mod_embed)(\..+)?",
+        prefix=r"(encoder|backbone)\.",
+        final_norm="norm",
+        ignored=(*PIXEL_DECODER, *_PROBE),
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa21_.+",
+        pos_embed="rotary 2.1",
+    )
+)
+register_dialect(
+    Dialect(
+        "V-JEPA 2 of Hugging Face",
+        marks=r".+",
+        family="vjepa2",
+        ignored=_PROBE,
+        fresh=r"(head|pooler)\..+",
+        models=r"(pretrain_)?vjepa2_.+",
+        pos_embed="rotary 2.0",
+    )
+)

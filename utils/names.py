@@ -1,7 +1,7 @@
 """The names that the command line knows, and nothing else: help texts need neither torch nor data.
 
 A new model, loss or data set is built in its own room and named here, in the same order; tests compare these lists
-with what is there.
+with what is there. Of a model this is for the help alone: every registered name is taken.
 """
 
 LOSSES = ("crossentropy", "focal", "focal6x100", "focal2_6", "focal2_2", "smoothap", "exponential1", "2bce")

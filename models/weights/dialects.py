@@ -1,4 +1,7 @@
-"""The kinds of published checkpoint files: how each is recognised, and which of its keys are left out on purpose."""
+"""The kinds of published checkpoint files: how each is recognised, and which of its keys are left out on purpose.
+
+Those of the plain Video ViT stand here; a family with a file of its own in models/ registers its own there.
+"""
 
 from dataclasses import dataclass, field
 
@@ -43,91 +46,23 @@ class Dialect:
 
 
 _BLOCK = r"blocks\.\d+\.(norm1|norm2|attn|attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias|q_bias|v_bias)"
-_PIXEL_DECODER = (
+PIXEL_DECODER = (  # of our masked autoencoders, to be ignored where a classifier takes their files
     r"mask_token",
     r"encoder_to_decoder\.weight",
     rf"decoder\.{_BLOCK}",
     r"decoder\.(norm|head)\.(weight|bias)",
 )
-_PROBE = (r"head\.(weight|bias)", r"pooler\..+")
 _TUBELET_OF_TWO = r"\d+x3x2x16x16"  # 768 are not the pixels of such a token
 _PLAIN = r"(pretrain_)?(videomae|vit|mvd_vit|umt_vit)_.+"
 # The first that fits wins: a new one stands before every one whose marks its files match too, as those of "VideoMAE
 # pre-training" (encoder.blocks), "VideoMAE V2 distilled" and "Video ViT" (blocks).
-DIALECTS = (
-    Dialect(
-        "V-JEPA 2 of Hugging Face",
-        marks=r".+",
-        family="vjepa2",
-        ignored=_PROBE,
-        fresh=r"(head|pooler)\..+",
-        models=r"(pretrain_)?vjepa2_.+",
-        pos_embed="rotary 2.0",
-    ),
-    Dialect(
-        "ViViT of Hugging Face",
-        marks=r".+",
-        family="vivit",
-        ignored=(r"head\.(weight|bias)", r"pooler\.dense\.(weight|bias)"),
-        models=r"(pretrain_)?(vivit|vit)_.+",
-        pos_embed=None,
-        stored_table=True,
-    ),
+DIALECTS = [
     Dialect(
         "VideoMAE of Hugging Face",
         marks=r".+",
         family="videomae",
-        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
+        ignored=(*PIXEL_DECODER, r"head\.(weight|bias)"),
         models=_PLAIN,
-    ),
-    Dialect(
-        "V-JEPA 2.1",
-        marks=r"((encoder|backbone)\.)?(norms_block\.\d+|patch_embed_img|img_mod_embed|video_mod_embed)(\..+)?",
-        prefix=r"(encoder|backbone)\.",
-        final_norm="norm",
-        ignored=(*_PIXEL_DECODER, *_PROBE),
-        fresh=r"(head|pooler)\..+",
-        models=r"(pretrain_)?vjepa21_.+",
-        pos_embed="rotary 2.1",
-    ),
-    Dialect(
-        "V-JEPA 2",
-        marks=r"((encoder|backbone)\.)?blocks\.\d+\.attn\.qkv\.bias",
-        absent=r"((encoder|backbone)\.)?(fc_norm\..+|blocks\.\d+\.attn\.[qv]_bias)|(decoder|cls_head)\..+qkv\.bias",
-        prefix=r"(encoder|backbone)\.",
-        final_norm="norm",
-        ignored=(*_PIXEL_DECODER, *_PROBE, r"backbone\.pos_embed"),  # frozen and unused
-        fresh=r"(head|pooler)\..+",
-        models=r"(pretrain_)?vjepa2_.+",
-        pos_embed="rotary 2.0",
-    ),
-    Dialect(
-        "InternVideo2",
-        marks=r"(encoder\.)?clip_projector\..+",
-        final_norm="norm",  # of a masked autoencoder alone; a classifier's fc_norm comes after the pooling
-        ignored=(
-            *_PIXEL_DECODER,
-            r"(clip|mae)_pos_embed",
-            r"clip_decoder\.\d+\.(head\.[02]|norm)\.(weight|bias)",
-            r"final_clip_decoder\.(head\.[02]|norm)\.(weight|bias)",
-            r"mae_decoder\..+",
-            r"encoder\.norm\.(weight|bias)",
-            r"(fc_norm|head)\.(weight|bias)",
-        ),
-        fresh=r"(head|fc_norm|norm)\..+",
-        models=r"(pretrain_)?internvideo2_.+",
-        pos_embed="learned",
-        stored_table=True,
-        inflated=True,
-    ),
-    Dialect(
-        "ViViT",
-        marks=r"(encoder\.)?cls_token",
-        final_norm="norm",
-        ignored=(*_PIXEL_DECODER, r"head\.(weight|bias)"),
-        models=r"(pretrain_)?vivit_.+",
-        pos_embed="learned",
-        stored_table=True,
     ),
     Dialect("ViViT, converted", marks=r"encoder\.blocks\.\d+\..+", family="ViViT", pos_embed=None, stored_table=True),
     Dialect(
@@ -169,22 +104,22 @@ DIALECTS = (
     Dialect(
         "SIGMA pre-training",
         marks=r"prototypes",
-        ignored=(*_PIXEL_DECODER, r"prototypes", r"head\.[0246]\.(weight|bias)", r"memory", r"memory_pred_head\..+"),
+        ignored=(*PIXEL_DECODER, r"prototypes", r"head\.[0246]\.(weight|bias)", r"memory", r"memory_pred_head\..+"),
         own_target=True,
     ),
     Dialect(
         "SMILE pre-training",
         marks=r"encoder\.blocks\.\d+\..+",
-        ignored=_PIXEL_DECODER,
+        ignored=PIXEL_DECODER,
         shapes={"decoder.head.weight": r"768x\d+", "patch_embed.proj.weight": _TUBELET_OF_TWO},
         own_target=True,
     ),
     Dialect(
         "MGMAE or VideoMAE V2 pre-training",
         marks=r"(module\.)?_orig_mod\.encoder\.blocks\.\d+\..+",
-        ignored=_PIXEL_DECODER,
+        ignored=PIXEL_DECODER,
     ),
-    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=_PIXEL_DECODER, models=_PLAIN),
+    Dialect("VideoMAE pre-training", marks=r"encoder\.blocks\.\d+\..+", ignored=PIXEL_DECODER, models=_PLAIN),
     Dialect(
         "VideoMAE V2 distilled",
         marks=r"blocks\.\d+\..+",
@@ -208,4 +143,9 @@ DIALECTS = (
         models=_PLAIN,
         pos_embed=None,
     ),
-)
+]
+
+
+def register_dialect(dialect: Dialect) -> None:
+    """Put the dialect of a family before all that are known; its marks must match no other family's files."""
+    DIALECTS.insert(0, dialect)

@@ -343,8 +343,6 @@ def rotary(monkeypatch):
     monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
     defaults = ModelDefaults(num_frames=4, input_size=64)
     register_model("rotary_tiny_patch16_64", partial(RotaryViT, Size(64, 2, 2)), defaults)
-    build = partial(mae._build, "rotary_tiny_patch16_64", mae.DECODERS["tiny"])
-    register_model("pretrain_rotary_tiny_patch16_64", build, encoder="rotary_tiny_patch16_64")
     return "rotary_tiny_patch16_64", "pretrain_rotary_tiny_patch16_64"
 
 
@@ -389,13 +387,14 @@ def test_weights_without_a_position_table(rotary, tmp_path):
     assert report.ignored == ["encoder.pos_embed"]
 
 
-def test_what_has_no_counterpart(monkeypatch):
-    monkeypatch.setattr(registry, "_MODELS", {"alone": registry._MODELS[TINY]})
-    assert classifier_of("alone") == "alone"
-    with pytest.raises(ValueError, match="alone has no masked autoencoder"):
-        masked_autoencoder_of("alone")
+def test_an_encoder_is_registered_once_with_its_masked_autoencoder(rotary):
+    name, twin = rotary
+    assert classifier_of(twin) == classifier_of(name) == name and masked_autoencoder_of(twin) == twin
     for find in (classifier_of, masked_autoencoder_of):
-        with pytest.raises(ValueError, match="unknown model 'alon'. Did you mean alone?"):
-            find("alon")
-    with pytest.raises(ValueError, match="'alone' is registered twice"):
-        register_model("alone", create_model)
+        with pytest.raises(
+            ValueError, match="unknown model 'rotary_tiny_patch16'. Did you mean rotary_tiny_patch16_64?"
+        ):
+            find("rotary_tiny_patch16")
+    for taken in rotary:
+        with pytest.raises(ValueError, match=f"'{taken}' is registered twice"):
+            register_model(taken, create_model, ModelDefaults())
