@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.text import first_few
+
 _NO_CODE = ("torch", "collections", "numpy", "_codecs")  # modules that files of tensors and plain types name
 _BUILT_IN = "collections.OrderedDict", "argparse.Namespace"
 # What files hold beside weights that does no harm where it is not called; see models.weights.plain.
@@ -18,7 +20,7 @@ HARMLESS = re.compile(
     r"|datetime\.(datetime|date|time|timedelta|timezone)|uuid\.(UUID|SafeUUID)"
     r"|collections\.(deque|defaultdict|Counter|ChainMap)|argparse\.Namespace|types\.SimpleNamespace"
     r"|decimal\.Decimal|fractions\.Fraction|_codecs\.encode"
-    r"|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|str|bool|complex|bytes|bytearray|x?range|slice)"
+    r"|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|str|bool|complex|bytes|bytearray|x?range|slice|Ellipsis)"
     # what trainers keep their settings and their log in: dictionaries under another name
     r"|(pytorch_lightning|lightning|lightning_fabric)\.[\w.]+\.AttributeDict|easydict\.EasyDict|yacs\.config\.CfgNode"
     r"|omegaconf\.[\w.]+\.\w+|typing\.Any|mmengine\.config\.config\.ConfigDict|addict\.addict\.Dict"
@@ -33,13 +35,14 @@ def refused_code(path: Path, error: Exception) -> str | None:
     error: what torch.load(path, weights_only=True) raised.
     """
     try:
-        names, is_whole = [name for name in named_in(path) if not _is_data(name)], True
+        named, is_whole = list(named_in(path)), True
     except Exception:  # pickletools raises several types where bytes go wrong
-        names, is_whole = [], False
-    if names:
+        named, is_whole = [], False
+    modules = [name for name in named if name.startswith("torch.nn.modules.")]
+    if names := [name for name in named if not _is_data(name)] + modules:
         return _refusal(names)
-    named = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
-    if named and (name := next(filter(None, named.groups()), None)):
+    told = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
+    if told and (name := next(filter(None, told.groups()), None)):
         return _refusal([name])
     if is_whole and "Unsupported operand" in str(error):
         return "a whole pickle, but in a protocol that is not read: re-save it with torch.save(weights, NEW_FILE)"
@@ -51,9 +54,13 @@ def _is_data(name: str) -> bool:
 
 
 def _refusal(names: list[str]) -> str:
+    read = "torch.load(FILE, weights_only=False)"
+    remedy = f"torch.save({read}['model'], NEW_FILE)"
+    if any(name.startswith("torch.nn.modules.") for name in names):  # a module was saved, not its weights
+        remedy = f"torch.save(MODULE.state_dict(), NEW_FILE), where MODULE is what {read} holds"
     return (
-        f"it pickles {', '.join(dict.fromkeys(names))}, which is refused because unpickling can run code; if you trust "
-        "the file, re-save its weights alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
+        f"it pickles {first_few(dict.fromkeys(names))}, which is refused because unpickling can run code; if you trust "
+        f"the file, re-save its weights alone: {remedy}"
     )
 
 

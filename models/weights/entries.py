@@ -62,7 +62,8 @@ def select(checkpoint: Checkpoint, model_prefix: str) -> Entries:
     for key, tensor in checkpoint.state.items():
         bare = _WRAPPERS.sub("", key)
         if bare.startswith(prefix):
-            found.entries.append(Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), _wide(tensor)))
+            tensor = _wide(tensor, key, checkpoint.path)
+            found.entries.append(Entry(key, _WRAPPERS.sub("", bare.removeprefix(prefix)), tensor))
         else:
             found.reasons[key] = f"outside {prefix}*"
     if not found.entries:
@@ -72,9 +73,15 @@ def select(checkpoint: Checkpoint, model_prefix: str) -> Entries:
     return found
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor of 8 bits in float32, any other as it is."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+def _wide(tensor: Tensor, key: str, path: str) -> Tensor:
+    """Return a tensor of 8 bits in float32, any other as it is. Raises CheckpointError where PyTorch cannot."""
+    if not tensor.is_floating_point() or tensor.element_size() > 1:
+        return tensor
+    try:
+        return tensor.float()
+    except RuntimeError as e:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: {key} is {kind}, which PyTorch does not copy up; save it in bfloat16") from e
 
 
 def possible_prefixes(found: Entries) -> list[str]:

@@ -66,9 +66,15 @@ class Checkpoint:
 def fetch(path_or_url: str) -> str:
     """Return a local path for a path or an http(s) URL; a URL is downloaded once into torch.hub's cache.
 
-    Raises CheckpointError where the download fails.
+    Raises CheckpointError where the download fails, or the path is none or behind a folder that is closed.
     """
     if not path_or_url.startswith(("http://", "https://")):
+        try:
+            os.stat(path_or_url)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # said where it is read
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{path_or_url}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
         return path_or_url
     encoded = path_or_url.encode(errors="surrogateescape")
     digest = hashlib.sha256(encoded).hexdigest()[:8]  # files of the same name are told apart
@@ -148,7 +154,9 @@ def _read(path: str, *, mapped: bool = False) -> dict:
     if file.name.endswith(hf_folder.INDEX) and file.is_file():
         return _read_parts(file, mapped=mapped)
     if not file.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+        what = "this is a pipe or a device, not a file" if file.exists() else "no such checkpoint file"
+        told = f" (a link to {os.readlink(file)})" if file.is_symlink() else ""
+        raise CheckpointError(f"{path}: {what}{told}")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or copy it again")
     if not container.kind_of(file) and (foreign := foreign_kind(file)):

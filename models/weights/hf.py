@@ -162,7 +162,7 @@ def _theirs(kind: Kind, key: str) -> tuple[str, ...]:
 
 
 def hf_state(state: Mapping[str, Tensor], kind: Kind, biases: str) -> dict[str, Tensor]:
-    """Return a model's state dict under transformers' keys. biases: one of the kind's. What has no place is left out."""
+    """Return a state dict under transformers' keys; what has no place is left out. biases: one of the kind's."""
     result = {}
     for key, tensor in state.items():
         if _is_bias(key):

@@ -1,5 +1,6 @@
 """What a file is that holds no weights, or none that can be read: said by its first bytes, and never by its suffix."""
 
+import codecs
 import json
 import pickletools
 import re
@@ -19,6 +20,8 @@ _MAGIC = (  # first bytes -> what it is and what to do
     (b"\x1f\x8b", "compressed by gzip; unpack it (gunzip) and give what comes out"),
     (b"BZh", "compressed by bzip2; unpack it (bunzip2) and give what comes out"),
     (b"\xfd7zXZ\x00", "compressed by xz; unpack it (unxz) and give what comes out"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4; unpack it (unlz4) and give what comes out"),
+    (b"\x78\x9c", "compressed by zlib, as by joblib; unpack it and save the weights with torch.save"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it (unzstd) and give what comes out"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it and give the weights file in it"),
     (b"Rar!\x1a\x07", "a RAR archive; unpack it and give the weights file in it"),
@@ -44,7 +47,7 @@ def foreign_kind(file: Path) -> str:
         head = f.read(_LINE)
     if is_safetensors(head[:9]):
         return ""
-    text = head.lstrip()
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     for magic, what in _MAGIC:
         if head.startswith(magic) or (magic.isascii() and text.startswith(magic)):
             return f"this is {what}"
@@ -99,6 +102,8 @@ def _zip_kind(file: Path) -> str:
         )
     if "data.pkl" in ends:
         return ""
+    if {"version", "byteorder"} <= ends or "serialization_id" in ends:
+        return "torch.save began this file and failed: it holds no pickle; save it again"
     if names and all(name.endswith(".npy") for name in names):
         return f"this holds arrays of NumPy ({first_few(names, 3)}); save a dictionary of tensors with torch.save"
     return f"this is a zip of {first_few(names, 3) or 'nothing'}; unpack it and give the weights file in it"
@@ -115,8 +120,14 @@ def explain_unreadable(file: Path, error: Exception) -> str:
         head = f.read(_LINE)
     if head[:2] != b"PK" and _is_text(head):
         return f"this is text, not weights; it begins {head[:40].decode(errors='replace')!r}"
-    advice = "weights_only" in str(error)  # to unpickle all, and no reason
-    reason = type(error).__name__ if advice else short_reason(error)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"this is text, not weights; it begins {head[:80].decode('utf-16', errors='replace')!r}"
+    if unknown := re.search(r"unknown variant `(\w+)`", str(error)):
+        return f"has tensors of type {unknown[1]}, which this version of safetensors does not know; update it"
+    no_reason = "weights_only" in str(error) or not re.search(
+        "[a-z]", str(error)
+    )  # advice to unpickle all, or a number
+    reason = type(error).__name__ if no_reason else short_reason(error)
     what = "truncated" if _ends_early(file, error) else "damaged"
     if head[:2] != b"PK" or what == "truncated":
         what += ", or not a PyTorch checkpoint"

@@ -10,7 +10,7 @@ from models.weights.errors import CheckpointError
 from utils.text import first_few
 
 MODEL_KEYS = "model|module|state_dict|model_state"
-_DEEPEST = 3  # dictionaries within dictionaries
+_DEEPEST = 8  # dictionaries within dictionaries
 _AVERAGES = r"(.+\.)?(target_encoder|ema_encoder)"  # V-JEPA's, which stand beside the encoder they average
 # What trainers write flat beside the weights; no tensor of a model here is called like it.
 _BESIDE = re.compile(
@@ -28,27 +28,39 @@ def find_state(content: dict, model_key: str, path: str) -> tuple[str, dict[str,
     """
     names = model_key.split("|")
     for name in names:
-        if is_state_dict(value := _at(content, name)):
-            return name, value, []
+        if mixed := _mixed(_at(content, name)):
+            return name, *mixed
     if is_state_dict(content):
         return "", content, []
     if model_key == MODEL_KEYS:
-        flat = {k: v for k, v in content.items() if isinstance(k, str) and "." in k} or {}
-        beside = [k for k in content if k not in flat]
-        found = _places(content)
-        if is_state_dict(flat) and not found and all(isinstance(k, str) and _BESIDE.fullmatch(k) for k in beside):
-            return "", flat, beside
+        found, mixed = _places(content), _mixed(content)
+        if mixed and not found:
+            return "", *mixed
         if averages := {name: state for name, state in found.items() if re.fullmatch(_AVERAGES, name)}:
             found = averages
-        if len(found) == 1 and not is_state_dict(flat):
+        if len(found) == 1 and not mixed:
             return *next(iter(found.items())), []
         if found:
             told = ", ".join(f"--model_key {name}" for name in found)
             raise CheckpointError(f"{path}: holds weights in {len(found)} places; name one: {told}")
-    raise CheckpointError(
-        f"{path}: no weights under {' or '.join(names)}; the file's keys are {first_few(content, 4)}. "
-        f"{_why_none(content)}Name the right one with --model_key"
-    )
+    keys = f"the file's keys are {first_few(content, 4)}" if content else "the file holds an empty dictionary"
+    raise CheckpointError(f"{path}: no weights under {' or '.join(names)}; {keys}. {_why_none(content, names)}")
+
+
+def _mixed(value: object) -> tuple[dict[str, Tensor], list[str]] | None:
+    """Return (the weights, keys of what stands beside them) of a dictionary; None where it may hold more weights."""
+    if is_state_dict(value):
+        return value, []
+    if not isinstance(value, dict):
+        return None
+    weights = {k: v for k, v in value.items() if isinstance(v, Tensor)}
+    beside = [k for k in value if k not in weights]
+    named = is_state_dict(weights) and any("." in k for k in weights)
+    return (weights, beside) if named and all(map(_is_beside, beside)) else None
+
+
+def _is_beside(key: object) -> bool:
+    return isinstance(key, str) and bool(_BESIDE.fullmatch(key))
 
 
 def _at(content: dict, name: str) -> Any:
@@ -73,12 +85,35 @@ def _places(content: dict, prefix: str = "", depth: int = 1) -> dict[str, dict]:
     return found
 
 
-def _why_none(content: dict) -> str:
-    """Say what stands in place of weights, where that is known."""
+def _why_none(content: dict, names: list[str]) -> str:
+    """Say what stands in place of weights, where that is known, and what to do."""
     for name, value in content.items():
         kinds = {type(v).__name__ for v in value.values()} if isinstance(value, dict) else set()
-        if kinds & {"ndarray", "Passed"} and isinstance(value, dict) and any("." in str(key) for key in value):
-            return f"Under {name} are arrays of NumPy, not tensors: save it with torch.from_numpy of each. "
+        if kinds & {"ndarray", "Passed"} and not kinds & {"Tensor"} and any("." in str(key) for key in value):
+            return f"Under {name} are arrays of NumPy, not tensors: save it with torch.from_numpy of each"
+    for name in names:
+        value = _at(content, name)
+        if isinstance(value, dict) and (why := "there is nothing" if not value else _why_not(value)):
+            return f"Under {name}, {why}"
+    return _why_not(content) or "Name the right one with --model_key"
+
+
+def _why_not(value: dict) -> str:
+    """Say why a dictionary with tensors in it is not one of weights; "" of one without tensors."""
+    if not any(isinstance(v, Tensor) for v in value.values()):
+        return ""
+    for key, tensor in value.items():
+        if not isinstance(key, str):
+            return f"keys are of type {type(key).__name__}, no names of tensors: save model.state_dict()"
+        if not isinstance(tensor, Tensor):
+            if not _is_beside(key):
+                return f"{key} is no tensor: take it out"
+        elif tensor.is_meta:
+            return f"{key} has no values (it is on the device meta): save the model after it has them"
+        elif tensor.is_quantized:
+            return f"{key} is quantised: save its dequantize()"
+        elif tensor.layout != torch.strided:
+            return f"{key} is sparse: save its to_dense()"
     return ""
 
 

@@ -24,7 +24,7 @@ from engine.checkpoint import save_weights
 from engine.evaluate import Scorer, _on_device
 from models import create_model, export, load
 from models.export import main
-from models.weights import CheckpointError, container, hf, load_pretrained, read_spec, write
+from models.weights import CheckpointError, container, hf, load_pretrained, read_hints, read_spec, write
 from utils.damage import parse_json, with_sum
 
 TINY = "vit_tiny_patch16_64"
@@ -515,42 +515,87 @@ def test_windows_of_a_file(tmp_path, monkeypatch, capsys):
 # transformers
 
 
-def hf_logits(folder, video):
-    from transformers import VideoMAEForVideoClassification
+HF_CASES = {
+    "VideoMAE": (TINY, {}),
+    "VideoMAE of the first token": (
+        TINY,
+        {"final_reduction": "cls", "gelu": "tanh", "num_frames": 8, "num_classes": 3},
+    ),
+    "ViViT": ("vivit_tiny_patch16_64", {"num_frames": 8, "input_size": 32, "num_classes": 3}),
+    "ViViT of others": ("vivit_tiny_patch16_64", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "gelu": "erf"}),
+    "V-JEPA 2": ("vjepa2_vit_tiny_patch16_64", {"num_frames": 8, "input_size": 32, "num_classes": 3}),
+}
+FOLDER = {"config.json", "model.safetensors", "preprocessor_config.json", "spec.json"}
 
-    with torch.no_grad():
-        return VideoMAEForVideoClassification.from_pretrained(folder).eval()(pixel_values=video.transpose(1, 2)).logits
+
+def of_transformers(folder):
+    """The model that a folder is for, read without a word of what is missing or not expected."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model, about = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(about.values())
+    return model.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"final_reduction": "cls", "gelu": "tanh", "num_frames": 8, "num_classes": 3}])
-def test_transformers_reads_the_folder(tmp_path, options):
-    from transformers import VideoMAEImageProcessor
+def processed(folder, video):
+    """What the folder's own processor makes of a clip (3, T, H, W) of another size, and its number of frames."""
+    from transformers import AutoImageProcessor, AutoVideoProcessor
 
-    model = trained(**options)
+    if (folder / "video_preprocessor_config.json").exists():
+        kinds = [AutoVideoProcessor]
+    else:
+        kinds = [AutoVideoProcessor, AutoImageProcessor]
+    for kind in kinds:
+        processor = kind.from_pretrained(folder)
+        frames = video.permute(1, 0, 2, 3) if kind is AutoVideoProcessor else list(video.permute(1, 2, 3, 0).numpy())
+        (pixels,) = (v for k, v in processor(frames, return_tensors="pt").items() if k.startswith("pixel_values"))
+        yield pixels[0].transpose(0, 1), processor.num_frames
+
+
+@pytest.mark.parametrize("case", HF_CASES)
+def test_transformers_reads_the_folder(tmp_path, case):
+    name, options = HF_CASES[case]
+    model = trained(name, **options)
     said = export.export(saved(tmp_path, model, **ABOUT), "hf", str(tmp_path / "out" / "folder"))
-    folder = tmp_path / "out" / "folder"
-    assert {p.name for p in folder.iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "spec.json"
-    }  # fmt: skip
-    assert "biases named" in said and os.listdir(folder.parent) == ["folder"]
-    video = windows(model, 2)
-    processor = VideoMAEImageProcessor.from_pretrained(folder)
-    frames = [frame.numpy() for frame in video[0].permute(1, 2, 3, 0)]
-    pixels = processor(frames, return_tensors="pt")["pixel_values"][0].transpose(0, 1)
-    assert (pixels - model.normalize(video)[0]).abs().max() < 1e-5
-    with torch.no_grad():
-        wanted = model(model.normalize(video))
-    assert (hf_logits(folder, model.normalize(video)) - wanted).abs().max() < 1e-4
+    folder, video = tmp_path / "out" / "folder", windows(model, 2)
+    names = FOLDER - {"preprocessor_config.json"} | {"video_preprocessor_config.json"} if "JEPA" in case else FOLDER
+    assert {p.name for p in folder.iterdir()} == names and os.listdir(folder.parent) == ["folder"]
+    assert f"for {type(of_transformers(folder)).__name__}, " in said and ("skip_predictor" in said) == ("JEPA" in case)
     assert json.loads((folder / "spec.json").read_text())["operating_point"] == ABOUT["operating_point"]
+    for pixels, count in processed(folder, video[0]):
+        assert (pixels - model.normalize(video)[0]).abs().max() < 1e-5 and count == model.spec["num_frames"]
+    batch = model.normalize(video)
+    again = create_model(name, num_classes=len(model.spec["classes"]), **read_hints(str(folder))).eval()
+    report = load_pretrained(again, str(folder))
+    assert not report.missing and not report.notes
+    with torch.no_grad():
+        wanted = model(batch)
+        assert (of_transformers(folder)(batch.transpose(1, 2)).logits - wanted).abs().max() < 1e-4
+        assert torch.equal(again(again.normalize(video)), wanted) or "ViViT" in case  # whose pixels go from -1 to 1
+        assert (again(again.normalize(video)) - wanted).abs().max() < 1e-5
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_v_jepa_of_another_head_goes_out_as_an_encoder(tmp_path):
+    model = trained("vjepa2_vit_tiny_patch16_64", final_reduction="mean")
+    said = export.export(saved(tmp_path, model), "hf")
+    assert "for VJEPA2Model, read by" in said and "difference of a feature" in said and "the head is not in it" in said
+    folder, video = tmp_path / "weights-hf", model.normalize(windows(model, 2))
+    with torch.no_grad():
+        found = of_transformers(folder)(video.transpose(1, 2), skip_predictor=True).last_hidden_state
+        assert (found - model.encode(model.embed(video))).abs().max() < 1e-4
+    again = create_model(model.name, final_reduction="mean")
+    assert load_pretrained(again, str(folder)).missing == ["head.weight", "head.bias"]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items() if "head" not in k)
 
 
 def test_biases_that_transformers_does_not_read(tmp_path, monkeypatch):
     """As in versions 5.6 to 5.17, where a file with the published names gives zeros, and no error."""
     rename, path = hf.hf_state, saved(tmp_path, trained())
 
-    def unread(state, biases, *, also=()):
+    def unread(state, kind, biases, *, also=()):
         is_lost = re.compile(r".*attention\.attention.*bias" if biases in (hf.PUBLISHED, *also) else "none")
-        return {f"{k}_lost" if is_lost.fullmatch(k) else k: v for k, v in rename(state, biases).items()}
+        return {f"{k}_lost" if is_lost.fullmatch(k) else k: v for k, v in rename(state, kind, biases).items()}
 
     monkeypatch.setattr(hf, "hf_state", unread)
     assert f"biases named {hf.LINEAR}, as transformers" in export.export(path, "hf")
@@ -561,18 +606,31 @@ def test_biases_that_transformers_does_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, learned, reason",
+    "name, options, reason",
     [
-        (TINY, True, "its position table is learned"),
-        ("umt_vit_tiny_patch16_64", False, "its position table is umt"),
-        ("internvideo2_tiny_patch14_56", False, "another architecture than VideoMAE"),
+        (TINY, {"learned": True}, "its position table is learned"),
+        ("umt_vit_tiny_patch16_64", {}, "its position table is umt"),
+        ("internvideo2_tiny_patch14_56", {}, "another architecture than VideoMAE, ViViT and V-JEPA 2"),
+        ("vjepa21_vit_tiny_patch16_64", {}, "its rotations and modality embedding are V-JEPA 2.1's"),
+        ("vjepa2_vit_tiny_patch16_64", {"gelu": "tanh"}, "its probe has another GELU than its encoder"),
     ],
 )
-def test_what_transformers_has_no_model_for(tmp_path, monkeypatch, capsys, name, learned, reason):
-    path = saved(tmp_path, trained(name, learned=learned))
+def test_what_transformers_has_no_model_for(tmp_path, monkeypatch, capsys, name, options, reason):
+    path = saved(tmp_path, trained(name, **options))
     code, _, err = command(monkeypatch, capsys, path, "--to", "hf")
-    assert code == 1 and reason in err and "--to onnx, torch_export or safetensors" in err
+    assert code == 1 and reason in err and "--to onnx, torch_export or safetensors" in err and err.count("\n") == 1
     assert os.listdir(tmp_path) == ["weights.pth"]
+
+
+def test_a_model_with_more_than_transformers_has_place_for():
+    model = trained()
+    model.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match="VideoMAEForVideoClassification has no place for adapter.weight, adap"):
+        hf.kind_of(model, "x.pth")
+    probe = trained("vjepa2_vit_tiny_patch16_64")
+    probe.pooler.cross_attention_block.xattn.num_heads = 6
+    with pytest.raises(CheckpointError, match="its probe has 6 heads, and VJEPA2's there as many as the encoder, 3"):
+        hf.kind_of(probe, "x.pth")
 
 
 def test_a_folder_that_is_there_stays(tmp_path, monkeypatch, capsys):

@@ -12,13 +12,14 @@ import pathlib
 import tarfile
 import threading
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import create_model
+from models import create_model, load
 from models.pos_embed import position_table, resampled
 from models.weights import CheckpointError, fetch, load_pretrained, read_checkpoint, read_spec
 from models.weights.position import possible_grids
@@ -75,6 +76,7 @@ BESIDE = {
         range(3),
         1 + 2j,
         slice(1),
+        ...,
         bytearray(b"x"),
     ],
     "random state": [np.random.RandomState(0).get_state(), np.random.default_rng(0).bit_generator.state],
@@ -134,6 +136,11 @@ def packed(tmp_path):
         "json": json.dumps({"a": 1}).encode(),
         "text": b"epoch 1 loss 0.5\n" * 40,
         "html": b"\n<!DOCTYPE html><html></html>",
+        "lz4": b"\x04\x22\x4d\x18" + bytes(100),
+        "zlib": zlib.compress(data),
+        "html with a mark": b"\xef\xbb\xbf<html></html>",
+        "json with a mark": b'\xef\xbb\xbf{"a": 1}',
+        "text of two bytes": "Quota exceeded".encode("utf-16"),
         "gguf": b"GGUF\x03" + bytes(100),
         "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
         "mp4": b"\0\0\0\x20ftypisom" + bytes(100),
@@ -154,6 +161,11 @@ WHAT = {
     "json": "JSON, not weights",
     "text": "text, not weights",
     "html": "HTML",
+    "lz4": "unlz4",
+    "zlib": "compressed by zlib",
+    "html with a mark": "HTML",
+    "json with a mark": "JSON, not weights",
+    "text of two bytes": "text, not weights; it begins 'Quota exceeded'",
     "gguf": "GGUF",
     "png": "a picture",
     "mp4": "a video",
@@ -171,6 +183,46 @@ def test_foreign_files_are_called_what_they_are(tmp_path):
         for read in (error, lambda p: str(pytest.raises(CheckpointError, read_spec, p).value)):
             message = read(str(tmp_path / "model.pth"))
             assert WHAT[name] in message and "truncated" not in message and "flax" not in message, (name, message)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    (tmp_path / "link.pth").symlink_to("gone.pth")
+    for name, match in (
+        ("pipe.pth", "a pipe or a device, not a file"),
+        ("loop.pth", "cannot be read (Too many levels"),
+        ("link.pth", "no such checkpoint file (a link to gone.pth)"),
+        ("x" * 300, "cannot be read (File name too long)"),
+        ("null\0.pth", "cannot be read (embedded null"),
+    ):
+        for read in (
+            error,
+            *(lambda p, r=r: str(pytest.raises(CheckpointError, r, p).value) for r in (read_spec, load)),
+        ):
+            assert match in read(str(tmp_path / name))
+
+
+def test_files_in_a_closed_folder(as_nobody):
+    folder, drop = as_nobody
+    (folder / "closed").mkdir(mode=0o700)
+    torch.save(STATE, folder / "closed" / "file.pth")
+    with drop():
+        assert "cannot be read (Permission denied)" in error(str(folder / "closed" / "file.pth"))
+
+
+def test_a_file_that_torch_save_did_not_finish(tmp_path):
+    with pytest.raises(TypeError):
+        torch.save({"model": STATE, "x": os}, tmp_path / "file.pth")
+    assert "torch.save began this file and failed" in error(str(tmp_path / "file.pth"))
+
+
+def test_safetensors_of_a_type_to_come(tmp_path):
+    save_file(STATE, tmp_path / "new.safetensors")
+    content = (tmp_path / "new.safetensors").read_bytes()
+    (tmp_path / "new.safetensors").write_bytes(content.replace(b'"F32"', b'"F99"'))
+    message = error(str(tmp_path / "new.safetensors"))
+    assert "type F99, which this version of safetensors does not know; update it" in message
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -227,6 +279,8 @@ LAYOUTS = {  # name: content, keys that are ignored
     "deep": ({"checkpoint": {"state": {"net": STATE}}, "epoch": 1}, 0),
     "flat with more": ({**STATE, "epoch": 3, "best_acc": 0.5, "args": {"lr": 1}}, 3),
     "network": ({"epoch": 3, "network": STATE}, 0),
+    "six deep": ({"a": {"b": {"c": {"d": {"e": {"f": STATE}}}}}}, 0),
+    "mixed under its key": ({"model": {**STATE, "version": 3}}, 1),
     "mmaction": (of_mmaction(), 0),
     "mmaction's own names": (of_mmaction(*OWN), 0),
 }
@@ -249,6 +303,17 @@ def test_several_readings_are_named_with_the_flag(tmp_path):
     check(save(tmp_path, both), model_prefix="online")
     for wrong in ({"x": None}, {"odd.name": 3}):
         assert "no weights under model or module" in error(save(tmp_path, STATE | wrong))
+    for name, value, match in (
+        ("x", None, "x is no tensor: take it out"),
+        ("head.weight", STATE["head.weight"].to_sparse(), "head.weight is sparse: save its to_dense()"),
+        ("head.weight", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "head.weight is quantised"),
+        ("head.weight", torch.ones(2, device="meta"), "head.weight has no values"),
+        (3, torch.ones(2), "keys are of type int, no names of tensors"),
+    ):
+        message = error(save(tmp_path, {"model": STATE | {name: value}}))
+        assert f"Under model, {match}" in message and "--model_key" not in message
+    assert "Under model, there is nothing" in error(save(tmp_path, {"model": {}}))
+    assert "holds an empty dictionary" in error(save(tmp_path, {}))
     arrays = {"model": {k: v.numpy() for k, v in STATE.items()}}
     assert "Under model are arrays of NumPy, not tensors" in error(save(tmp_path, arrays))
 
@@ -276,6 +341,12 @@ def test_eight_bits_are_copied_up(tmp_path):
     report = load_pretrained(model, save(tmp_path, {"model": state, "when": BESIDE["times"]}))
     assert report.dtypes == ("float8_e4m3fn",)
     assert all(torch.equal(v.float(), model.state_dict()[k]) for k, v in state.items())
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no such type")
+def test_four_bits_are_refused_by_name(tmp_path):
+    state = STATE | {"head.bias": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+    assert "head.bias is float4_e2m1fn_x2, which PyTorch does not copy up" in error(save(tmp_path, {"model": state}))
 
 
 def test_parts_of_zero_3_are_to_be_gathered(tmp_path):
