@@ -119,13 +119,8 @@ def test_the_probe_gives_the_reference_logits(tmp_path):
     np.testing.assert_allclose(logits, probe["logits"], atol=5e-5, rtol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "model_name", "size"),
-    [("vjepa2_0_vitl", "vjepa2_vit_large_patch16_256", 256), ("vjepa2_1_vitb", "vjepa21_vit_base_patch16_384", 224)],
-)
-def test_full_sizes_give_the_reference_features(name, model_name, size, tmp_path):
-    """Forward from a file of two encoders, and backward: every parameter that is trained has a gradient."""
+def full_size(tmp_path, name, model_name, size):
+    """The model of a fixture, from a file of two encoders."""
     fixture = FIXTURES[name]
     model = create_model(model_name, num_classes=0, final_reduction="none", input_size=size).eval()
     keys = {f"module.backbone.{k}": recipe(k, s, fixture["scale"]) for k, s in fixture["keys"]}
@@ -133,19 +128,39 @@ def test_full_sizes_give_the_reference_features(name, model_name, size, tmp_path
     report = load_pretrained(model, str(tmp_path / "file.pt"))
     assert not report.missing and len(report.loaded) == fixture["tensors"]
     assert sum(p.numel() for p in model.parameters()) == fixture["parameters"]
-    for case in fixture["cases"]:
-        positions = None
-        if "visible_tokens" in case:
-            count, some = case["shape"][1], (size // 16) ** 2 * 8
-            positions = np.sort(np.random.Generator(np.random.PCG64(1)).choice(some, count, replace=False))
-            assert positions[:8].tolist() == case["visible_first8"]
-            positions = torch.from_numpy(positions)[None]
-        with torch.no_grad():
-            found = model.features(clip(case), positions)
-        np.testing.assert_allclose(found.mean(dim=1)[0, :16], case["mean_over_tokens_first16"], atol=2e-6, rtol=0)
-        for token, first in case["tokens"].items():
-            np.testing.assert_allclose(found[0, int(token), : len(first)], first, atol=5e-5, rtol=0)
-    model = create_model(model_name, input_size=size, num_frames=4, init_scale=1.0)
+    return model
+
+
+def check_full_size(model, case, size):
+    """A case's features, of all tokens or of a subset."""
+    positions = None
+    if "visible_tokens" in case:
+        count, some = case["shape"][1], (size // 16) ** 2 * 8
+        positions = np.sort(np.random.Generator(np.random.PCG64(1)).choice(some, count, replace=False))
+        assert positions[:8].tolist() == case["visible_first8"]
+        positions = torch.from_numpy(positions)[None]
+    with torch.no_grad():
+        found = model.features(clip(case), positions)
+    np.testing.assert_allclose(found.mean(dim=1)[0, :16], case["mean_over_tokens_first16"], atol=2e-6, rtol=0)
+    for token, first in case["tokens"].items():
+        np.testing.assert_allclose(found[0, int(token), : len(first)], first, atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_full_size_2_0_gives_the_reference_features(tmp_path):
+    """Of visible tokens alone, which cost the least."""
+    model = full_size(tmp_path, "vjepa2_0_vitl", "vjepa2_vit_large_patch16_256", 256)
+    (case,) = [case for case in FIXTURES["vjepa2_0_vitl"]["cases"] if "visible_tokens" in case]
+    check_full_size(model, case, 256)
+
+
+@pytest.mark.slow
+def test_a_full_size_2_1_gives_the_reference_features_and_gradients(tmp_path):
+    name = "vjepa21_vit_base_patch16_384"
+    model = full_size(tmp_path, "vjepa2_1_vitb", name, 224)
+    for case in FIXTURES["vjepa2_1_vitb"]["cases"]:
+        check_full_size(model, case, 224)
+    model = create_model(name, input_size=224, num_frames=4, init_scale=1.0)
     video = torch.randn(1, *model.input_shape)
     torch.nn.functional.cross_entropy(model(video), torch.tensor([1])).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
@@ -291,9 +306,9 @@ def test_layers_of_the_learning_rate(version):
 
 
 @pytest.mark.slow
-@every_version
-def test_a_tiny_one_goes_through_both_scripts(version, dota_root, tmp_path):
+def test_a_tiny_one_goes_through_both_scripts(dota_root, tmp_path):
     """A published layout -> one step of DAPT -> one step of fine-tuning -> --eval, under torchrun."""
+    version = "2.1"
     source = create_model(NAMES[version], num_classes=0, final_reduction="none")
     state = {f"module.backbone.{k}": v for k, v in source.state_dict().items()}
     torch.save({"ema_encoder": state, "encoder": state, "epoch": 1}, tmp_path / "published.pt")
