@@ -136,7 +136,7 @@ def anticipation(
     beside the time bins where no clip is negative. units: of the intervals at the level of clips.
     """
     if not clips:
-        return {"why_undefined": "No clip has times: give a file with the column time"}
+        return {"why_undefined": "No clip has two scored frames with times: give a file with the column time"}
     counts = ant.counts(clips)
     if not counts["timed_positive"]:
         return {"counts": counts, "why_undefined": "No clip has an event after its beginning"}

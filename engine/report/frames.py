@@ -81,7 +81,7 @@ class ScoredFrames:
         return replace(self, names=[self.names[i] for i in kept], clip=clip, columns=columns, **arrays)
 
     def scored_clips(self) -> list[ScoredClip]:
-        """Return the clips for anticipation metrics, those whose times are known.
+        """Return the clips for anticipation metrics, those whose times, and the time between frames, are known.
 
         A clip holds an event as is_positive says, else where it has an event_time or a ttc or a frame is anomalous. Its
         time E is the event_time; else that of the first anomalous frame, or of the first frame before it minus its ttc;
@@ -96,6 +96,8 @@ class ScoredFrames:
             if not len(time) or np.isnan(time).any():
                 continue
             step = float(np.median(np.diff(time))) if len(time) > 1 else self.frame_seconds
+            if np.isnan(step):  # nobody knows how long a frame stands for
+                continue
             event, traced = known[number], bool(label.any() or not np.isnan(ttc).all())
             positive = traced or event is not None if stated[number] is None else bool(stated[number])
             if event is None and positive and traced:

@@ -27,6 +27,7 @@ from engine.report import (
 )
 from engine.report.clips import auc_of_clips
 from engine.report.lists import KNOWN
+from engine.report.text import report_text
 
 HEADER = [
     "clip",
@@ -402,3 +403,16 @@ def test_what_an_evaluation_writes_is_read(tmp_path):
     assert [c.positive for c in frames.scored_clips()] == [False, True, True]
     page, text = tmp_path / "report.html", run(tmp_path, "--replicates", 100).stdout
     assert "needed" in text and page.exists()  # three clips have no interval
+
+
+@pytest.mark.parametrize("labels", [[[0, 0, 1]], [[1]], [[0]], [[1, 1], [0]], [[0], [1], [0]], [[0, 1] * 12]], ids=str)
+def test_few_frames_have_a_report(tmp_path, labels):
+    rows = [
+        {"clip": f"c{c}", "frame": i, "time": i / 10, "score": 0.3 + 0.01 * i, "label": y}
+        for c, clip in enumerate(labels)
+        for i, y in enumerate(clip)
+    ]
+    frames = read_frames(write(tmp_path / "x.csv", rows, ["clip", "frame", "time", "score", "label"]))
+    made = make_report({"x": [frames]}, Options(replicates=100))
+    save_report(made, tmp_path)
+    assert made["models"][0]["data"]["frames"] == len(rows) and "x" in report_text(made)
