@@ -80,7 +80,7 @@ def baseline_scores(
             else:
                 result[name] = prior(name, train, frames.table), f"learned on {train_words}"
         except ValueError as e:
-            result[name] = None, str(e)
+            result[name] = None, str(e) if train is not None else f"{e}; {train_words}"
     result["clip_oracle"] = clip_oracle(frames.table), "knows of each clip what share of it is anomalous, not when"
     result["constant"] = np.full(len(frames.clip), 0.5), "knows nothing"
     return result
