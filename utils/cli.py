@@ -1,7 +1,6 @@
 """The command line: a parser whose refusals help, the types of its values, and the error for what does not fit."""
 
 import argparse
-import difflib
 import math
 import re
 import sys
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from utils.exits import fail
+from utils.text import closest
 
 
 class ConfigError(ValueError):
@@ -56,8 +56,7 @@ class Parser(argparse.ArgumentParser):
                 return f"{name} is gone: {self.retired[name]}"
         if flag in self._option_string_actions:
             return None
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-        return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "")
+        return f"unknown flag {flag}{closest(flag, self._option_string_actions)}"
 
     def format_help(self) -> str:
         """Return sentences first, then what must be given, what most runs need, and everything else by subject."""
