@@ -41,16 +41,18 @@ class Parser(argparse.ArgumentParser):
         self.overridable: dict[str, bool] = {}  # those --override may change; whether windows come in another order
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        words = [part for word in (sys.argv[1:] if args is None else args) for part in _parts(word)]
-        answers = [self._answer(word, value) for word, value in zip(words, [*words[1:], ""], strict=True)]
+        words = sys.argv[1:] if args is None else args
+        answers = [self._answer(*pair) for pair in zip(words, [*words[1:], ""], strict=True)]
         if answers := list(dict.fromkeys(filter(None, answers))):
             self.error(answers[0] if len(answers) == 1 else "\n  ".join(["flags that are not known here:", *answers]))
         return super().parse_args(args, namespace)
 
-    def _answer(self, flag: str, value: str) -> str | None:
-        """Return what is wrong with a word, if it is a flag and that is wrong, and the word after it."""
-        if not _is_flag(flag):
+    def _answer(self, word: str, following: str) -> str | None:
+        """Return what is wrong with a word of the command line if it is a flag; None if nothing is."""
+        if not re.match(r"--?[A-Za-z]", word):
             return None
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
         for name in (f"{flag} {value}", flag):
             if name in self.retired:
                 return f"{name} is gone: {self.retired[name]}"
@@ -77,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the code, with one letter for a number."""
+    """Help with one letter for a number."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28)
@@ -86,15 +88,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if isinstance(action.type, Number):
             return "N" if action.type.whole else "X"
         return super()._get_default_metavar_for_optional(action)
-
-
-def _is_flag(word: str) -> bool:
-    return re.match(r"--?[A-Za-z]", word) is not None
-
-
-def _parts(word: str) -> list[str]:
-    """Return a flag and its value of "--flag=value", else the word."""
-    return word.split("=", 1) if _is_flag(word) else [word]
 
 
 @dataclass(frozen=True)

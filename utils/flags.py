@@ -89,7 +89,7 @@ def finetune_parser(description: str) -> Parser:
     group.overridable(
         "data_set",
         "DoTA",
-        f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)",
+        f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own); docs/data.md: where to get each",
         reorders=True,
         metavar="NAME",
     )
@@ -339,7 +339,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
 def _add_dapt_data_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "data, a value for each data set of the mix")
     known = ", ".join((*names.UNLABELLED_SETS, *names.LABELLED_SETS))
-    help = f"data sets to mix, of {known} (videos is any folder of them)"
+    help = f"data sets to mix, of {known} (videos is any folder of them); docs/data.md: where to get each"
     group.overridable("data_set", ["BDD100K"], help, type=str, nargs="+", metavar="NAME", reorders=True)
     group.free("data_path", None, "root folder, list file or pack of each data set", nargs="+", required=True,
                metavar="PATH")  # fmt: skip

@@ -76,3 +76,5 @@ def test_answers_are_a_line_each_and_said_once(capsys):
         "  --sampling_rate_val -1",
     ]
     assert len(lines) == 6
+    words = ["--data_path", "x", "--output_dir=--dist_eval", "--model_prefix=--x"]
+    assert finetune_parser("x").parse_args(words).model_prefix == "--x"  # no flag but a value
