@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -63,6 +64,11 @@ def build_clips(
     without a scan, assume_fps for a pack, a file or folder that may not be read.
     """
     selection, data_set = Selection(leave_out, problems), find_data_set(name)
+    if data_set.home and not os.path.exists(root):
+        raise DataError(
+            f"{root}: no such file or folder, or no permission to see it; expected is {name}, from {data_set.home}; "
+            "docs/data.md says how it lies on disk"
+        )
     if labels not in LABELS:
         raise DataError(f"unknown labels {labels!r}; known: {', '.join(LABELS)}")
     options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
