@@ -43,6 +43,8 @@ FOREIGN = set(  # of torchrun, sbatch, scancel, TensorBoard, ruff and tests/kill
 BLOCK = re.compile(r"^( *)```(\w*)( run)?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 STAND_INS = {  # what a page names -> what the test has, below its folder
     "/data/DoTA": "data/dota",
+    "build/demo/data": "data/dota",
+    "build/demo/dapt/checkpoint-3.pth": "weights.pth",
     "/data/CAP-DATA": "data/dota",
     "CAP-DATA": "DoTA",
     "/data/bdd100k/videos": "data/bdd",
