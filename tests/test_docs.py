@@ -298,6 +298,16 @@ def test_figures_agree_with_benchmarks():
     assert compared >= 30
 
 
+def test_published_figures_agree_with_the_job_files():
+    """Of a table's row that links a job file: AUC_ROC / AUC_MCC stand in that file's header, too."""
+    rows = [row for page in PAGES for row in re.findall(r"^\|.*\.sh\) \|$", prose(page), re.MULTILINE)]
+    assert len(rows) >= 13
+    for row in rows:
+        auroc, mcc = re.search(r"\| (\d+\.\d|–) / (\d+\.\d) \|", row).groups()
+        header = text_of(re.search(r"\((?:\.\./)?(jobs/\S+\.sh)\)", row)[1]).partition("#SBATCH")[0]
+        assert mcc in header and (auroc == "–" or auroc in header), row
+
+
 def test_the_front_page_can_be_read_at_once():
     text = text_of("README.md")
     assert text.count("\n") <= 175
