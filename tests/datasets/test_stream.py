@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from background import tree
-from helpers import rewrite_zip
+from helpers import rewrite_zip, tree
 
 from datasets import build_clips
 from datasets.augment.frames import EvalTransform
