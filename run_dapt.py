@@ -226,7 +226,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     )
     session.tensorboard.close()
     batches.log_summary()
-    logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
+    early = ", as --stop_epoch says" if args.stop_epoch < args.epochs else ""
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done{early}; see {output_dir}")
+    if args.save_ckpt:
+        logger.info(f"to fine-tune it: run_finetune.py --finetune {output_dir}/checkpoint-{progress.epoch - 1}.pth")
 
 
 def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | None) -> MaskedAutoencoder:

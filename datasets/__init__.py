@@ -64,11 +64,6 @@ def build_clips(
     without a scan, assume_fps for a pack, a file or folder that may not be read.
     """
     selection, data_set = Selection(leave_out, problems), find_data_set(name)
-    if data_set.home and not os.path.exists(root):
-        raise DataError(
-            f"{root}: no such file or folder, or no permission to see it; expected is {name}, from {data_set.home}; "
-            "docs/data.md says how it lies on disk"
-        )
     if labels not in LABELS:
         raise DataError(f"unknown labels {labels!r}; known: {', '.join(LABELS)}")
     options: dict[str, Any] = {"fps": assume_fps} if data_set.assumes_fps else {}
@@ -90,6 +85,10 @@ def build_clips(
             table = with_consensus(table, root, labels)
     except OSError as e:
         raise DataError(f"{root}: cannot be read ({e})") from e
+    except DataError as e:
+        if os.path.exists(root) or not data_set.home:
+            raise
+        raise DataError(f"{e}. There is no {root}; {name} is from {data_set.home}, see docs/data.md") from e
     if table.left_out:
         clips = first_few(table.left_out)
         logger.warning(f"{table}: {len(table.left_out)} of {table.listed} clips are left out: {clips}")
