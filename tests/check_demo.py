@@ -22,7 +22,7 @@ dapt = json.loads((folder / "dapt" / "log.txt").read_text().splitlines()[-1])
 loss, trivial = dapt["train_loss"], dapt["train_trivial_loss"]
 print("\nWhat was learned")
 print(f"  DAPT: loss {loss:.3f}; {trivial:.3f} is that of predicting mean colours")
-print(f"  {'on clips not trained on':<26}{'AUC_ROC':>8}{'AUC_MCC':>9}{'mAP':>7}")
+print(f"  {'on clips not trained on':<26}{'AUC_ROC':>8}{'AUC_MCC':>9}{'AP':>7}")
 auroc = {}
 for run, words in (("untrained", "untrained, same model"), ("fine-tuned", "after DAPT and fine-tuning")):
     metrics = json.loads((folder / run / "metrics.json").read_text())
