@@ -22,7 +22,7 @@ dapt = json.loads((folder / "dapt" / "log.txt").read_text().splitlines()[-1])
 loss, trivial = dapt["train_loss"], dapt["train_trivial_loss"]
 print("\nWhat was learned")
 print(f"  DAPT: loss {loss:.3f}; {trivial:.3f} is that of predicting mean colours")
-print(f"  {'on clips not trained on':<26}{'AUC_ROC':>8}{'AUC_MCC':>9}{'mAP':>7}")
+print(f"  {'on clips not trained on':<26}{'AUC_ROC':>8}{'AUC_MCC':>9}{'AP':>7}")
 auroc = {}
 for run, words in (("untrained", "untrained, same model"), ("fine-tuned", "after DAPT and fine-tuning")):
     metrics = json.loads((folder / run / "metrics.json").read_text())
@@ -35,13 +35,15 @@ to_open = [
     (predicted / "report.html", "all scored videos, the riskiest first"),
     *((video / "overlay.mp4", "a video with its risk") for video in videos),
     *((video / "curve.png", "its risk over time") for video in videos),
+    (folder / "fine-tuned" / "report.html", "the evaluation, with intervals and baselines"),
     (folder / "fine-tuned" / "plots", "ROC, precision and recall, MCC, confusion"),
     (folder / "dapt" / "pictures", "what DAPT reconstructs after each epoch"),
 ]
 print("\nWhat to open")
 for path, words in to_open:
-    print(f"  {str(path):<58} {words}")
-print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<58} losses and rates of the runs")
+    if path.exists():
+        print(f"  {str(path):<64} {words}")
+print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<64} losses and rates of the runs")
 
 if not (loss < 0.95 * trivial and auroc["untrained"] < 0.65 and auroc["fine-tuned"] >= 0.90):
     sys.exit("expected a DAPT loss 5 % below the trivial one, AUC_ROC below 65 untrained and at least 90 fine-tuned")
