@@ -41,7 +41,7 @@ demo: $(VENV)/installed
 	@$(RUN)/python tests/check_demo.py $(DEMO)
 
 test: $(VENV)/installed
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check

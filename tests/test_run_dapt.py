@@ -378,7 +378,7 @@ def test_real_video_and_cap_data_from_published_weights(tmp_path, capsys):
         "run_dapt.py", "--model", "pretrain_videomae_small_patch16_224", "--device", "cpu", "--num_workers", "1",
         "--from_ckpt", published_file(tmp_path / "published.pth", fixture), "--output_dir", tmp_path / "run",
         "--data_set", "videos", "CAP-DATA", "--data_path", SHARED / "data" / "driving", tmp_path / "cap",
-        "--sampling_rate", 4, 1, "--total_batch_size", 4, 2, "--nb_samples_per_epoch", 60, "--epochs", 2,
+        "--sampling_rate", 4, 1, "--total_batch_size", 4, 2, "--nb_samples_per_epoch", 24, "--epochs", 2,
         "--lr", 1.3e-2, "--print_freq", 5, timeout=900, env={"OMP_NUM_THREADS": "2"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
