@@ -367,16 +367,18 @@ class Pictures:
     def __init__(self, args: Namespace, dataset: WindowDataset, tensorboard: TensorBoard):
         self.tensorboard, self.model = tensorboard, args.model
         self.folder = Path(args.output_dir, "pictures")
-        keys, self.names, sources = [], [], dataset.sources
+        keys, sources = [], dataset.sources
         for k in range(PICTURES):
             number = k % len(sources)
-            clips, index = sources[number].clips, sources[number].index
-            window = (2 * k + 1) * len(index) // (2 * PICTURES)
-            keys.append((0, number, k, window))
-            self.names.append(f"{clips.name}, {clips[index.clip_of(window)].name}")
+            keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
         loader = BatchLoader(dataset, [keys], num_workers=min(args.num_workers, 1), read_timeout=args.read_timeout)
         (batch,) = loader
         self.video, self.mask = DeviceAugment(args.input_size)(batch["video"], batch), batch["mask"]
+        shown = [
+            (sources[n], window) for n, window in zip(batch["source"].tolist(), batch["window"].tolist(), strict=True)
+        ]
+        names = [f"{s.clips.name}, {s.clips[s.index.clip_of(window)].name}" for s, window in shown]
+        self.names = names if batch["samples"] else ["none of the clips to show can be read"]
         loader.close()
 
     def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:

@@ -38,13 +38,15 @@ to_open = [
     (predicted / "report.html", "all scored videos, the riskiest first"),
     *((video / "overlay.mp4", "a video with its risk") for video in videos),
     *((video / "curve.png", "its risk over time") for video in videos),
+    (folder / "fine-tuned" / "report.html", "the evaluation, with intervals and baselines"),
     (folder / "fine-tuned" / "plots", "ROC, precision and recall, MCC, confusion"),
     (folder / "dapt" / "pictures", "what DAPT reconstructs after each epoch"),
 ]
 print("\nWhat to open")
 for path, words in to_open:
-    print(f"  {str(path):<58} {words}")
-print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<58} losses and rates of the runs")
+    if path.exists():
+        print(f"  {str(path):<64} {words}")
+print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<64} losses and rates of the runs")
 
 if not (loss < 0.95 * trivial and auroc["untrained"] < 0.65 and auroc["fine-tuned"] >= 0.90):
     sys.exit("expected a DAPT loss 5 % below the trivial one, AUC_ROC below 65 untrained and at least 90 fine-tuned")
