@@ -203,3 +203,15 @@ class BatchLoader:
         batch = {name: torch.cat([sample[name] for sample in read]) for name in sorted(tensors)}
         batch |= {"video": video.flatten(0, 1), "samples": names, "skipped": faults, "notes": notes}
         return batch | {"weight": float(bool(names))}
+
+
+def example_batch(dataset: WindowDataset, count: int, *, num_workers: int, read_timeout: float) -> dict[str, Any]:
+    """Return the same few samples at every call, in turn of each source, as a batch of a BatchLoader."""
+    keys, sources = [], dataset.sources
+    for k in range(count):
+        number = k % len(sources)
+        keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * count)))
+    loader = BatchLoader(dataset, [keys], num_workers=min(num_workers, 1), read_timeout=read_timeout)
+    (batch,) = loader
+    loader.close()
+    return batch
