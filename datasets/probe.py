@@ -26,7 +26,7 @@ def choose_windows(clips: ClipTable, count: int, *, num_frames: int, view_fps: f
     step = math.lcm(*clips.pack_steps.tolist())
     index = index_clips(clips, num_frames=num_frames, view_fps=view_fps, stride=step)
     clip, last = index.locations()
-    label = np.concatenate([np.asarray(clips[c].labels)[last[clip == c]] for c in np.unique(clip)])
+    label = np.concatenate([np.asarray(clip.labels)[index.last_frames(c)] for c, clip in enumerate(clips)])
     of_class = [np.flatnonzero(label == ANOMALOUS), np.flatnonzero(label != ANOMALOUS)]
     for rows, word in zip(of_class, ("an anomalous", "a safe"), strict=True):
         if not len(rows):

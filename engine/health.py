@@ -126,9 +126,10 @@ class Health:
         a window that could not be read is NaN. Raises EvaluationError for features that are not finite, ConfigError
         where too few windows can be read, Preempted, and what windows.agree raises.
         """
-        training = encoder.training
+        modes = [(module, module.training) for module in encoder.modules()]
         found = self.scorer.score(PooledEncoder(encoder), session)
-        encoder.train(training)
+        for module, training in modes:
+            module.training = training
         return broadcast(found and self._fit(found))
 
     def _fit(self, found: Predictions) -> dict[str, Any]:
