@@ -78,7 +78,7 @@ from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept,
 from engine.dapt import DaptObjective, Pictures
 from engine.evaluate import EvaluationError
 from engine.guard import TrainingError
-from engine.health import Health
+from engine.health import BEST, Health
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.resume import agreed_state, recorded_arguments
@@ -227,7 +227,12 @@ def pretrain(args: Namespace, process: Process) -> None:
     )
     session.tensorboard.close()
     batches.log_summary()
-    logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
+    early = ", as --stop_epoch says" if args.stop_epoch < args.epochs else ""
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done{early}; see {output_dir}")
+    if args.save_ckpt:
+        best = f", or checkpoint-best_{BEST}.pth there" if health else ""
+        last = f"{output_dir}/checkpoint-{progress.epoch - 1}.pth"
+        logger.info(f"to fine-tune it: run_finetune.py --finetune {last}{best}")
 
 
 def epoch_end(
@@ -242,9 +247,10 @@ def epoch_end(
     process, progress, output_dir = session.process, session.progress, session.output_dir
     pictures = None
     if process.is_main:
-        batch = example_batch(dataset, PICTURES, num_workers=args.num_workers, read_timeout=args.read_timeout)
-        shown = {"video": DeviceAugment(args.input_size)(batch["video"], batch), "mask": batch["mask"]}
-        pictures = Pictures(output_dir / "pictures", session.tensorboard, **shown)
+        reading = {"num_workers": args.num_workers, "read_timeout": args.read_timeout}
+        batch, names = example_batch(dataset, PICTURES, **reading)
+        video = DeviceAugment(args.input_size)(batch["video"], batch)
+        pictures = Pictures(output_dir / "pictures", session.tensorboard, names, video=video, mask=batch["mask"])
 
     def keep(name: str, **about: Any) -> None:
         if args.save_ckpt and process.is_main:
@@ -262,11 +268,11 @@ def epoch_end(
         if health:
             record, is_best = health.after_epoch(model.encoder, session, due=due(args.probe_every))
             if is_best:
-                keep("best_probe", epoch=progress.epoch)
+                keep(f"best_{BEST}", epoch=progress.epoch)
         return batches.end_epoch() | record
 
     if health and health.before_training(model.encoder, session):
-        keep("best_probe")
+        keep(f"best_{BEST}")
         session.save()  # so that no run that goes on probes them again
     return after_epoch
 

@@ -165,8 +165,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
-        remedy = "to score video without labels is the task of run_predict.py, which is still to come"
-        what = f"evaluate against; {remedy}" if args.eval else "fine-tune on; it is for run_dapt.py"
+        what = "evaluate against; run_predict.py scores it" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
     args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
@@ -266,7 +265,7 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
         return None
-    about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+    about = {"checkpoint": args.finetune, "model": args.model, "data_set": args.data_set, "split": args.eval_split}
     about |= coverage(predictions, windows.clips)
     return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)
 
@@ -423,7 +422,8 @@ def validate(args: Namespace, windows: SplitWindows, model: nn.Module, session: 
         metrics = predictions.metrics()
         logger.info(f"{summary(metrics)}  {coverage(predictions, windows.clips)['coverage']}")
         session.tensorboard.scalars("val", metrics, step)
-        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
+        of = f"{args.model}, {args.data_set} {args.eval_split}"
+        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics, of), step)
     return broadcast(metrics)
 
 

@@ -1,6 +1,7 @@
 """DAPT: its objective, a batch of augmented clips and their masks -> loss and statistics; pictures of what it makes."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,18 +42,25 @@ class Pictures:
 
     Args:
         folder: where the PNGs go.
+        names: what the clips are called.
         video: uint8 (B, 3, T, H, W).
         mask: (B, N) bool, True = masked.
     """
 
-    def __init__(self, folder: str | Path, tensorboard: TensorBoard, *, video: Tensor, mask: Tensor):
-        self.folder, self.tensorboard, self.video, self.mask = Path(folder), tensorboard, video, mask
+    def __init__(
+        self, folder: str | Path, tensorboard: TensorBoard, names: Sequence[str], *, video: Tensor, mask: Tensor
+    ):
+        self.folder, self.tensorboard = Path(folder), tensorboard
+        self.names, self.video, self.mask = names, video, mask
 
     def draw(self, model: nn.Module, device: torch.device, epoch: int, *, step: int) -> None:
         """Write epoch-<epoch>.png. model: the MaskedAutoencoder."""
         model.eval()
         video = model.normalize(self.video.to(device))
-        picture = reconstruction_picture(model.reconstruct(video, self.mask))
+        captions = [f"{model.name} after epoch {epoch}"]
+        if model.normalize_target:
+            captions.append("mean and contrast of each masked cube are the input's, only the pattern is predicted")
+        picture = reconstruction_picture(model.reconstruct(video, self.mask), self.names, captions)
         model.train()
         self.tensorboard.picture("reconstruction", picture, step)
         try:

@@ -200,10 +200,11 @@ class Health:
         """Draw the history: a PNG and a figure in TensorBoard. What cannot be written is no reason to end a run."""
         if not session.process.is_main:
             return
-        history = session.progress.health["history"]
-        session.tensorboard.figures("probe", {"history": health_figure(history)}, session.progress.steps_done)
+        of = f"{len(self._clip)} windows of {self.windows.clips}, features of {session.output_dir.name}"
+        figure = health_figure(session.progress.health["history"], of)
+        session.tensorboard.figures("probe", {"history": figure}, session.progress.steps_done)
         try:
-            save_figures(self.folder, {"probe": health_figure(history)})
+            save_figures(self.folder, {"probe": figure})
         except OSError as e:
             logger.warning(f"{e.filename}: cannot be written ({e.strerror}); the run goes on")
 

@@ -256,7 +256,7 @@ LINES = [  # history, gains, what is said
 def test_the_line_after_a_probe(history, gains, words):
     line = in_words(history, gains)
     assert words in line and "\n" not in line and (gains or line == words)
-    health_figure(history)
+    health_figure(history, "DoTA train")
 
 
 def test_the_first_of_equals_is_the_best():
