@@ -69,7 +69,7 @@ class Predictions:
     clip: (n,) number of the clip.
     frame: (n,) last source frame.
     label: (n,) 0 or 1; None where the clips are unlabelled.
-    logits: (n, 2) float32, safe and anomalous.
+    logits: (n, 2) float32, safe and anomalous; of a model that is no classifier what it returns, (n, D).
     faults: what is wrong with clips, each with number, name and frames, 0 where the clip cannot be read.
     time: (n,) float64, when the frame is shown, in seconds of the clip; None where that is not known.
     """
@@ -262,6 +262,7 @@ def gather_predictions(
     parts = gather(scored)
     if parts is None:
         return None
+    parts = [part for part in parts if len(part[0])] or parts[:1]  # without windows it is (0, 2)
     clip, frame, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((frame, clip))
     clip, frame, logits = clip[order], frame[order], logits[order]
