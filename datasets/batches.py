@@ -208,15 +208,19 @@ class BatchLoader:
 def example_batch(
     dataset: WindowDataset, count: int, *, num_workers: int, read_timeout: float
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the same few samples at every call, in turn of each source, as a BatchLoader does, and their names."""
-    keys, names, sources = [], [], dataset.sources
+    """Return the same few samples at every call, in turn of each source, as a BatchLoader does, and their names.
+
+    Those that cannot be read are missing.
+    """
+    keys, sources = [], dataset.sources
     for k in range(count):
         number = k % len(sources)
-        clips, index = sources[number].clips, sources[number].index
-        window = (2 * k + 1) * len(index) // (2 * count)
-        keys.append((0, number, k, window))
-        names.append(f"{clips.name}, {clips[index.clip_of(window)].name}")
+        keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * count)))
     loader = BatchLoader(dataset, [keys], num_workers=min(num_workers, 1), read_timeout=read_timeout)
     (batch,) = loader
     loader.close()
+    names = []
+    for number, window in zip(batch["source"].tolist(), batch["window"].tolist(), strict=True):
+        clips, index = sources[number].clips, sources[number].index
+        names.append(f"{clips.name}, {clips[index.clip_of(window)].name}")
     return batch, names
