@@ -210,7 +210,7 @@ def example_batch(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the same few samples at every call, in turn of each source, as a BatchLoader does, and their names.
 
-    Those that cannot be read are missing.
+    Clips that cannot be read stand neither in the batch nor in the names; a batch of none has one name that says so.
     """
     keys, sources = [], dataset.sources
     for k in range(count):
@@ -219,8 +219,8 @@ def example_batch(
     loader = BatchLoader(dataset, [keys], num_workers=min(num_workers, 1), read_timeout=read_timeout)
     (batch,) = loader
     loader.close()
-    names = []
-    for number, window in zip(batch["source"].tolist(), batch["window"].tolist(), strict=True):
-        clips, index = sources[number].clips, sources[number].index
-        names.append(f"{clips.name}, {clips[index.clip_of(window)].name}")
+    shown = zip(batch["source"].tolist(), batch["window"].tolist(), strict=True)
+    names = [f"{s.clips.name}, {s.clips[s.index.clip_of(w)].name}" for s, w in ((sources[n], w) for n, w in shown)]
+    if not batch["samples"]:
+        names = ["none of the clips to show can be read"]
     return batch, names

@@ -313,7 +313,7 @@ def _add_finetune_augmentation_flags(parser: Parser) -> None:
 
 def _add_evaluation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "evaluation")
-    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/")
+    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/, report.html")
     group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all", metavar="SPLIT")
     help = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
     group.overridable("sampling_rate_val", None, help, type=positive)
