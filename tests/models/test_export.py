@@ -696,11 +696,3 @@ def test_as_a_user_would_run_it(tmp_path):
     assert load(tmp_path / "weights.onnx") and f"trtexec --onnx={tmp_path}/weights.onnx" in done.stdout
     done = run("-m", "models.export", path, "--to", "safetensors", "--output", "/proc/none/x.safetensors")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "/proc/none" in done.stderr
-
-
-@pytest.mark.slow
-def test_full_size(tmp_path):
-    """All of its weights, and few tokens: the graph is the same."""
-    model = trained("internvideo2_small_patch14_224", spread=0.02, num_frames=1)
-    export.export(saved(tmp_path, model), "onnx")
-    assert difference(model, load(tmp_path / "weights.onnx")[0], 2) < 1e-4

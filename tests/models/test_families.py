@@ -416,15 +416,14 @@ def test_inspecting_says_epoch_size_and_errors(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "frames"), [("vit_small_patch16_224", 2), ("internvideo2_small_patch14_224", 1)])
-def test_full_size_models_give_every_parameter_a_gradient(name, frames):
-    model = tiny(name, init_scale=1.0, num_frames=frames)
+def test_a_full_size_model_gives_every_parameter_a_gradient():
+    model = tiny("vit_small_patch16_224", init_scale=1.0, num_frames=2)
     video = torch.randn(1, *model.input_shape)
     torch.nn.functional.cross_entropy(model(video), torch.tensor([1])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.patch_embed.proj.weight.grad.any() and model.head.weight.grad.any()
 
-    mae = tiny("pretrain_" + re.sub(r"^vit", "videomae", name), num_frames=frames)
+    mae = tiny("pretrain_videomae_small_patch16_224", num_frames=2)
     mask = torch.rand(1, mae.grid[1] * mae.grid[2]).argsort() < 0.75 * mae.grid[1] * mae.grid[2]
     mae(video, mask.repeat(1, mae.grid[0])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mae.parameters() if p.requires_grad)
