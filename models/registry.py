@@ -1,8 +1,8 @@
 """Named models: `create_model(name, **options)`, `list_models()`, and the clips that each name was trained on."""
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from torch import nn
 
@@ -57,7 +57,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class _Registered:
-    build: Callable[..., nn.Module]
+    build: partial
     defaults: ModelDefaults | None  # None: those of its encoder
     encoder: str | None  # of a masked autoencoder
 
@@ -66,12 +66,12 @@ _MODELS: dict[str, _Registered] = {}
 
 
 def register_model(
-    name: str, build: Callable[..., nn.Module], defaults: ModelDefaults | None = None, *, encoder: str | None = None
+    name: str, build: partial, defaults: ModelDefaults | None = None, *, encoder: str | None = None
 ) -> None:
     """Put a model into the registry. Raises ValueError where the name is taken.
 
     Args:
-        build: (VideoInput, Dropout, **options) -> the model.
+        build: (VideoInput, Dropout, **options) -> the model; of a classifier a functools.partial of its class.
         defaults: of a classifier.
         encoder: the name of the classifier that a masked autoencoder trains; their defaults are the same.
     """
@@ -111,6 +111,15 @@ def masked_autoencoder_of(name: str) -> str:
 def model_defaults(name: str) -> ModelDefaults:
     """Return the defaults of a registered model, without building it. Raises ValueError for an unknown name."""
     return _find(classifier_of(name)).defaults
+
+
+def head_of(name: str, head: str | None, final_reduction: str | None) -> str | None:
+    """Return the kind of head that a classifier has with these options, None being left open: linear or attentive.
+
+    Raises ValueError where the name or an option is unknown, or they contradict each other.
+    """
+    family = _find(name).build.func
+    return family.reductions.get(family.reduction_of(final_reduction, head))
 
 
 def create_model(name: str, **options) -> nn.Module:

@@ -19,11 +19,14 @@ class ViViT(VideoEncoder):
     """ViViT: (B, 3, T, H, W) normalised RGB -> (B, K) logits.
 
     Args:
-        final_reduction: "cls" = norm, then the class token; "none" = norm, all tokens but the class token (B, N, D).
+        final_reduction: "cls" = norm, then the class token; "attentive" = norm, all tokens but the class token to an
+            attentive head; "none" = norm, the same tokens (B, N, D).
         The others: as VideoViT's.
 
     Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
+
+    reductions = {"cls": "linear", "attentive": "attentive"}
 
     def __init__(
         self,
@@ -34,15 +37,15 @@ class ViViT(VideoEncoder):
         num_classes: int = 2,
         gelu: str = "tanh",
         init_scale: float = 0.001,
-        final_reduction: str = "cls",
+        final_reduction: str | None = None,
+        head: str | None = None,
     ):
-        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind="learned")
-        if final_reduction not in ("cls", "none"):
-            raise ValueError(f"ViViT classifies its class token; final_reduction cannot be {final_reduction!r}")
+        options = {"gelu": gelu, "final_reduction": final_reduction, "head": head}
+        super().__init__(size, video, pos_embed_kind="learned", **options)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1] * self.grid[2], size.embed_dim))
         self.blocks = build_blocks(size, dropout, gelu)
-        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate)
+        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate, probe_heads=size.num_heads)
         self.initialize(init_scale)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
@@ -52,9 +55,9 @@ class ViViT(VideoEncoder):
         return self._with_class_token(x)[:, 1:]
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) to (B, D), the class token; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, D), the class token, or to all others (B, N, D)."""
         x = self._with_class_token(self.embed(video))
-        return x[:, 1:] if self.final_reduction == "none" else x[:, 0]
+        return x[:, 0] if self.final_reduction == "cls" else x[:, 1:]
 
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, n, D) to (B, 1 + n, D) through the blocks and `norm`."""

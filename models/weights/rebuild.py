@@ -51,7 +51,8 @@ def build_from_spec(spec: dict) -> nn.Module:
     """Return the model of a spec, with new weights. Raises ValueError or TypeError where there is none."""
     options = {key: spec[key] for key in _COMMON}
     if classifier_of(spec["model"]) == spec["model"]:
-        options |= {"final_reduction": spec["final_reduction"], "num_classes": len(spec["classes"])}
+        options |= {"final_reduction": spec["final_reduction"], "head": spec.get("head")}
+        options["num_classes"] = len(spec["classes"])
     elif "decoder_depth" in spec:
         options |= {key: spec[key] for key in ("decoder_depth", "normalize_target")}
     else:
