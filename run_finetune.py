@@ -26,6 +26,7 @@ if __name__ == "__main__":  # first, so that what follows is answered in a line
 from utils.cli import ConfigError, config_errors
 from utils.files import check_writable
 from utils.flags import finetune_parser
+from utils.head_flags import resolve_head, without_other_head
 from utils.lock import end_with_torchrun, folder_lock
 from utils.record import Changeable
 from utils.resolve import (
@@ -68,14 +69,17 @@ from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
+from datasets.features import FeatureBatches
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
 from datasets.stream import SplitWindows
-from datasets.windows import index_clips
+from datasets.windows import WindowIndex, index_clips
 from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.events import EventRule
+from engine.feature_cache import FeatureCache
+from engine.features import FromFeatures
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
@@ -84,7 +88,7 @@ from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.plots import evaluation_figures
 from engine.resume import agreed_state, recorded_arguments
 from engine.session import Session, start_session
-from models import classifier_of, create_model, model_defaults
+from models import classifier_of, create_model, head_of, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
@@ -101,7 +105,7 @@ from utils.logging import setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
-SPEC = ("model", *INPUT, "gelu", "final_reduction", "mean", "std")  # what a weights file answers
+SPEC = ("model", *INPUT, "gelu", "final_reduction", "head", "mean", "std")  # what a weights file answers
 logger = logging.getLogger("tad")
 
 
@@ -137,7 +141,7 @@ def resolve_spec(args: Namespace, process: Process) -> None:
     with local_main_first(process):  # one download per node
         path = fetch(args.finetune)
     if (spec := read_spec(path)) is None:
-        fill_from_config(args, read_hints(path), SPEC, args.finetune)
+        fill_from_config(args, without_other_head(args, read_hints(path)), SPEC, args.finetune)
         if args.eval:
             logger.warning(f"{args.finetune} has no spec: --model, --view_fps and the like, left out, are the defaults")
         return
@@ -148,9 +152,10 @@ def resolve_spec(args: Namespace, process: Process) -> None:
     if trained["model"] != spec["model"]:
         del trained["final_reduction"]  # a masked autoencoder pools nothing
     trained["pos_embed"] = "learned" if spec["pos_embed"] == "learned" else "sincos"
-    compared = ("model", *INPUT, "gelu", *(("final_reduction", "pos_embed") if args.eval else ()))
+    trained["head"] = spec.get("head", head_of(trained["model"], None, trained.get("final_reduction")))
+    compared = ("model", *INPUT, "gelu", *(("final_reduction", "head", "pos_embed") if args.eval else ()))
     refuse_contradictions(args, trained, compared, args.finetune)
-    fill_unset(args, trained, SPEC)
+    fill_unset(args, without_other_head(args, trained), SPEC)
 
 
 def resolve(args: Namespace, world_size: int) -> None:
@@ -168,10 +173,13 @@ def resolve(args: Namespace, world_size: int) -> None:
         remedy = "to score video without labels is the task of run_predict.py, which is still to come"
         what = f"evaluate against; {remedy}" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
+    with config_errors():
+        args.head = head_of(args.model, args.head, args.final_reduction)
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
     args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
     if args.eval:
         return
+    resolve_head(args)
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
     resolve_schedule(args)
     args.batch_size, args.total_batch_size = split_batch(
@@ -189,11 +197,12 @@ def train(args: Namespace, process: Process) -> None:
     keep_history(args, resumed)
     model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
-    loader, sampler = training_data(args, process)
-    augment = DeviceAugment(args.input_size, args.train_interpolation)
-    batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
+    loader, sampler, clips = training_data(args, process, model)
+    batches = CountedBatches(loader, limit=args.max_bad_samples)
     validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
-    warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [clips, *([validation.clips] if validation else [])])
+    if args.cache_features and validation:
+        validation = cached(args, process, model, validation)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch,
@@ -219,7 +228,8 @@ def train(args: Namespace, process: Process) -> None:
 
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
-        metrics = validate(args, validation, evaluated, session) if validation else {}
+        scored = FromFeatures(evaluated) if args.cache_features else evaluated
+        metrics = validate(args, validation, scored, session) if validation else {}
         keep_weights(args, process, evaluated, progress, metrics)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
 
@@ -281,8 +291,10 @@ def labelled_clips(args: Namespace, split: str) -> ClipTable:
     return clips
 
 
-def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, EpochSampler]:
-    """Return batches of augmented windows of the train split, and the sampler that orders them."""
+def training_data(
+    args: Namespace, process: Process, model: nn.Module
+) -> tuple[DeviceLoader | FeatureBatches, EpochSampler, ClipTable]:
+    """Return batches of windows of the train split, the sampler that orders them, and the split."""
     clips = labelled_clips(args, "train")
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
@@ -298,6 +310,8 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
             decoding=args.decoding,
             here=args.augment_on == "worker",
         )
+    if not args.augment:
+        transform = FinetuneTransform.plain(args.input_size)
     sampler = EpochSampler(
         [len(index)],
         batch_sizes=[args.batch_size],
@@ -307,6 +321,9 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
         samples_per_epoch=args.nb_samples_per_epoch,
         seed=args.seed,
     )
+    if args.cache_features:
+        cache = cached(args, process, model, split_windows(args, process, clips, index, allow_missing=True))
+        return FeatureBatches(clips, index, sampler, cache.read, cache.missing(), process.device), sampler, clips
     loader = BatchLoader(
         WindowDataset([Source(clips, index, transform)], seed=args.seed, targets=True),
         sampler,
@@ -315,7 +332,13 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
         read_timeout=args.read_timeout,
     )
     reserve(loader.slots)
-    return loader, sampler
+    augment = DeviceAugment(args.input_size, args.train_interpolation)
+    return DeviceLoader(loader, process.device, augment), sampler, clips
+
+
+def cached(args: Namespace, process: Process, model: nn.Module, windows: SplitWindows) -> FeatureCache:
+    """Return the features of windows, on disk."""
+    return FeatureCache(args.cache_features, windows, model, DTYPES[args.precision], process)
 
 
 def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
@@ -323,6 +346,13 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
     clips = labelled_clips(args, args.eval_split)
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val)
+    return split_windows(args, process, clips, index, allow_missing=args.allow_missing)
+
+
+def split_windows(
+    args: Namespace, process: Process, clips: ClipTable, index: WindowIndex, *, allow_missing: bool
+) -> SplitWindows:
+    """Return windows as evaluation makes them."""
     windows = SplitWindows(
         clips,
         index,
@@ -333,7 +363,7 @@ def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
         world_size=process.world_size,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
-        allow_missing=args.allow_missing,
+        allow_missing=allow_missing,
         read_timeout=args.read_timeout,
     )
     reserve(windows.slots)
@@ -353,6 +383,7 @@ def build_model(
             tubelet_size=args.tubelet_size,
             gelu=args.gelu,
             final_reduction=args.final_reduction,
+            head=args.head,
             init_scale=args.init_scale,
             drop_path_rate=args.drop_path,
             drop_rate=args.drop,
@@ -379,6 +410,8 @@ def build_model(
             model.learn_pos_embed()
         if args.freeze_layers is not None:
             model.freeze_blocks(args.freeze_layers)
+    if args.freeze_encoder:
+        model.freeze_encoder()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:

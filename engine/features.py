@@ -25,6 +25,22 @@ class WindowFeatures:
     faults: list
 
 
+class FromFeatures(nn.Module):
+    """Features (B, F) or (B, N, F) that a model's encoder made -> the model's logits: stands for it before a Scorer."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Return the features as they are."""
+        return features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits (B, K)."""
+        return self.model(features, encoded=True)
+
+
 def extract(encoder: nn.Module, windows: Windows, dtype: torch.dtype = torch.float32) -> WindowFeatures:
     """Return the pooled features of this rank's share of windows: those the encoder's head gets, or its tokens' mean.
 
