@@ -70,10 +70,11 @@ from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
+from datasets.splits import hold_out, require_both_classes
 from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine import outputs
-from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
+from engine.checkpoint import CheckpointWriteError, Progress, RunState
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.events import EventRule
 from engine.finetune import FinetuneObjective
@@ -81,14 +82,13 @@ from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
 from engine.losses import LOSSES
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
-from engine.plots import evaluation_figures
-from engine.resume import agreed_state, recorded_arguments
-from engine.session import Session, start_session
+from engine.resume import agreed_state, recorded_arguments, require_same_selection
+from engine.session import start_session
+from engine.validation import keep_weights, validate
 from models import classifier_of, create_model, model_defaults
 from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
-    broadcast,
     data_parallel,
     from_main,
     local_main_first,
@@ -165,8 +165,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
-        remedy = "to score video without labels is the task of run_predict.py, which is still to come"
-        what = f"evaluate against; {remedy}" if args.eval else "fine-tune on; it is for run_dapt.py"
+        what = "evaluate against; score it with run_predict.py" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
     args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
@@ -189,10 +188,11 @@ def train(args: Namespace, process: Process) -> None:
     keep_history(args, resumed)
     model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
-    loader, sampler = training_data(args, process)
+    clips, held_out = training_clips(args, resumed)
+    loader, sampler = training_data(args, process, clips)
     augment = DeviceAugment(args.input_size, args.train_interpolation)
     batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
-    validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process)
+    validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process, held_out)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
     ddp_model = data_parallel(model, process)
     progress = Progress(
@@ -219,8 +219,9 @@ def train(args: Namespace, process: Process) -> None:
 
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
-        metrics = validate(args, validation, evaluated, session) if validation else {}
-        keep_weights(args, process, evaluated, progress, metrics)
+        metrics = validate(validation, evaluated, session, DTYPES[args.precision]) if validation else {}
+        how = {"stop_epoch": args.stop_epoch, "every": args.save_ckpt_freq, "data_set": args.data_set}
+        keep_weights(session, evaluated, metrics, selected_on=args.selected_on, **how)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
 
     train_epochs(
@@ -267,6 +268,7 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
     if predictions is None:
         return None
     about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+    about["selected_on"] = weights and (read_spec(weights) or {}).get("selected_on")
     about |= coverage(predictions, windows.clips)
     return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)
 
@@ -281,9 +283,24 @@ def labelled_clips(args: Namespace, split: str) -> ClipTable:
     return clips
 
 
-def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, EpochSampler]:
-    """Return batches of augmented windows of the train split, and the sampler that orders them."""
-    clips = labelled_clips(args, "train")
+def training_clips(args: Namespace, resumed: dict[str, Any] | None) -> tuple[ClipTable, ClipTable | None]:
+    """Return the clips to train on, and those held out to choose the best checkpoint on; None: the evaluation split.
+
+    args.selected_on becomes what the best is chosen on, in words.
+    """
+    clips, held_out = labelled_clips(args, "train"), None
+    args.selected_on = args.data_set + f" {args.eval_split}" + f", {args.labels} labels" * (args.labels != "own")
+    if args.select_split is not None:
+        clips, held_out, args.selected_on = hold_out(clips, args.select_split)
+        require_same_selection(resumed, args.selected_on)
+    if not args.disable_eval_during_finetuning:
+        hint = "" if held_out else ", as published; --select_split chooses within train"
+        logger.info(f"the best checkpoint is chosen on {args.selected_on}{hint}")
+    return clips, held_out
+
+
+def training_data(args: Namespace, process: Process, clips: ClipTable) -> tuple[BatchLoader, EpochSampler]:
+    """Return batches of augmented windows of clips, and the sampler that orders them."""
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
@@ -298,6 +315,8 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
             decoding=args.decoding,
             here=args.augment_on == "worker",
         )
+    if args.select_split is not None:
+        require_both_classes(clips, index)
     sampler = EpochSampler(
         [len(index)],
         batch_sizes=[args.batch_size],
@@ -318,11 +337,13 @@ def training_data(args: Namespace, process: Process) -> tuple[BatchLoader, Epoch
     return loader, sampler
 
 
-def evaluation_windows(args: Namespace, process: Process) -> SplitWindows:
-    """Return the windows of the evaluation split, ready to be scored as often as asked."""
-    clips = labelled_clips(args, args.eval_split)
+def evaluation_windows(args: Namespace, process: Process, held_out: ClipTable | None = None) -> SplitWindows:
+    """Return the windows of held-out clips, or of the evaluation split, ready to be scored as often as asked."""
+    clips = labelled_clips(args, args.eval_split) if held_out is None else held_out
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val)
+    if held_out is not None:
+        require_both_classes(clips, index)
     windows = SplitWindows(
         clips,
         index,
@@ -413,30 +434,6 @@ def optimization_of(args: Namespace, model: nn.Module, steps_per_epoch: int) -> 
             ema_decay=args.model_ema_decay if args.model_ema else None,
             ema_on_cpu=args.model_ema_force_cpu,
         )
-
-
-def validate(args: Namespace, windows: SplitWindows, model: nn.Module, session: Session) -> dict[str, float]:
-    """Return the metrics of the evaluation split, on every rank; scalars and figures go to TensorBoard."""
-    predictions = Scorer(windows, DTYPES[args.precision]).score(model, session)
-    metrics, step = None, session.progress.steps_done
-    if predictions:
-        metrics = predictions.metrics()
-        logger.info(f"{summary(metrics)}  {coverage(predictions, windows.clips)['coverage']}")
-        session.tensorboard.scalars("val", metrics, step)
-        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
-    return broadcast(metrics)
-
-
-def keep_weights(args: Namespace, process: Process, model: nn.Module, progress: Progress, metrics: dict) -> None:
-    """Write checkpoint-best_<metric>.pth for each metric that improved, and checkpoint-<epoch>.pth where it is due."""
-    improved = [name for name in BEST if metrics and metrics[name] > progress.best[name]]
-    progress.best |= {name: metrics[name] for name in improved}
-    kept = [f"best_{name}" for name in improved]
-    if is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq):
-        kept.append(str(progress.epoch))
-    for name in kept if args.save_ckpt and process.is_main else ():
-        path = Path(args.output_dir, f"checkpoint-{name}.pth")
-        save_weights(path, model, data_set=args.data_set, epoch=progress.epoch)
 
 
 if __name__ == "__main__":
