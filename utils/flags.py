@@ -310,8 +310,6 @@ def _add_finetune_model_flags(parser: Parser) -> None:
     group.overridable("drop", 0.0, "dropout after projections", type=share_below_1)
     group.overridable("attn_drop_rate", 0.0, "dropout of attention weights", type=share_below_1)
     group.overridable("fc_drop_rate", 0.0, "dropout before the head", type=share_below_1)
-    help = "freeze the embedding and the first N blocks, norms excepted"
-    group.fixed("freeze_layers", None, help, metavar="N", type=natural)
 
 
 def _add_finetune_augmentation_flags(parser: Parser) -> None:
@@ -333,6 +331,8 @@ def _add_evaluation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "evaluation")
     group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/")
     group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all")
+    help = "share of the train split, in whole recordings, to choose the best checkpoint on instead of --eval_split"
+    group.fixed("select_split", None, help, type=Number(0, 1, above=True, below=True), metavar="SHARE")
     help = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
     group.overridable("sampling_rate_val", None, help, type=positive)
     group.free("eval_batch_size", 64, "windows per process and forward pass", type=from_to(1, 65536))

@@ -5,18 +5,20 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from utils.cli import ConfigError
+from utils.cli import ConfigError, natural
 
 logger = logging.getLogger("tad")
 
 
 def add_head_flags(group: Any) -> None:
-    """Add --head, --freeze_encoder and --cache_features to a FlagGroup."""
+    """Add --head, --freeze_layers, --freeze_encoder and --cache_features to a FlagGroup."""
     help = (
         "linear behind the pooled tokens, or V-JEPA's attentive probe on all of them (default: the weights file's, "
         "else linear; of V-JEPA attentive)"
     )
     group.fixed("head", None, help, choices=["linear", "attentive"])
+    help = "freeze the embedding and the first N blocks, norms excepted"
+    group.fixed("freeze_layers", None, help, metavar="N", type=natural)
     help = "train the head alone: the encoder, its final norm too, gets no gradient, and drops nothing out"
     group.fixed("freeze_encoder", False, help)
     help = (

@@ -79,12 +79,15 @@ def keep_history(args: argparse.Namespace, resumed: Mapping[str, Any] | None) ->
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
     """Fill device, precision, log_dir, pin_mem and augment_on in place. cuda: whether there is a GPU.
 
-    Raises ConfigError where --save_every_minutes has nothing to save, or weights are an empty name.
+    Raises ConfigError where --save_every_minutes has nothing to save, --select_split nothing to choose by, or weights
+    are an empty name.
     """
     if empty := [name for name in ("finetune", "from_ckpt") if getattr(args, name, None) == ""]:
         raise ConfigError(f"--{empty[0]} is empty: give a path or URL, or leave it out")
     if args.save_every_minutes and not args.save_ckpt:
         raise ConfigError("--save_every_minutes needs checkpoints: leave out --no_save_ckpt")
+    if getattr(args, "select_split", None) is not None and args.disable_eval_during_finetuning:
+        raise ConfigError("--select_split is to choose by evaluation: leave out --disable_eval_during_finetuning")
     args.device = args.device or ("cuda" if cuda else "cpu")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     args.log_dir = args.log_dir or args.output_dir
