@@ -226,7 +226,10 @@ def pretrain(args: Namespace, process: Process) -> None:
     )
     session.tensorboard.close()
     batches.log_summary()
-    logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
+    early = ", as --stop_epoch says" if args.stop_epoch < args.epochs else ""
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done{early}; see {output_dir}")
+    if args.save_ckpt:
+        logger.info(f"to fine-tune it: run_finetune.py --finetune {output_dir}/checkpoint-{progress.epoch - 1}.pth")
 
 
 def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | None) -> MaskedAutoencoder:
@@ -362,12 +365,15 @@ class Pictures:
     """The same few clips, input, masked and reconstructed, after each epoch: a PNG and a TensorBoard image."""
 
     def __init__(self, args: Namespace, dataset: WindowDataset, tensorboard: TensorBoard):
-        self.tensorboard = tensorboard
+        self.tensorboard, self.model = tensorboard, args.model
         self.folder = Path(args.output_dir, "pictures")
-        keys, sources = [], dataset.sources
+        keys, self.names, sources = [], [], dataset.sources
         for k in range(PICTURES):
             number = k % len(sources)
-            keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
+            clips, index = sources[number].clips, sources[number].index
+            window = (2 * k + 1) * len(index) // (2 * PICTURES)
+            keys.append((0, number, k, window))
+            self.names.append(f"{clips.name}, {clips[index.clip_of(window)].name}")
         loader = BatchLoader(dataset, [keys], num_workers=min(args.num_workers, 1), read_timeout=args.read_timeout)
         (batch,) = loader
         self.video, self.mask = DeviceAugment(args.input_size)(batch["video"], batch), batch["mask"]
@@ -377,7 +383,10 @@ class Pictures:
         """Write pictures/epoch-<epoch>.png."""
         model.eval()
         video = model.normalize(self.video.to(device))
-        picture = reconstruction_picture(model.reconstruct(video, self.mask))
+        captions = [f"{self.model} after epoch {epoch}"]
+        if model.normalize_target:
+            captions.append("mean and contrast of each masked cube are the input's, only the pattern is predicted")
+        picture = reconstruction_picture(model.reconstruct(video, self.mask), self.names, captions)
         model.train()
         self.tensorboard.picture("reconstruction", picture, step)
         try:

@@ -163,7 +163,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
-        what = "evaluate against; score it with run_predict.py" if args.eval else "fine-tune on; it is for run_dapt.py"
+        what = "evaluate against; run_predict.py scores it" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
     with config_errors():
         args.head = head_of(args.model, args.head, args.final_reduction)
@@ -222,7 +222,8 @@ def train(args: Namespace, process: Process) -> None:
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
         scored = FromFeatures(evaluated) if args.cache_features else evaluated
-        metrics = validate(validation, scored, session, DTYPES[args.precision]) if validation else {}
+        of = f"{args.model}, {args.selected_on}"
+        metrics = validate(validation, scored, session, DTYPES[args.precision], of) if validation else {}
         how = {"stop_epoch": args.stop_epoch, "every": args.save_ckpt_freq, "data_set": args.data_set}
         keep_weights(session, evaluated, metrics, selected_on=args.selected_on, **how)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
@@ -270,7 +271,7 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
         return None
-    about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+    about = {"checkpoint": args.finetune, "model": args.model, "data_set": args.data_set, "split": args.eval_split}
     about["selected_on"] = weights and (read_spec(weights) or {}).get("selected_on")
     about |= coverage(predictions, windows.clips)
     return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)

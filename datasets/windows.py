@@ -102,6 +102,10 @@ class WindowIndex:
         kept = self._kept.get(clip)
         return clip, self.frames(clip, self._first_lasts[clip] + within * self.stride if kept is None else kept[within])
 
+    def clip_of(self, i: int) -> int:
+        """Return the clip of window i."""
+        return self[i][0]
+
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Return self[i]: a window leaves nothing to chance."""
         return self[i]
@@ -169,6 +173,10 @@ class RandomClipIndex:
     def windows_apart(self) -> int:
         """1: a video is drawn from once in an epoch, so that none can be read together."""
         return 1
+
+    def clip_of(self, i: int) -> int:
+        """Return i: a video is a clip."""
+        return i
 
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Draw a clip of video i; returns i and its (num_frames,) int64 source frames."""

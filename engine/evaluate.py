@@ -379,4 +379,4 @@ def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
 def summary(metrics: dict[str, float]) -> str:
     """Return the figures of the published tables, in percent, on one line."""
     names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}
-    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  n {metrics['n']}"
+    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  {metrics['n']} frames"

@@ -2,7 +2,7 @@
 
     FOLDER/
         <encoder>/          of one encoder: a digest of its weights and spec, and of the precision
-            <windows>.pth   of up to 8 MB of windows, one at least: a digest of what they are made of
+            <windows>.pth   of up to 512 windows and 8 MB, one window at least: a digest of what they are made of
 
 Files hold {"features": (n, ...), "missing": (n,) bool, "faults": what is wrong with their clips}, and their CRC-32,
 which is compared when a run starts. They are whole or absent, so what a killed run has made is not made again. A
@@ -33,7 +33,7 @@ from utils.memory import in_bytes
 from utils.signals import EXIT_CODE, Preempted, stop_requested
 from utils.text import first_few, short_reason
 
-_FILE_BYTES = 8 * 10**6
+_FILE_BYTES, _FILE_WINDOWS = 8 * 10**6, 512  # at most; small, since ranks share out files and a kill costs one
 _LATE = 60.0  # seconds for which a network file system may not show what another node has written
 _MOST_FRAMES = 1 << 32  # of a clip, to sort windows by one number
 _NOT_ENCODER = ("pooler.", "head.")
@@ -136,7 +136,7 @@ class FeatureCache:
 
     def _split(self, folder: Path) -> list[_Part]:
         """Return which file holds which windows: those of several clips whole, or a part of one clip's."""
-        most = max(1, _FILE_BYTES // self.bytes_of_a_window)
+        most = max(1, min(_FILE_WINDOWS, _FILE_BYTES // self.bytes_of_a_window))
         numbers, firsts, counts = np.unique(self.clip, return_index=True, return_counts=True)
         parts, start = [], 0
         while start < len(numbers):

@@ -212,13 +212,15 @@ def finish_evaluation(folder: Path, known: Mapping[str, Any], wanted: WantedPoin
     if zlib.crc32(path.read_bytes()) != known["crc32"]:
         raise EvaluationError(f"{path} is not as it was written: remove it to score again")
     metrics, about = predictions.metrics(), known["about"]
-    point = wanted.find(predictions, f"{about['data_set']} {about['split']}")
+    split = f"{about['data_set']} {about['split']}"
+    point = wanted.find(predictions, split)
     content = {**about, **metrics, "operating_point": point and point.to_spec()}
     if point:
         wanted.store(folder, point)
     try:
         write_metrics(folder / "metrics.json", content)
-        save_figures(folder / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
+        of = ", ".join(filter(None, (about.get("model"), split)))  # scores of earlier versions name no model
+        save_figures(folder / "plots", evaluation_figures(predictions.score, predictions.label, metrics, of))
     except OSError as e:
         raise EvaluationError(
             f"{e.filename}: cannot be written ({e.strerror}); {SCORES} is kept, and the same command goes on from it"

@@ -273,10 +273,11 @@ def test_metrics_json_has_null_where_undefined(tmp_path):
 
 def test_plots(tmp_path):
     predictions = gathered()
-    figures = evaluation_figures(predictions.score, predictions.label, predictions.metrics())
+    figures = evaluation_figures(predictions.score, predictions.label, predictions.metrics(), "vit, of $5 val")
     save_figures(tmp_path / "plots", figures)
     for name in ("roc", "pr", "mcc", "confusion"):
         with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    assert {figure.get_suptitle() for figure in figures.values()} == {"vit, of $5 val"}
     texts = [t.get_text() for t in figures["confusion"].axes[0].texts]
     assert texts == ["1\n50.0 %", "1\n50.0 %", "0\n0.0 %", "2\n100.0 %"]
