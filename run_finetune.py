@@ -407,6 +407,8 @@ def build_model(
         if args.freeze_layers is not None:
             model.freeze_blocks(args.freeze_layers)
     if args.freeze_encoder:
+        if resumed:
+            model.load_state_dict(resumed["model"])  # now, since features are made before the session restores the rest
         model.freeze_encoder()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
