@@ -26,7 +26,6 @@ if __name__ == "__main__":  # first, so that what follows is answered in a line
 from utils.cli import ConfigError, config_errors
 from utils.files import check_writable
 from utils.flags import finetune_parser
-from utils.head_flags import resolve_head, without_other_head
 from utils.lock import end_with_torchrun, folder_lock
 from utils.record import Changeable
 from utils.resolve import (
@@ -38,9 +37,11 @@ from utils.resolve import (
     keep_history,
     leave_gpus_alone,
     refuse_contradictions,
+    resolve_head,
     resolve_runtime,
     resolve_schedule,
     split_batch,
+    without_other_head,
 )
 from utils.signals import catch_signals, remove_marker
 
@@ -80,7 +81,6 @@ from engine.checkpoint import CheckpointWriteError, Progress, RunState
 from engine.evaluate import EvaluationError, Scorer, coverage, summary
 from engine.events import EventRule
 from engine.feature_cache import FeatureCache
-from engine.features import FromFeatures
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
@@ -192,10 +192,8 @@ def train(args: Namespace, process: Process) -> None:
     clips, held_out = training_clips(args, resumed)
     loader, sampler = training_data(args, process, clips, model)
     batches = CountedBatches(loader, limit=args.max_bad_samples)
-    validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process, held_out)
+    validation = validation_windows(args, process, model, held_out)
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [clips, *([validation.clips] if validation else [])])
-    if args.cache_features and validation:
-        validation = cached(args, process, model, validation)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch,
@@ -221,9 +219,8 @@ def train(args: Namespace, process: Process) -> None:
 
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
-        scored = FromFeatures(evaluated) if args.cache_features else evaluated
         of = f"{args.model}, {args.selected_on}"
-        metrics = validate(validation, scored, session, DTYPES[args.precision], of) if validation else {}
+        metrics = validate(validation, evaluated, session, DTYPES[args.precision], of) if validation else {}
         how = {"stop_epoch": args.stop_epoch, "every": args.save_ckpt_freq, "data_set": args.data_set}
         keep_weights(session, evaluated, metrics, selected_on=args.selected_on, **how)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
@@ -352,6 +349,16 @@ def training_data(
 def cached(args: Namespace, process: Process, model: nn.Module, windows: SplitWindows) -> FeatureCache:
     """Return the features of windows, on disk."""
     return FeatureCache(args.cache_features, windows, model, DTYPES[args.precision], process)
+
+
+def validation_windows(
+    args: Namespace, process: Process, model: nn.Module, held_out: ClipTable | None
+) -> SplitWindows | FeatureCache | None:
+    """Return the windows that the best weights are chosen on, or their features; None where nothing is evaluated."""
+    if args.disable_eval_during_finetuning:
+        return None
+    windows = evaluation_windows(args, process, held_out)
+    return cached(args, process, model, windows) if args.cache_features else windows
 
 
 def evaluation_windows(args: Namespace, process: Process, held_out: ClipTable | None = None) -> SplitWindows:

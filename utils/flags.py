@@ -284,7 +284,7 @@ def _add_finetune_model_flags(parser: Parser) -> None:
         "pools by attention alone)"
     )
     group.fixed("final_reduction", None, help, choices=["fc_norm", "cls"])
-    add_head_flags(group)
+    add_head_flags(FlagGroup(parser, "head and frozen encoder"))
     group.fixed("init_scale", 0.001, "factor on the head's initial weights", type=rate)
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
     group.overridable("drop_path", 0.2, help, type=share_below_1)

@@ -20,6 +20,7 @@ from engine.feature_cache import FeatureCache, encoder_digest
 from engine.features import FromFeatures
 from models import create_model
 from utils.cli import ConfigError
+from utils.signals import Preempted
 
 COUNTS = (3, 0, 5, 1, 2)  # windows of each clip
 CLIPS = ClipTable("DoTA", "val", [Clip(f"c{i}", "", 9, 10.0, labels=np.zeros(9, np.uint8)) for i in range(5)])
@@ -134,6 +135,19 @@ def test_what_a_killed_run_left_undone_is_made_and_no_more(copy, model):
     again = Made()
     cache = cache_of(copy, model, again)
     assert again.asked == [[2]] and len(files(copy)) == 4
+    torch.testing.assert_close(cache.read(np.arange(11)), expected(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_signal_ends_it_between_batches_and_files_that_are_whole_stay(tmp_path, model, monkeypatch):
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "stop_requested", lambda: next(asked) == 7)
+        with pytest.raises(Preempted):
+            cache_of(tmp_path, model)
+    assert len(files(tmp_path)) == 2, "clip 0, and the first three windows of clip 2"
+    again = Made()
+    cache = cache_of(tmp_path, model, again)
+    assert again.asked == [[2, 3, 4]]
     torch.testing.assert_close(cache.read(np.arange(11)), expected(model), rtol=1e-5, atol=1e-5)
 
 
