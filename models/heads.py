@@ -97,13 +97,13 @@ class Headed(nn.Module):
 
     Attributes:
         reductions: what a family does to its tokens, and the kind of head behind that: {final_reduction: "linear" or
-            "attentive"}, its default first.
+            "attentive"}, its default first. Here: their mean, normed, or where it is attentive all of them.
         probe_depth: the depth of an attentive head.
         head_kind: "linear", "attentive", or None where there is no pooling, as under a masked autoencoder.
         encoder_frozen: whether the head alone is trained.
     """
 
-    reductions: Mapping[str, str] = {}
+    reductions: Mapping[str, str] = {"fc_norm": "linear", "attentive": "attentive"}
     probe_depth = 1
     head_kind: str | None = None
     encoder_frozen = False

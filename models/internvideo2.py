@@ -132,12 +132,10 @@ class InternVideo2(VideoEncoder):
         num_classes: int = 2,
         gelu: str = "tanh",
         init_scale: float = 0.001,
-        final_reduction: str | None = None,
-        head: str | None = None,
+        final_reduction: str = "attention",
     ):
-        options = {"gelu": gelu, "final_reduction": final_reduction, "head": head}
-        super().__init__(size, video, pos_embed_kind="learned", **options)
-        dim, pooled = size.embed_dim, self.final_reduction == "attention"
+        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind="learned")
+        dim, pooled = size.embed_dim, final_reduction == "attention"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         table = F.pad(sincos_3d(self.grid, dim), (0, 0, 1, 0))  # the class token's position: zeros
         self.pos_embed = nn.Parameter(table[None])
@@ -147,7 +145,7 @@ class InternVideo2(VideoEncoder):
         )
         self.clip_projector = AttentionPool(dim, 16, out_dim=pool_dim)
         fc_norm = nn.LayerNorm(pool_dim, eps=1e-5) if pooled else None
-        self.add_head(num_classes, fc_norm=fc_norm, drop_rate=dropout.fc_drop_rate, probe_heads=size.num_heads)
+        self.add_head(num_classes, fc_norm=fc_norm, drop_rate=dropout.fc_drop_rate)
         self.initialize(init_scale)
         self.clip_projector.requires_grad_(pooled)
 

@@ -118,8 +118,15 @@ def head_of(name: str, head: str | None, final_reduction: str | None) -> str | N
 
     Raises ValueError where the name or an option is unknown, or they contradict each other.
     """
-    family = _find(name).build.func
+    family = _family(name)
     return family.reductions.get(family.reduction_of(final_reduction, head))
+
+
+def _family(name: str) -> type:
+    """Return the class of a classifier. Raises ValueError for another model."""
+    if _find(name).encoder:
+        raise ValueError(f"{name} has no head")
+    return _find(name).build.func
 
 
 def create_model(name: str, **options) -> nn.Module:
@@ -127,12 +134,14 @@ def create_model(name: str, **options) -> nn.Module:
 
     Args:
         options: the fields of VideoInput and of Dropout, and the keywords of the model's class, over the defaults of
-            the name. A masked autoencoder takes its encoder's, decoder_depth and normalize_target. None stands for
-            the default.
+            the name. `head`, "linear" or "attentive", stands for the final_reduction before such a head. A masked
+            autoencoder takes its encoder's, decoder_depth and normalize_target. None stands for the default.
 
     Raises ValueError for an unknown name (with the list of known ones) or value, TypeError for an unknown option.
     """
     options = {option: value for option, value in options.items() if value is not None}
+    if head := options.pop("head", None):
+        options["final_reduction"] = _family(name).reduction_of(options.get("final_reduction"), head)
     video = _take(options, VideoInput, model_defaults(name))
     dropout = _take(options, Dropout, Dropout())
     return build_model(name, video, dropout, **options)

@@ -119,33 +119,22 @@ class VideoEncoder(Headed):
     masked autoencoder, the normed tokens (B, N, D), without a class token. If it has a position table, that is
     `pos_embed`, (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it; else it defines
     `encode`, which recomputes blocks where self.grad_checkpointing and self.training, as `run_blocks` does. Its
-    constructor takes a VideoInput, a Dropout, and num_classes, gelu, init_scale, final_reduction and head.
+    constructor takes a VideoInput, a Dropout, and num_classes, gelu, init_scale and final_reduction.
 
     Args:
         size, video: the transformer's size, the clips it takes.
         gelu: "erf", or "tanh" for its approximation.
-        final_reduction: what becomes of the tokens before the head, one of `reductions` or "none"; None: what `head`
-            implies.
-        head: "linear" or "attentive", V-JEPA's attentive probe; None: what final_reduction implies, else the default.
+        final_reduction: what becomes of the tokens before the head, one of `reductions` or "none".
         pos_embed_kind: a kind of `position_table`, "learned", or what stands in its place.
 
-    Raises ValueError where sizes do not divide, or final_reduction and head are unknown or contradict each other.
+    Raises ValueError where sizes do not divide, or final_reduction is unknown.
     """
 
     name = ""  # where it is registered
 
-    def __init__(
-        self,
-        size: Size,
-        video: VideoInput,
-        *,
-        gelu: str,
-        final_reduction: str | None,
-        head: str | None,
-        pos_embed_kind: str,
-    ):
+    def __init__(self, size: Size, video: VideoInput, *, gelu: str, final_reduction: str, pos_embed_kind: str):
         super().__init__()
-        final_reduction = self.reduction_of(final_reduction, head)
+        self.reduction_of(final_reduction, None)  # raises for an unknown one
         num_frames, input_size = video.num_frames, video.input_size
         tubelet_size, patch_size = video.tubelet_size, size.patch_size
         if input_size % patch_size or num_frames % tubelet_size:
@@ -156,7 +145,7 @@ class VideoEncoder(Headed):
         self.video, self.gelu, self.final_reduction = video, gelu, final_reduction
         self.input_shape = (3, num_frames, input_size, input_size)
         self.grid = (num_frames // tubelet_size, input_size // patch_size, input_size // patch_size)
-        self.embed_dim, self.pos_embed_kind = size.embed_dim, pos_embed_kind
+        self.embed_dim, self.num_heads, self.pos_embed_kind = size.embed_dim, size.num_heads, pos_embed_kind
         self.head_kind, self.grad_checkpointing = self.reductions.get(final_reduction), False
         self.register_buffer("pos_embed", None, persistent=False)
         self.register_buffer("mean", torch.tensor(video.mean, dtype=torch.float32), persistent=False)
@@ -169,7 +158,8 @@ class VideoEncoder(Headed):
         """Add `norm`, `fc_norm`, `fc_dropout`, `head`, which is left out for 0 classes, and `pooler` if attentive.
 
         One of the two norms does something, under the name that its published checkpoints use: `fc_norm`, that of
-        pooled features, or where that is None `norm`, that of tokens. probe_heads: the heads of an attentive probe.
+        pooled features, or where that is None `norm`, that of tokens. probe_heads: the heads of an attentive
+        probe, if not as many as the encoder's.
         """
         self.norm = nn.Identity() if fc_norm else LayerNorm(self.embed_dim)
         self.fc_norm = fc_norm or nn.Identity()
@@ -177,7 +167,7 @@ class VideoEncoder(Headed):
         features = fc_norm.normalized_shape[0] if fc_norm else self.embed_dim
         self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
         if self.head_kind == "attentive":
-            self.pooler = AttentivePooler(self.embed_dim, probe_heads, depth=self.probe_depth)
+            self.pooler = AttentivePooler(self.embed_dim, probe_heads or self.num_heads, depth=self.probe_depth)
 
     def initialize(self, init_scale: float) -> None:
         """Draw the weights; init_scale is a factor on the head's."""
@@ -197,7 +187,7 @@ class VideoEncoder(Headed):
             **{key: [*map(float, value)] if key in ("mean", "std") else value for key, value in video.items()},
             "gelu": self.gelu,
             "final_reduction": self.final_reduction,
-            **({"head": self.head_kind} if self.head_kind else {}),
+            **({"head": self.head_kind} if self.head_kind == "attentive" else {}),
             "pos_embed": "learned" if isinstance(self.pos_embed, nn.Parameter) else self.pos_embed_kind,
             "classes": ["safe", "risk"] if count == 2 else [f"class_{i}" for i in range(count)],
         }
@@ -282,9 +272,8 @@ class VideoViT(VideoEncoder):
         init_scale: factor on the head's initial weights.
         final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token; "attentive" =
             norm, all tokens to an attentive head; "none" = norm, all tokens (B, N, D).
-        head: see VideoEncoder.
 
-    Raises ValueError where sizes do not divide or final_reduction, head or gelu is unknown.
+    Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
 
     reductions = {"fc_norm": "linear", "cls": "linear", "attentive": "attentive"}
@@ -299,16 +288,14 @@ class VideoViT(VideoEncoder):
         num_classes: int = 2,
         gelu: str = "erf",
         init_scale: float = 0.001,
-        final_reduction: str | None = None,
-        head: str | None = None,
+        final_reduction: str = "fc_norm",
     ):
-        options = {"gelu": gelu, "final_reduction": final_reduction, "head": head}
-        super().__init__(size, video, pos_embed_kind=pos_embed, **options)
+        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind=pos_embed)
         table = position_table(pos_embed, self.grid, size.embed_dim)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self.blocks = build_blocks(size, dropout, gelu)
-        fc_norm = LayerNorm(size.embed_dim) if self.final_reduction == "fc_norm" else None
-        self.add_head(num_classes, fc_norm=fc_norm, drop_rate=dropout.fc_drop_rate, probe_heads=size.num_heads)
+        fc_norm = LayerNorm(size.embed_dim) if final_reduction == "fc_norm" else None
+        self.add_head(num_classes, fc_norm=fc_norm, drop_rate=dropout.fc_drop_rate)
         self.initialize(init_scale)
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:

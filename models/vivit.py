@@ -37,15 +37,13 @@ class ViViT(VideoEncoder):
         num_classes: int = 2,
         gelu: str = "tanh",
         init_scale: float = 0.001,
-        final_reduction: str | None = None,
-        head: str | None = None,
+        final_reduction: str = "cls",
     ):
-        options = {"gelu": gelu, "final_reduction": final_reduction, "head": head}
-        super().__init__(size, video, pos_embed_kind="learned", **options)
+        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind="learned")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1] * self.grid[2], size.embed_dim))
         self.blocks = build_blocks(size, dropout, gelu)
-        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate, probe_heads=size.num_heads)
+        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate)
         self.initialize(init_scale)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)

@@ -118,11 +118,10 @@ class VJEPA(VideoEncoder):
         num_classes: int = 2,
         gelu: str = "erf",
         init_scale: float = 0.001,
-        final_reduction: str | None = None,
-        head: str | None = None,
+        final_reduction: str = "attention",
     ):
-        options = {"gelu": gelu, "final_reduction": final_reduction, "head": head}
-        super().__init__(size, video, pos_embed_kind=f"rotary {version}", **options)
+        kind = f"rotary {version}"
+        super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind=kind)
         dim = size.embed_dim
         self.version, self.head_dim = version, dim // size.num_heads
         rotary_table(torch.zeros(1, dtype=torch.int64), self.grid, self.head_dim, version)  # raises where it cannot be
