@@ -57,6 +57,7 @@ import math
 from argparse import Namespace
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.at_hand import DataAtHand, read_pictures
 from datasets.augment.device import DeviceAugment, DeviceLoader, NormalizeAndErase
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
@@ -78,7 +80,7 @@ from datasets.stream import SplitWindows
 from datasets.windows import WindowIndex, index_clips
 from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState
-from engine.evaluate import EvaluationError, Scorer, coverage, summary
+from engine.evaluate import EvaluationError, Scorer, coverage
 from engine.events import EventRule
 from engine.feature_cache import FeatureCache
 from engine.finetune import FinetuneObjective
@@ -249,17 +251,27 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
     free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
     known = from_main(lambda: outputs.unfinished_evaluation(output_dir, vars(args), free, weights))
-    if known:
-        logger.info(f"{output_dir}/predictions.csv is there: nothing is scored, metrics and plots are made of it")
-    else:
-        known = score_checkpoint(args, process, output_dir, weights)
+    known, clips = (known, None) if known else score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        content = outputs.finish_evaluation(output_dir, known, wanted)
-        logger.info(f"{summary(content)}  {content['coverage']}")
+        outputs.finish_evaluation(output_dir, known, wanted)
+        report(args, output_dir, clips)
 
 
-def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
-    """Write predictions.csv; returns on rank 0 what is known of it."""
+def report(args: Namespace, output_dir: Path, clips: ClipTable | None) -> None:
+    """Write the report of an evaluation, with what is at hand of the data set. clips: of the split, where known."""
+    data = DataAtHand(args.data_set, args.data_path, args.scan_cache, args.assume_fps, args.labels)
+    clips = clips or data.clips(args.eval_split)
+    listed = clips.listed_names if clips else None
+    windows = {"num_frames": args.num_frames, "view_fps": args.view_fps, "stride": args.sampling_rate_val}
+    train = data.train_labels(listed or (), **windows)
+    pictures = clips and partial(read_pictures, clips, workers=args.num_workers, read_timeout=args.read_timeout)
+    outputs.report_evaluation(output_dir, train.columns, train.words, listed, pictures)
+
+
+def score_checkpoint(
+    args: Namespace, process: Process, output_dir: Path, weights: str | None
+) -> tuple[dict[str, Any] | None, ClipTable]:
+    """Write predictions.csv; returns what is known of it, on rank 0, and the clips."""
     record = from_main(lambda: outputs.begin_evaluation(output_dir, vars(args), weights, process.world_size))
     model = build_model(args, process, trained_head=True)
     windows = evaluation_windows(args, process)
@@ -267,11 +279,11 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
-        return None
+        return None, windows.clips
     about = {"checkpoint": args.finetune, "model": args.model, "data_set": args.data_set, "split": args.eval_split}
     about["selected_on"] = weights and (read_spec(weights) or {}).get("selected_on")
     about |= coverage(predictions, windows.clips)
-    return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)
+    return outputs.keep_scores(output_dir, predictions, windows.clips, about, record), windows.clips
 
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
@@ -307,30 +319,18 @@ def training_data(
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
-            args.input_size,
-            views=args.num_sample,
-            aa=args.aa,
-            interpolation=args.train_interpolation,
-            short_side=args.short_side,
-            erase_prob=args.reprob,
-            erase_count=args.recount,
-            erase_max_area=args.erase_max_area,
-            decoding=args.decoding,
-            here=args.augment_on == "worker",
-        )
+            args.input_size, views=args.num_sample, aa=args.aa, interpolation=args.train_interpolation,
+            short_side=args.short_side, erase_prob=args.reprob, erase_count=args.recount,
+            erase_max_area=args.erase_max_area, decoding=args.decoding, here=args.augment_on == "worker",
+        )  # fmt: skip
     if not args.augment:
         transform = FinetuneTransform.plain(args.input_size)
     if args.select_split is not None:
         require_both_classes(clips, index)
     sampler = EpochSampler(
-        [len(index)],
-        batch_sizes=[args.batch_size],
-        accumulate=args.update_freq,
-        rank=process.rank,
-        world_size=process.world_size,
-        samples_per_epoch=args.nb_samples_per_epoch,
-        seed=args.seed,
-    )
+        [len(index)], batch_sizes=[args.batch_size], accumulate=args.update_freq, rank=process.rank,
+        world_size=process.world_size, samples_per_epoch=args.nb_samples_per_epoch, seed=args.seed,
+    )  # fmt: skip
     if args.cache_features:
         cache = cached(args, process, model, split_windows(args, process, clips, index, allow_missing=True))
         return FeatureBatches(clips, index, sampler, cache.read, cache.missing(), process.device), sampler

@@ -234,6 +234,17 @@ def index_clips(
     return index
 
 
+def window_labels(
+    clips: ClipTable, *, num_frames: int, view_fps: float, stride: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return clip, last frame and label of every window of labelled clips: three int64 (n,). Arguments as above."""
+    options = {"num_frames": num_frames, "view_fps": view_fps, "stride": stride, "keep": kept_frames(clips)}
+    clip, frame = WindowIndex(clips.frame_counts, src_fps=clips.fps, **options).locations()
+    first = np.cumsum(clips.frame_counts) - clips.frame_counts
+    labels = np.concatenate([np.zeros(0, np.int64), *(np.asarray(c.labels) for c in clips)]).astype(np.int64)
+    return clip, frame, labels[first[clip] + frame]
+
+
 def _check_pack(clips: ClipTable, index: WindowIndex) -> None:
     """Raise DataError where windows need frames that a pack left out. It keeps every n-th, back from the last one."""
     steps = clips.pack_steps

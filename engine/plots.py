@@ -1,6 +1,8 @@
-"""Figures of an evaluation: ROC, precision-recall, MCC over the threshold, confusion. Pictures of a reconstruction."""
+"""Figures of an evaluation: ROC, precision-recall, MCC over the threshold, confusion. Pictures of a reconstruction. The
+history of a probe.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,34 @@ def reconstruction_picture(
             image.paste(Image.fromarray(row), (left, y))
             y += high
     return np.asarray(image)
+
+
+def health_figure(history: Sequence[Mapping[str, float]], of: str) -> Figure:
+    """Draw what `engine.health` keeps, over epochs: AUC with its interval, effective rank, loss and trivial loss.
+
+    of: what was probed on what, which stands above.
+    """
+    figure = Figure(figsize=(5, 7), layout="constrained")
+    probe, rank, loss = figure.subplots(3, sharex=True, height_ratios=(3, 2, 2))
+    probed = [record for record in history if "auroc" in record]
+    epochs, auroc = ([record[name] for record in probed] for name in ("epochs", "auroc"))
+    probe.plot(epochs, auroc, "o-")
+    probe.fill_between(epochs, *([r[f"auroc_{end}"] for r in probed] for end in ("low", "high")), alpha=0.2)
+    probe.axhline(auroc[0], linestyle="--", color="grey", linewidth=1)
+    best = int(np.argmax(auroc))
+    probe.plot(epochs[best], auroc[best], "*", markersize=12)
+    title = f"linear probe, best AUC {auroc[best]:.3f} after {epochs[best]} epochs"
+    probe.set(title=title, ylabel="AUC_ROC, held out")
+    rank.plot(epochs, [record["effective_rank"] for record in probed], "o-")
+    rank.set(ylabel="effective rank")
+    for name, label, style in (("loss", "loss", "-"), ("trivial_loss", "trivial loss", "--")):
+        trained = [record for record in history if name in record]
+        loss.plot([r["epochs"] for r in trained], [r[name] for r in trained], f"{style}o", markersize=3, label=label)
+    loss.set(xlabel="epochs", ylabel="reconstruction loss")
+    loss.xaxis.get_major_locator().set_params(integer=True)
+    loss.legend()
+    figure.suptitle(label_of(of), fontsize=9, color="dimgrey", parse_math=False)
+    return figure
 
 
 def save_figures(folder: str | Path, figures: dict[str, Figure]) -> None:

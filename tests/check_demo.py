@@ -28,22 +28,27 @@ for run, words in (("untrained", "untrained, same model"), ("fine-tuned", "after
     metrics = json.loads((folder / run / "metrics.json").read_text())
     auroc[run] = metrics["auroc"]
     print(f"  {words:<26}{100 * auroc[run]:8.1f}{100 * metrics['auc_mcc']:9.1f}{100 * metrics['ap']:7.1f}")
+(evaluation,) = json.loads((folder / "fine-tuned" / "report.json").read_text())["models"]
+print(f"  {evaluation['baselines']['verdict']}")
 
 predicted = folder / "predicted"
 videos = sorted(path.parent for path in predicted.rglob("overlay.mp4"))
 to_open = [
+    (folder / "fine-tuned" / "report.html", "the figures, how sure they are, best and worst clips"),
     (predicted / "report.html", "all scored videos, the riskiest first"),
     *((video / "overlay.mp4", "a video with its risk") for video in videos),
     *((video / "curve.png", "its risk over time") for video in videos),
+    (folder / "fine-tuned" / "report.html", "the evaluation, with intervals and baselines"),
     (folder / "fine-tuned" / "plots", "ROC, precision and recall, MCC, confusion"),
     (folder / "dapt" / "pictures", "what DAPT reconstructs after each epoch"),
 ]
 print("\nWhat to open")
 for path, words in to_open:
-    print(f"  {str(path):<58} {words}")
-print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<58} losses and rates of the runs")
+    if path.exists():
+        print(f"  {str(path):<64} {words}")
+print(f"  {f'.venv/bin/tensorboard --logdir {folder}':<64} losses and rates of the runs")
 
 if not (loss < 0.95 * trivial and auroc["untrained"] < 0.65 and auroc["fine-tuned"] >= 0.90):
     sys.exit("expected a DAPT loss 5 % below the trivial one, AUC_ROC below 65 untrained and at least 90 fine-tuned")
-if len(videos) != 2 or not (predicted / "report.html").exists():
-    sys.exit("expected curves and overlays of two videos, and a report")
+if len(videos) != 2 or not all((where / "report.html").exists() for where in (predicted, folder / "fine-tuned")):
+    sys.exit("expected curves and overlays of two videos, and a report of them and of the evaluation")

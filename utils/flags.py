@@ -27,6 +27,7 @@ from utils.cli import (
 )
 from utils.event_rule import seconds
 from utils.head_flags import add_augment_flag, add_head_flags
+from utils.probe_flags import add_probe_flags
 
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
 
@@ -147,6 +148,7 @@ def dapt_parser(description: str) -> Parser:
     group = _add_optimizer_flags(parser, min_lr=3e-5, warmup_epochs=1, betas=[0.9, 0.95])
     group.overridable("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_rate)
     _add_dapt_augmentation_flags(parser)
+    add_probe_flags(FlagGroup(parser, "linear probe between epochs"))
     _add_output_flags(parser, save_ckpt_freq=1)
     _add_runtime_flags(parser, seed=0)
     return parser
@@ -312,7 +314,7 @@ def _add_finetune_augmentation_flags(parser: Parser) -> None:
 
 def _add_evaluation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "evaluation")
-    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/")
+    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/, report.html")
     group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all", metavar="SPLIT")
     help = "share of the train split, in whole recordings, to choose the best checkpoint on instead of --eval_split"
     group.fixed("select_split", None, help, type=Number(0, 1, above=True, below=True), metavar="SHARE")

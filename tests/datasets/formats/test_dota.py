@@ -35,6 +35,17 @@ def test_clips_equal_what_the_generator_knows(dota_root):
         assert reader.read([0, table[0].num_frames - 1]).shape == (2, 54, 96, 3)
 
 
+def test_a_recording_is_the_video_in_the_name_unless_the_metadata_says_more(copy):
+    assert [c.recording for c in build_clips("DoTA", str(copy), "val")] == [f"syntheticva_00000{i}" for i in range(5)]
+    path = copy / "dataset" / "metadata_val.json"
+    content = json.loads(path.read_text())
+    for name in list(content)[1:]:  # as DoTA has it
+        del content[name]["recording"]
+    path.write_text(json.dumps(content))
+    table = build_clips("DoTA", str(copy), "val")
+    assert [c.recording for c in table] == ["syntheticva_000000", *["syntheticva"] * 4]
+
+
 def test_variants_and_splits(dota_root):
     names = {split: [c.name for c in build_clips("DoTA", str(dota_root), split)] for split in ("train", "val", "all")}
     assert names["all"] == names["train"] + names["val"]
