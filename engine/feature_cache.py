@@ -40,6 +40,22 @@ _NOT_ENCODER = ("pooler.", "head.")
 logger = logging.getLogger("tad")
 
 
+class FromFeatures(nn.Module):
+    """Features (B, F) or (B, N, F) that a model's encoder made -> the model's logits: stands for it before a Scorer."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Return the features as they are."""
+        return features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features to logits (B, K)."""
+        return self.model(features, encoded=True)
+
+
 class SourceWindows(Windows, Protocol):
     """Windows that features are made of; `datasets.stream.SplitWindows` is one."""
 

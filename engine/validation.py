@@ -10,8 +10,7 @@ from torch import nn
 
 from engine.checkpoint import is_kept, save_weights
 from engine.evaluate import Scorer, coverage, summary
-from engine.feature_cache import FeatureCache
-from engine.features import FromFeatures
+from engine.feature_cache import FeatureCache, FromFeatures
 from engine.plots import evaluation_figures
 from engine.session import Session
 from utils.distributed import broadcast

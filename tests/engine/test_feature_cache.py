@@ -16,8 +16,7 @@ from datasets.stream import WindowBatch
 from engine import feature_cache
 from engine.checkpoint import CheckpointWriteError
 from engine.evaluate import Scorer
-from engine.feature_cache import FeatureCache, encoder_digest
-from engine.features import FromFeatures
+from engine.feature_cache import FeatureCache, FromFeatures, encoder_digest
 from models import create_model
 from utils.cli import ConfigError
 from utils.signals import Preempted
