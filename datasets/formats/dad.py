@@ -35,7 +35,7 @@ def load_dad(root: str, split: str, scan: VideoScan, selection: Selection) -> Cl
             if not found:
                 raise DataError(f"{where / label}: no .mp4 in it; DAD has positive and negative clips in each split")
             sources |= {f"{folder}/{label}/{path.stem}": path for path in found}
-    videos = Videos(f"DAD {split}", {k: v for k, v in sources.items() if k not in selection.leave_out}, scan)
+    videos = Videos(f"DAD {split}", sources, scan, leave_out=selection.leave_out)
 
     def clip(name: str) -> Clip:
         info, positive = videos.require(name), "/positive/" in name
