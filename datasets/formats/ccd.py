@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
-from datasets.formats.shipped import Videos, refuse_split, require_folder
+from datasets.formats.shipped import Videos, refuse_split, require_constant, require_folder
 from datasets.formats.text import first_repeated, read_lines, read_split
 from datasets.scan import VideoScan
 
@@ -102,6 +102,7 @@ def _read_list(path: Path) -> list[str]:
 
 def _crash(path: Path, name: str, row: re.Match, videos: Videos) -> Clip:
     info, where = videos.require(name), f"{path}: clip {row[1]}"
+    require_constant(videos.sources[name], info)
     labels = np.array([int(label) for label in row[2].split(",")], dtype=np.uint8)
     if len(labels) != info.frames:
         raise DataError(f"{where}: {len(labels)} labels, but {videos.sources[name]} has {info.frames} frames")

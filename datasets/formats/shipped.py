@@ -88,6 +88,15 @@ def seconds(where: str, cell: str) -> float | None:
     return value
 
 
+def require_constant(where: str, info: VideoInfo) -> None:
+    """Raise DataError where frames, which are on a grid of the average rate, are not the pictures that labels count."""
+    if not info.constant:
+        raise DataError(
+            f"{where}: its frame rate is variable, and its label is by the number of a picture: take the original, "
+            "which has a constant rate"
+        )
+
+
 def event_labels(where: str, info: VideoInfo, event: float | None, alert: float | None) -> np.ndarray:
     """Return the `labels_of_times` of a video. where: file and row, for the DataError of times that contradict."""
     try:

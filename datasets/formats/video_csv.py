@@ -1,7 +1,7 @@
 """A user's own data, as data set "csv": videos, folders or zips of pictures, with a row for each anomaly or frame.
 
 ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT, which is split "all" alone. Commas,
-semicolons or tabs separate the cells.
+semicolons or tabs separate the cells; a comma may stand for the point in seconds. Text is UTF-8, or UTF-16 as Excel's.
 
 path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder. A video
                 may be named without its suffix, and one called by a number without the zeros in front: 822
@@ -15,7 +15,8 @@ end_time
 event_time      the accident, and when a careful person could first tell, in seconds. Where the clip has no interval,
 alert_time      frames are anomalous from the alert to the event, or without alert the last 1.5 s before the event;
                 frames from the event on are ignored. An event may lie after the last frame
-label           of a clip without times: 1, all of its frames are anomalous; 0, none is; empty, nobody knows
+label           of a clip without times: 1, all of its frames are anomalous; 0, none is; empty, nobody knows. A 0 may
+                stand beside an event that is in another stretch of the file
 clip_start      the clip is a stretch of its file, from clip_start on and before clip_end, in seconds; empty: from the
 clip_end        beginning, to the end. Two clips of one file need it
 source          the recording the file was cut from (default: the file); clips of one belong into one split

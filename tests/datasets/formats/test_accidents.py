@@ -496,3 +496,14 @@ def test_faults_of_consensus_labels_are_named(put, read, row, message):
             read("DAD", "val", labels="consensus")
     else:
         assert runs(read("DAD", "val", labels="consensus")[0].labels) == [(0, 22), (1, 8), (2, 70)]
+
+
+def test_labels_by_the_number_of_a_picture_need_a_constant_rate(put, tmp_path):
+    put("videos/Crash-1500.txt", line("000001", [0] * 38 + [1] * 12))
+    put("videos/Crash-1500/000001.mp4", 50)
+    for label in ("positive", "negative"):
+        put(f"training/{label}/000001.mp4", 100)
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    for name, split in (("CCD", "all"), ("DAD", "train")):
+        with pytest.raises(DataError, match="000001.mp4: its frame rate is variable, and its label is by the number"):
+            build_clips(name, str(put.root), split, lambda paths: [replace(i, constant=False) for i in scan(paths)])
