@@ -78,12 +78,17 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     """
     path = Path(root) if Path(root).is_file() else Path(root, f"{split}.csv")
     if path == Path(root) and split != "all":
-        raise DataError(f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it")
+        raise DataError(
+            f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it, or make train "
+            f"and val of it: python -m datasets.tools.prepare split csv {path}"
+        )
     if not path.is_file():
         other = next((p for p in map(path.with_suffix, (".xlsx", ".xls", ".tsv", ".txt")) if p.is_file()), None)
         hint = f"; call {other} so, if it is the table" if other else ""
         if other and other.suffix.startswith(".xls"):
             hint = f"; python -m datasets.tools.prepare sheet {other} {path} makes it of the workbook"
+        if split == "val" and not other and path.with_name("train.csv").is_file():
+            hint = "; --select_split 0.1 chooses the best checkpoint on a part of train that it holds out"
         raise DataError(
             f"{path}: not found; the data set csv has a table for each split, see datasets/formats/video_csv.py{hint}"
         )

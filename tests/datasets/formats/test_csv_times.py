@@ -248,3 +248,12 @@ def test_a_negative_stretch_may_name_the_event_of_another(table, caplog):
     assert "no frame is anomalous" not in caplog.text
     table("path,event_time\nb.mov,30\n")
     assert "1 clips end so long before their event that no frame is anomalous; are the times in seconds?" in caplog.text
+
+
+def test_a_table_without_val_is_told_what_to_do(tmp_path):
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    (tmp_path / "train.csv").write_text("path\nb.mov\n")
+    with pytest.raises(DataError, match=r"val.csv: not found; .*; --select_split 0.1 chooses the best checkpoint on a p"):
+        build_clips("csv", str(tmp_path), "val", scan)
+    with pytest.raises(DataError, match=r"train.csv is one file, .*: python -m datasets.tools.prepare split csv \S+train"):
+        build_clips("csv", str(tmp_path / "train.csv"), "train", scan)
