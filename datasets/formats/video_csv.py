@@ -79,8 +79,8 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     path = Path(root) if Path(root).is_file() else Path(root, f"{split}.csv")
     if path == Path(root) and split != "all":
         raise DataError(
-            f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it, or make train "
-            f"and val of it: python -m datasets.tools.prepare split csv {path}"
+            f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it, or make "
+            f"train and val of it: python -m datasets.tools.prepare split csv {path}"
         )
     if not path.is_file():
         other = next((p for p in map(path.with_suffix, (".xlsx", ".xls", ".tsv", ".txt")) if p.is_file()), None)

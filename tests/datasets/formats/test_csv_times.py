@@ -253,7 +253,11 @@ def test_a_negative_stretch_may_name_the_event_of_another(table, caplog):
 def test_a_table_without_val_is_told_what_to_do(tmp_path):
     scan = VideoScan(tmp_path / "scan.json", workers=1)
     (tmp_path / "train.csv").write_text("path\nb.mov\n")
-    with pytest.raises(DataError, match=r"val.csv: not found; .*; --select_split 0.1 chooses the best checkpoint on a p"):
+    with pytest.raises(
+        DataError, match=r"val.csv: not found; .*; --select_split 0.1 chooses the best checkpoint on a p"
+    ):
         build_clips("csv", str(tmp_path), "val", scan)
-    with pytest.raises(DataError, match=r"train.csv is one file, .*: python -m datasets.tools.prepare split csv \S+train"):
+    with pytest.raises(
+        DataError, match=r"train.csv is one file, .*: python -m datasets.tools.prepare split csv \S+train"
+    ):
         build_clips("csv", str(tmp_path / "train.csv"), "train", scan)
