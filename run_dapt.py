@@ -14,6 +14,8 @@ They share OUTPUT_DIR. GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: network interface
 
 Then fine-tune from it: run_finetune.py --finetune runs/dapt_s/checkpoint-11.pth ...
 
+Probe the encoder on labelled clips between epochs, and keep the best weights by that: --probe_data_path /data/DoTA
+
 The same command again continues an interrupted run from OUTPUT_DIR/checkpoint-last.
 """
 
@@ -23,7 +25,6 @@ if __name__ == "__main__":  # first, so that what follows is answered in a line
     report_uncaught()
 
 from utils.cli import ConfigError, config_errors
-from utils.files import replaced
 from utils.flags import dapt_parser
 from utils.lock import end_with_torchrun, folder_lock
 from utils.record import Changeable
@@ -35,6 +36,7 @@ from utils.resolve import (
     keep_history,
     leave_gpus_alone,
     refuse_contradictions,
+    resolve_probe,
     resolve_runtime,
     resolve_schedule,
     split_batch,
@@ -49,6 +51,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
 
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
@@ -56,27 +59,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.layers import set_fused_attn
 from torch import nn
 
 from datasets import DataError, VideoScan, build_clips, find_data_set, find_data_sets
 from datasets.augment.dapt import PretrainTransform
 from datasets.augment.device import DeviceAugment, DeviceLoader
+from datasets.augment.frames import EvalTransform
 from datasets.augment.masks import masked_places
-from datasets.batches import BatchLoader
+from datasets.batches import BatchLoader, example_batch
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
 from datasets.loader import EpochSampler, Source, WindowDataset
+from datasets.probe import choose_windows
 from datasets.slots import reserve
+from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine.checkpoint import CheckpointWriteError, Progress, RunState, is_kept, save_weights
-from engine.dapt import DaptObjective
+from engine.dapt import DaptObjective, Pictures
+from engine.evaluate import EvaluationError
 from engine.guard import TrainingError
+from engine.health import BEST, Health
 from engine.loop import Reporting, train_epochs
 from engine.optim import DTYPES, Optimization, Schedule, build_optimization
-from engine.plots import reconstruction_picture
 from engine.resume import agreed_state, recorded_arguments
-from engine.session import start_session
+from engine.session import Session, start_session
 from models import create_model, masked_autoencoder_of, model_defaults
 from models.mae import MaskedAutoencoder
 from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
@@ -90,9 +96,9 @@ from utils.distributed import (
     require_same_weights,
     seed_everything,
 )
-from utils.logging import TensorBoard, setup_logging
+from utils.logging import setup_logging
 
-ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, TrainingError)  # their message says all
+ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 SPEC = ("model", *INPUT, "gelu", "decoder_depth", "normalize_target", "mean", "std")  # what a weights file answers
 PICTURES = 4  # clips drawn after each epoch
 logger = logging.getLogger("tad")
@@ -153,7 +159,10 @@ def resolve(args: Namespace, world_size: int) -> None:
     resolve_schedule(args)
     args.short_side = args.short_side or round(args.input_size * 320 / 224)
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
-    sets = find_data_sets(args.data_set, args.assume_fps)
+    resolve_probe(args)
+    args.probe_split = args.probe_split or find_data_set(args.probe_data_set).splits[0]
+    probed = [args.probe_data_set] if args.probe_every else []
+    sets = find_data_sets([*args.data_set, *probed], args.assume_fps)[: len(args.data_set)]
     args.sampling_rate = args.sampling_rate or [s.dapt_stride for s in sets]
     args.data_split = args.data_split or [s.dapt_split for s in sets]
     per_set = ("data_path", "sampling_rate", "data_split", "batch_size", "total_batch_size")
@@ -186,6 +195,9 @@ def pretrain(args: Namespace, process: Process) -> None:
     dataset = build_dataset(args, model)
     sampler = build_sampler(args, dataset, process.rank, process.world_size)
     batches = CountedBatches(build_loader(args, dataset, sampler, process.device), limit=args.max_bad_samples)
+    health = build_health(args, process) if args.probe_every else None
+    tables = [source.clips for source in dataset.sources] + ([health.windows.clips] if health else [])
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), tables)
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch, num_windows=sampler.num_windows, steps_per_epoch=sampler.steps_per_epoch
@@ -203,17 +215,6 @@ def pretrain(args: Namespace, process: Process) -> None:
         save_every_minutes=args.save_every_minutes,
     )
     del resumed  # three times the weights
-    pictures = Pictures(args, dataset, session.tensorboard) if process.is_main else None
-
-    def after_epoch() -> dict[str, Any]:
-        if pictures:
-            pictures.draw(model, process.device, progress.epoch, step=progress.steps_done)
-        due = is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=args.save_ckpt_freq)
-        if due and args.save_ckpt and process.is_main:
-            path = output_dir / f"checkpoint-{progress.epoch}.pth"
-            save_weights(path, model, data_set=args.data_set, epoch=progress.epoch)
-        return batches.end_epoch()
-
     train_epochs(
         ddp_model,
         batches,
@@ -222,11 +223,58 @@ def pretrain(args: Namespace, process: Process) -> None:
         session,
         Reporting(sum(args.total_batch_size), args.print_freq, process.is_main),
         stop_epoch=args.stop_epoch,
-        after_epoch=after_epoch,
+        after_epoch=epoch_end(args, model, dataset, batches, health, session),
     )
     session.tensorboard.close()
     batches.log_summary()
-    logger.info(f"{progress.epoch} of {args.epochs} epochs done; see {output_dir}")
+    early = ", as --stop_epoch says" if args.stop_epoch < args.epochs else ""
+    logger.info(f"{progress.epoch} of {args.epochs} epochs done{early}; see {output_dir}")
+    if args.save_ckpt:
+        best = f", or checkpoint-best_{BEST}.pth there" if health else ""
+        last = f"{output_dir}/checkpoint-{progress.epoch - 1}.pth"
+        logger.info(f"to fine-tune it: run_finetune.py --finetune {last}{best}")
+
+
+def epoch_end(
+    args: Namespace,
+    model: MaskedAutoencoder,
+    dataset: WindowDataset,
+    batches: CountedBatches,
+    health: Health | None,
+    session: Session,
+) -> Callable[[], dict[str, Any]]:
+    """Return what is done at the end of each epoch; probe the weights that the run starts from."""
+    process, progress, output_dir = session.process, session.progress, session.output_dir
+    pictures = None
+    if process.is_main:
+        reading = {"num_workers": args.num_workers, "read_timeout": args.read_timeout}
+        batch, names = example_batch(dataset, PICTURES, **reading)
+        video = DeviceAugment(args.input_size)(batch["video"], batch)
+        pictures = Pictures(output_dir / "pictures", session.tensorboard, names, video=video, mask=batch["mask"])
+
+    def keep(name: str, **about: Any) -> None:
+        if args.save_ckpt and process.is_main:
+            save_weights(output_dir / f"checkpoint-{name}.pth", model, data_set=args.data_set, **about)
+
+    def due(every: int) -> bool:
+        return is_kept(progress.epoch, stop_epoch=args.stop_epoch, every=every)
+
+    def after_epoch() -> dict[str, Any]:
+        if pictures:
+            pictures.draw(model, process.device, progress.epoch, step=progress.steps_done)
+        if due(args.save_ckpt_freq):
+            keep(str(progress.epoch), epoch=progress.epoch)
+        record: dict[str, Any] = {}
+        if health:
+            record, is_best = health.after_epoch(model.encoder, session, due=due(args.probe_every))
+            if is_best:
+                keep(f"best_{BEST}", epoch=progress.epoch)
+        return batches.end_epoch() | record
+
+    if health and health.before_training(model.encoder, session):
+        keep(f"best_{BEST}")
+        session.save()  # so that no run that goes on probes them again
+    return after_epoch
 
 
 def build_model(args: Namespace, process: Process, resumed: dict[str, Any] | None) -> MaskedAutoencoder:
@@ -299,8 +347,33 @@ def build_dataset(args: Namespace, model: MaskedAutoencoder) -> WindowDataset:
                 here=args.augment_on == "worker",
             )
         sources.append(Source(clips, index, transform))
-    warn_unmatched(bad_clips, [source.clips for source in sources])
     return WindowDataset(sources, seed=args.seed, targets=False)
+
+
+def build_health(args: Namespace, process: Process) -> Health:
+    """Return the linear probe on a few windows of labelled clips."""
+    scan = VideoScan(args.scan_cache, workers=args.num_workers, read_timeout=args.read_timeout)
+    source = (args.probe_data_set, args.probe_data_path, args.probe_split, scan, args.assume_fps)
+    bad = read_bad_clips(args.bad_clips or ())
+    clips = from_main(partial(build_clips, *source, leave_out=bad))
+    clips.require_labels()
+    with config_errors():
+        index = choose_windows(clips, args.probe_windows, num_frames=args.num_frames, view_fps=args.view_fps)
+    windows = SplitWindows(
+        clips,
+        index,
+        EvalTransform(args.input_size),
+        device=process.device,
+        batch_size=args.eval_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        allow_missing=True,
+        read_timeout=args.read_timeout,
+    )
+    reserve(windows.slots)
+    return Health(windows, Path(args.output_dir, "pictures"), DTYPES[args.precision])
 
 
 def build_sampler(args: Namespace, dataset: WindowDataset, rank: int, world_size: int) -> EpochSampler:
@@ -356,36 +429,6 @@ def optimization_of(args: Namespace, model: nn.Module, steps_per_epoch: int) -> 
             clip_grad=args.clip_grad,
             dtype=DTYPES[args.precision],
         )
-
-
-class Pictures:
-    """The same few clips, input, masked and reconstructed, after each epoch: a PNG and a TensorBoard image."""
-
-    def __init__(self, args: Namespace, dataset: WindowDataset, tensorboard: TensorBoard):
-        self.tensorboard = tensorboard
-        self.folder = Path(args.output_dir, "pictures")
-        keys, sources = [], dataset.sources
-        for k in range(PICTURES):
-            number = k % len(sources)
-            keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * PICTURES)))
-        loader = BatchLoader(dataset, [keys], num_workers=min(args.num_workers, 1), read_timeout=args.read_timeout)
-        (batch,) = loader
-        self.video, self.mask = DeviceAugment(args.input_size)(batch["video"], batch), batch["mask"]
-        loader.close()
-
-    def draw(self, model: MaskedAutoencoder, device: torch.device, epoch: int, *, step: int) -> None:
-        """Write pictures/epoch-<epoch>.png."""
-        model.eval()
-        video = model.normalize(self.video.to(device))
-        picture = reconstruction_picture(model.reconstruct(video, self.mask))
-        model.train()
-        self.tensorboard.picture("reconstruction", picture, step)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replaced(self.folder / f"epoch-{epoch:03d}.png") as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
-        except OSError as e:  # no reason to end a run
-            logger.warning(f"{e.filename}: cannot be written ({e.strerror}); the run goes on")
 
 
 if __name__ == "__main__":

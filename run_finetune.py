@@ -55,6 +55,7 @@ import math
 from argparse import Namespace
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from datasets import ClipTable, DataError, VideoScan, build_clips, find_data_sets
+from datasets.at_hand import DataAtHand, read_pictures
 from datasets.augment.device import DeviceAugment, DeviceLoader, NormalizeAndErase
 from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
@@ -75,7 +77,7 @@ from datasets.stream import SplitWindows
 from datasets.windows import index_clips
 from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState
-from engine.evaluate import EvaluationError, Scorer, coverage, summary
+from engine.evaluate import EvaluationError, Scorer, coverage
 from engine.events import EventRule
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
@@ -165,7 +167,7 @@ def resolve(args: Namespace, world_size: int) -> None:
     fill_unset(args, vars(defaults) | pixels, (*INPUT, *pixels))
     (data_set,) = find_data_sets([args.data_set], args.assume_fps)
     if not data_set.labelled:
-        what = "evaluate against; score it with run_predict.py" if args.eval else "fine-tune on; it is for run_dapt.py"
+        what = "evaluate against; run_predict.py scores it" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
     args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
@@ -219,7 +221,7 @@ def train(args: Namespace, process: Process) -> None:
 
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
-        metrics = validate(validation, evaluated, session, DTYPES[args.precision]) if validation else {}
+        metrics = validate(validation, evaluated, session, DTYPES[args.precision], args.model) if validation else {}
         how = {"stop_epoch": args.stop_epoch, "every": args.save_ckpt_freq, "data_set": args.data_set}
         keep_weights(session, evaluated, metrics, selected_on=args.selected_on, **how)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}
@@ -248,17 +250,27 @@ def evaluate_checkpoint(args: Namespace, process: Process) -> None:
     output_dir, weights = Path(args.output_dir), fetch(args.finetune) if args.finetune else None
     free = finetune_parser("").free_on_resume - set(WEIGHTS_SOURCE)
     known = from_main(lambda: outputs.unfinished_evaluation(output_dir, vars(args), free, weights))
-    if known:
-        logger.info(f"{output_dir}/predictions.csv is there: nothing is scored, metrics and plots are made of it")
-    else:
-        known = score_checkpoint(args, process, output_dir, weights)
+    known, clips = (known, None) if known else score_checkpoint(args, process, output_dir, weights)
     if process.is_main:
-        content = outputs.finish_evaluation(output_dir, known, wanted)
-        logger.info(f"{summary(content)}  {content['coverage']}")
+        outputs.finish_evaluation(output_dir, known, wanted)
+        report(args, output_dir, clips)
 
 
-def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weights: str | None) -> dict[str, Any] | None:
-    """Write predictions.csv; returns on rank 0 what is known of it."""
+def report(args: Namespace, output_dir: Path, clips: ClipTable | None) -> None:
+    """Write the report of an evaluation, with what is at hand of the data set. clips: of the split, where known."""
+    data = DataAtHand(args.data_set, args.data_path, args.scan_cache, args.assume_fps, args.labels)
+    clips = clips or data.clips(args.eval_split)
+    listed = clips.listed_names if clips else None
+    windows = {"num_frames": args.num_frames, "view_fps": args.view_fps, "stride": args.sampling_rate_val}
+    train = data.train_labels(listed or (), **windows)
+    pictures = clips and partial(read_pictures, clips, workers=args.num_workers, read_timeout=args.read_timeout)
+    outputs.report_evaluation(output_dir, train.columns, train.words, listed, pictures)
+
+
+def score_checkpoint(
+    args: Namespace, process: Process, output_dir: Path, weights: str | None
+) -> tuple[dict[str, Any] | None, ClipTable]:
+    """Write predictions.csv; returns what is known of it, on rank 0, and the clips."""
     record = from_main(lambda: outputs.begin_evaluation(output_dir, vars(args), weights, process.world_size))
     model = build_model(args, process, trained_head=True)
     windows = evaluation_windows(args, process)
@@ -266,11 +278,11 @@ def score_checkpoint(args: Namespace, process: Process, output_dir: Path, weight
     warn_unmatched(read_bad_clips(args.bad_clips or ()), [windows.clips])
     predictions = Scorer(windows, DTYPES[args.precision]).score(model)
     if predictions is None:
-        return None
-    about = {"checkpoint": args.finetune, "data_set": args.data_set, "split": args.eval_split}
+        return None, windows.clips
+    about = {"checkpoint": args.finetune, "model": args.model, "data_set": args.data_set, "split": args.eval_split}
     about["selected_on"] = weights and (read_spec(weights) or {}).get("selected_on")
     about |= coverage(predictions, windows.clips)
-    return outputs.keep_scores(output_dir, predictions, windows.clips, about, record)
+    return outputs.keep_scores(output_dir, predictions, windows.clips, about, record), windows.clips
 
 
 def labelled_clips(args: Namespace, split: str) -> ClipTable:
@@ -411,29 +423,16 @@ def optimization_of(args: Namespace, model: nn.Module, steps_per_epoch: int) -> 
     """Return the Optimization of the command line."""
     with config_errors():
         schedule = Schedule(
-            epochs=args.epochs,
-            steps_per_epoch=steps_per_epoch,
-            lr=args.lr,
-            min_lr=args.min_lr,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            weight_decay=args.weight_decay,
-            weight_decay_end=args.weight_decay_end,
-        )
+            epochs=args.epochs, steps_per_epoch=steps_per_epoch, warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps, lr=args.lr, min_lr=args.min_lr,
+            weight_decay=args.weight_decay, weight_decay_end=args.weight_decay_end,
+        )  # fmt: skip
         return build_optimization(
-            model,
-            schedule,
-            clips_per_step=args.total_batch_size,
-            opt=args.opt,
-            opt_eps=args.opt_eps,
-            opt_betas=args.opt_betas,
-            layer_decay=args.layer_decay,
-            accumulate=args.update_freq,
-            clip_grad=args.clip_grad,
-            dtype=DTYPES[args.precision],
-            ema_decay=args.model_ema_decay if args.model_ema else None,
-            ema_on_cpu=args.model_ema_force_cpu,
-        )
+            model, schedule, clips_per_step=args.total_batch_size, opt=args.opt, opt_eps=args.opt_eps,
+            opt_betas=args.opt_betas, layer_decay=args.layer_decay, accumulate=args.update_freq,
+            clip_grad=args.clip_grad, dtype=DTYPES[args.precision],
+            ema_decay=args.model_ema_decay if args.model_ema else None, ema_on_cpu=args.model_ema_force_cpu,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

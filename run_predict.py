@@ -398,7 +398,8 @@ def begin(args: Namespace, scorer: VideoScorer, process: Process) -> ClipTable:
             raise ConfigError(f"{what}: use those, or another --output_dir")
     clips = scorer.find(args.inputs, args.scan_cache)
     hours = float((clips.frame_counts / clips.fps).sum()) / 3600
-    logger.info(f"{len(clips)} videos of {hours:.3g} hours, {len(scorer.index(clips))} scores")
+    length = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
+    logger.info(f"{len(clips)} videos of {length}, {len(scorer.index(clips))} scores")
     check_writable(output_dir, BYTES_OF_A_SCORE * len(scorer.index(clips)))
     write_run_record(record, vars(args), process.world_size)
     return clips

@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -84,6 +85,10 @@ def build_clips(
             table = with_consensus(table, root, labels)
     except OSError as e:
         raise DataError(f"{root}: cannot be read ({e})") from e
+    except DataError as e:
+        if os.path.exists(root) or not data_set.home:
+            raise
+        raise DataError(f"{e}. There is no {root}; {name} is from {data_set.home}, see docs/data.md") from e
     if table.left_out:
         clips = first_few(table.left_out)
         logger.warning(f"{table}: {len(table.left_out)} of {table.listed} clips are left out: {clips}")

@@ -203,3 +203,24 @@ class BatchLoader:
         batch = {name: torch.cat([sample[name] for sample in read]) for name in sorted(tensors)}
         batch |= {"video": video.flatten(0, 1), "samples": names, "skipped": faults, "notes": notes}
         return batch | {"weight": float(bool(names))}
+
+
+def example_batch(
+    dataset: WindowDataset, count: int, *, num_workers: int, read_timeout: float
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the same few samples at every call, in turn of each source, as a BatchLoader does, and their names.
+
+    Clips that cannot be read stand neither in the batch nor in the names; a batch of none has one name that says so.
+    """
+    keys, sources = [], dataset.sources
+    for k in range(count):
+        number = k % len(sources)
+        keys.append((0, number, k, (2 * k + 1) * len(sources[number].index) // (2 * count)))
+    loader = BatchLoader(dataset, [keys], num_workers=min(num_workers, 1), read_timeout=read_timeout)
+    (batch,) = loader
+    loader.close()
+    shown = zip(batch["source"].tolist(), batch["window"].tolist(), strict=True)
+    names = [f"{s.clips.name}, {s.clips[s.index.clip_of(w)].name}" for s, w in ((sources[n], w) for n, w in shown)]
+    if not batch["samples"]:
+        names = ["none of the clips to show can be read"]
+    return batch, names

@@ -163,9 +163,14 @@ class ClipTable(Sequence):
         return self.clips[i]
 
     @property
+    def listed_names(self) -> list[str]:
+        """The names of the clips of the split, with those that are not in the table."""
+        return [*(clip.name for clip in self.clips), *self.unreadable, *self.left_out]
+
+    @property
     def listed(self) -> int:
         """The number of clips of the split, with those that are not in the table."""
-        return len(self.clips) + len(self.unreadable) + len(self.left_out)
+        return len(self.listed_names)
 
     def require_labels(self) -> None:
         """Raise DataError where a clip is unlabelled."""

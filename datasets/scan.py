@@ -36,18 +36,23 @@ class VideoScan:
         cache: JSON file, made where absent.
         workers: processes that open videos.
         read_timeout: seconds without a sign of life after which a video counts as unreadable, this time.
+        known_only: no video is opened; one that the cache does not know is refused.
     """
 
-    def __init__(self, cache: str | Path, *, workers: int, read_timeout: float = READ_TIMEOUT):
-        self.cache, self.workers, self.read_timeout = Path(cache), workers, read_timeout
+    def __init__(
+        self, cache: str | Path, *, workers: int, read_timeout: float = READ_TIMEOUT, known_only: bool = False
+    ):
+        self.cache, self.workers, self.read_timeout, self.known_only = Path(cache), workers, read_timeout, known_only
 
     def __call__(self, paths: Sequence[str]) -> list[VideoInfo]:
         """Return the VideoInfo of each path, in order. A missing file is a problem too, but is not remembered.
 
-        Raises DataError where the cache cannot be used.
+        Raises DataError where the cache cannot be used, or does not know a video under known_only.
         """
         known, stamps = self._load(), {path: _stamp(path) for path in paths}
         stale = {path: stamp for path, stamp in stamps.items() if stamp and known.get(path, [None])[0] != stamp}
+        if stale and self.known_only:
+            raise DataError(f"{self.cache}: the frames of {len(stale)} of {len(paths)} videos are not counted in it")
         failed = self._probe_all(stale, known) if stale else {}
         missing = VideoInfo(0, 0.0, "no such file, or no permission to read it")
         found = {path: VideoInfo(*known[path][1:]) if path in known else missing for path in paths}

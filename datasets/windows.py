@@ -101,6 +101,10 @@ class WindowIndex:
         kept = self._kept.get(clip)
         return clip, self.frames(clip, self._first_lasts[clip] + within * self.stride if kept is None else kept[within])
 
+    def clip_of(self, i: int) -> int:
+        """Return the clip of window i."""
+        return self[i][0]
+
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Return self[i]: a window leaves nothing to chance."""
         return self[i]
@@ -161,6 +165,10 @@ class RandomClipIndex:
         """1: a video is drawn from once in an epoch, so that none can be read together."""
         return 1
 
+    def clip_of(self, i: int) -> int:
+        """Return i: a video is a clip."""
+        return i
+
     def sample(self, i: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Draw a clip of video i; returns i and its (num_frames,) int64 source frames."""
         spare = int(self.frame_counts[i]) - self.num_frames * self.step
@@ -217,6 +225,17 @@ def index_clips(
     if not len(index):
         raise DataError(f"{clips}: no clip is long enough for a window of {num_frames} frames at {view_fps:g} fps")
     return index
+
+
+def window_labels(
+    clips: ClipTable, *, num_frames: int, view_fps: float, stride: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return clip, last frame and label of every window of labelled clips: three int64 (n,). Arguments as above."""
+    options = {"num_frames": num_frames, "view_fps": view_fps, "stride": stride, "keep": kept_frames(clips)}
+    clip, frame = WindowIndex(clips.frame_counts, src_fps=clips.fps, **options).locations()
+    first = np.cumsum(clips.frame_counts) - clips.frame_counts
+    labels = np.concatenate([np.zeros(0, np.int64), *(np.asarray(c.labels) for c in clips)]).astype(np.int64)
+    return clip, frame, labels[first[clip] + frame]
 
 
 def _check_pack(clips: ClipTable, index: WindowIndex) -> None:

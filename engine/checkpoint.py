@@ -10,6 +10,7 @@
         checkpoint-<epoch>.pth            weights and their spec, as the next two
         checkpoint-best_auroc.pth         those of the best evaluation so far by that metric
         checkpoint-best_auc_mcc.pth
+        checkpoint-best_probe.pth         those of the best linear probe during DAPT
         .lock                             of the run that is in the folder now; see utils/lock.py
 
 A kill at any instant leaves a whole checkpoint-last/ or checkpoint-last.old/, and weights files are replaced in one
@@ -78,6 +79,7 @@ class Progress:
     num_windows: windows of each data set; a resumed run must find the same.
     steps_per_epoch: what data and batch make of an epoch; a resumed run must find the same.
     left_out: steps in a row, up to the last, whose loss or gradient was not finite.
+    health: what `engine.health` has found so far.
     """
 
     epoch: int = 0
@@ -87,6 +89,7 @@ class Progress:
     num_windows: list[int] = field(default_factory=list)
     steps_per_epoch: int = 0
     left_out: int = 0
+    health: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps_done(self) -> int:
@@ -235,6 +238,7 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     expected = {"model", "optimizer", "scaler", "model_ema", "ranks", "args", *(item.name for item in fields(Progress))}
     if not isinstance(state, dict) or not {"model", "optimizer", "args"} <= state.keys():
         raise ConfigError(f"{path} is not the state of a run; weights alone are for --finetune or --from_ckpt")
+    state.setdefault("health", {})  # states from before it go on
     if missing := sorted(expected - state.keys()):
         raise ConfigError(
             f"{path} is of another version of this code (no {', '.join(missing)}): continue it with that version, or "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.metrics import frame_metrics
+from engine.report.lists import clip_list
 from engine.session import Session
 from utils.distributed import gather
 from utils.files import replaced
@@ -68,7 +69,7 @@ class Predictions:
     clip: (n,) number of the clip.
     frame: (n,) last source frame.
     label: (n,) 0 or 1; None where the clips are unlabelled.
-    logits: (n, 2) float32, safe and anomalous.
+    logits: (n, 2) float32, safe and anomalous; of a model that is no classifier what it returns, (n, D).
     faults: what is wrong with clips, each with number, name and frames, 0 where the clip cannot be read.
     time: (n,) float64, when the frame is shown, in seconds of the clip; None where that is not known.
     """
@@ -261,6 +262,7 @@ def gather_predictions(
     parts = gather(scored)
     if parts is None:
         return None
+    parts = [part for part in parts if len(part[0])] or parts[:1]  # without windows it is (0, 2)
     clip, frame, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((frame, clip))
     clip, frame, logits = clip[order], frame[order], logits[order]
@@ -283,20 +285,25 @@ def gather_predictions(
     return Predictions(clip, frame, label, logits, list(faults), time)
 
 
-_LABELS = ("label", "ttc", "category", "ego", "night")
-COLUMNS = ("clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", *_LABELS)
+_OF_CLIPS = ("category", "ego", "night", "source", "is_positive", "event_time", "alert_time")
+COLUMNS = ("clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc", *_OF_CLIPS)
 
 
 def write_predictions(path: str | Path, predictions: Predictions, clips: Any) -> None:
-    """Write predictions.csv: COLUMNS, one row per window.
+    """Write predictions.csv: COLUMNS and a column for each of the clips' groups, one row per window.
 
-    clips: the ClipTable, labelled. time and ttc, the time to the accident, are in seconds; ttc is empty in a clip
-    without anomaly, category, ego and night (1 or 0) where they are not known.
+    A group called as one of COLUMNS goes to "group_<name>". time, ttc, event_time and alert_time are in seconds; ttc is
+    empty in a clip without anomaly, and what says something of the clip (1 or 0 for yes or no) where it is not known.
+
+    clips: the ClipTable, labelled.
     """
-    ttc = {c: clips[c].ttc for c in np.unique(predictions.clip)}
+    scored = np.unique(predictions.clip).tolist()
+    ttc = {c: clips[c].ttc for c in scored}
+    groups = list(dict.fromkeys(name for c in scored for name in clips[c].groups))
+    about = {c: [*_about_clip(clips[c]), *(clips[c].groups.get(name) for name in groups)] for c in scored}
     with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         writer = csv.writer(f)
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, *(f"group_{name}" if name in COLUMNS else name for name in groups)])
         for c, frame, time, label, (safe, risk), score in zip(
             predictions.clip.tolist(),
             predictions.frame.tolist(),
@@ -309,8 +316,14 @@ def write_predictions(path: str | Path, predictions: Predictions, clips: Any) ->
             clip, seconds = clips[c], ttc[c][frame]
             row = [clip.name, clip.filename(frame), frame, round(time, 9)]
             row += [f"{value:.9g}" for value in (safe, risk, score)]
-            row += [label, "" if np.isnan(seconds) else f"{seconds:.6g}", clip.category]
-            writer.writerow([*row, *(known if known is None else int(known) for known in (clip.ego, clip.night))])
+            writer.writerow([*row, label, "" if np.isnan(seconds) else f"{seconds:.6g}", *about[c]])
+
+
+def _about_clip(clip: Any) -> list[Any]:
+    """Return the cells of _OF_CLIPS; None is an empty one."""
+    flags = [known if known is None else int(known) for known in (clip.ego, clip.night, clip.is_positive)]
+    times = [known if known is None else round(float(known), 9) for known in (clip.event_time, clip.alert_time)]
+    return [clip.category, *flags[:2], clip.recording, flags[2], *times]
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -343,16 +356,20 @@ def write_metrics(path: str | Path, metrics: dict[str, Any]) -> None:
 def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
     """Say what of a split the predictions cover, for metrics.json: "coverage" is "35 of 40 clips".
 
+    "clip_list" is the `clip_list` of what is scored, so that figures on other clips can be told apart.
+
     clips: the ClipTable. A clip that is not scored is in "unreadable", "left_out", "frame_mismatch" or, without a
     fault, "too_short" for a window, or "ignored": all of its windows end on frames that are neither safe nor anomalous.
     """
     scored, faults = set(predictions.clip.tolist()), predictions.faults
     known = scored | {fault.number for fault in faults}
     windowless = [clip for number, clip in enumerate(clips) if number not in known]
+    names = [clips[number].name for number in sorted(scored)]
     return {
         "clips": clips.listed,
         "clips_scored": len(scored),
         "coverage": f"{len(scored)} of {clips.listed} clips",
+        "clip_list": clip_list(names, clips.listed_names),
         "unreadable": [*clips.unreadable, *(fault.name for fault in faults if not fault.frames)],
         "left_out": clips.left_out,
         "frame_mismatch": [fault.name for fault in faults if fault.frames],
@@ -365,4 +382,4 @@ def coverage(predictions: Predictions, clips: Any) -> dict[str, Any]:
 def summary(metrics: dict[str, float]) -> str:
     """Return the figures of the published tables, in percent, on one line."""
     names = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5", "accuracy": "accuracy"}
-    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  n {metrics['n']}"
+    return "  ".join(f"{shown} {100 * metrics[name]:.2f}" for name, shown in names.items()) + f"  {metrics['n']} frames"

@@ -130,7 +130,9 @@ class ScoreTable:
 
 
 def _edges(scores: np.ndarray, label: np.ndarray, n_units: int) -> tuple[np.ndarray, bool]:
-    """Return the lowest score of each column, ascending, and whether each distinct score has its own."""
+    """Return the lowest score of each column, ascending, one at least, and whether each distinct score has its own."""
+    if not len(scores):
+        return np.zeros(1, np.float32), True
     ordered = [np.sort(scores[label]), np.sort(scores[~label])]
     distinct = np.unique(np.concatenate([s[np.r_[True, s[1:] != s[:-1]]] if len(s) else s for s in ordered]))
     if len(distinct) <= EXACT or (len(distinct) <= EXACT_OF_FEW and len(distinct) * n_units <= FEW_CELLS):

@@ -195,4 +195,4 @@ def _report(
     left = seconds / clock.steps * (progress.steps_per_epoch - progress.step)
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in (means | performance).items())
     place = f"epoch {progress.epoch}  step {progress.step}/{progress.steps_per_epoch}"
-    logger.info(f"{place}  {left / 60:.1f} min left  {numbers}")
+    logger.info(f"{place}  {left / 60:.1f} min to its end  {numbers}")

@@ -4,6 +4,7 @@ OUTPUT_DIR/
     eval_args.json          arguments and weights; with predictions.csv comes under "scores" what is known of them
     predictions.csv         a row for each scored frame
     metrics.json  plots/    made of it
+    report.html  .json      made of it, with more of the data set where that is at hand
 
 The operating point is made of it, too. It is written into the weights file first, then into metrics.json: an evaluation
 that is whole has done both. eval_args.json keeps under "amended" which weights files this has made of the one scored.
@@ -14,24 +15,29 @@ import os
 import socket
 import tempfile
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from engine.baselines import LabelTable
 from engine.checkpoint import CheckpointWriteError, NotAmended, amend_spec
-from engine.evaluate import EvaluationError, Predictions, read_predictions, write_metrics, write_predictions
+from engine.evaluate import EvaluationError, Predictions, read_predictions, summary, write_metrics, write_predictions
 from engine.events import EventRule
 from engine.operating_point import NoOperatingPoint, OperatingPoint, find_operating_point, labelled_curves
 from engine.plots import FIGURES, evaluation_figures, save_figures
+from engine.report import Options, ScoresError, make_report, read_frames, save_report
+from engine.report.build import Pictures
 from utils.cli import ConfigError
 from utils.damage import parse_json
 from utils.files import replaced
 from utils.record import differing, write_json, write_run_record
 
 SCORES, RECORD = "predictions.csv", "eval_args.json"
-BYTES_OF_A_ROW = 160  # of predictions.csv, about
-_REST = ("metrics.json", *(f"plots/{name}.png" for name in FIGURES))
+BYTES_OF_A_ROW = 200  # of predictions.csv, about
+_REST = ("metrics.json", *(f"plots/{name}.png" for name in FIGURES), "report.json", "report.html")
 logger = logging.getLogger("tad")
 
 
@@ -116,7 +122,7 @@ class WantedPoint:
 def unfinished_evaluation(
     folder: Path, arguments: Mapping[str, Any], free: Set[str], weights: str | None
 ) -> dict[str, Any] | None:
-    """Return what is known of the scores in a folder that lacks metrics.json or plots; None where nothing is scored.
+    """Return what is known of the scores in a folder that lacks metrics, plots or the report; None where none are.
 
     Args:
         arguments: of this evaluation, which must equal those of the scores but for the names in `free`.
@@ -140,6 +146,7 @@ def unfinished_evaluation(
         raise ConfigError(f"{refusal} (it is of an evaluation with other arguments: {'; '.join(changes)})")
     if _stamp(weights) not in (then, *record.get("amended", [])):
         raise ConfigError(f"{refusal} (it is of weights that have changed since)")
+    logger.info(f"{path} is there: nothing is scored, metrics, plots and the report are made of it")
     return known
 
 
@@ -212,16 +219,46 @@ def finish_evaluation(folder: Path, known: Mapping[str, Any], wanted: WantedPoin
     if zlib.crc32(path.read_bytes()) != known["crc32"]:
         raise EvaluationError(f"{path} is not as it was written: remove it to score again")
     metrics, about = predictions.metrics(), known["about"]
-    point = wanted.find(predictions, f"{about['data_set']} {about['split']}")
+    split = f"{about['data_set']} {about['split']}"
+    point = wanted.find(predictions, split)
     content = {**about, **metrics, "operating_point": point and point.to_spec()}
     if point:
         wanted.store(folder, point)
     try:
         write_metrics(folder / "metrics.json", content)
-        save_figures(folder / "plots", evaluation_figures(predictions.score, predictions.label, metrics))
+        of = ", ".join(filter(None, (about.get("model"), split)))  # scores of earlier versions name no model
+        save_figures(folder / "plots", evaluation_figures(predictions.score, predictions.label, metrics, of))
     except OSError as e:
         raise EvaluationError(
             f"{e.filename}: cannot be written ({e.strerror}); {SCORES} is kept, and the same command goes on from it"
         ) from e
     logger.info(f"{SCORES}, metrics.json and plots/ are in {folder}")
+    logger.info(f"{summary(content)}  {content['coverage']}")
     return content
+
+
+def report_evaluation(
+    folder: Path,
+    train: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+    train_words: str,
+    listed: Sequence[str] | None,
+    pictures: Pictures | None,
+) -> None:
+    """Write report.html and report.json of predictions.csv, and log whether the model beats the position prior.
+
+    Where they cannot be made, that is logged, and how to make them: the evaluation is whole without.
+
+    train: clip, frame and label, (n,) each, that the baselines are learned on; train_words, listed: of Options.
+    pictures: of `save_report`.
+    """
+    options = Options(train=LabelTable(*train) if train else None, train_words=train_words, listed=listed)
+    try:
+        report = make_report({folder.absolute().name: [read_frames(folder / SCORES)]}, options)
+        *_, page = save_report(report, folder, pictures)
+    except (OSError, ScoresError) as e:
+        why = f"{e.filename}: cannot be written ({e.strerror})" if isinstance(e, OSError) else e
+        again = f"the same command makes it of {SCORES}, as python -m engine.report {folder} does"
+        logger.warning(f"there is no report: {why}; metrics.json and plots/ are whole, and {again}")
+        return
+    logger.info(report["models"][0]["baselines"]["verdict"])
+    logger.info(f"report: {page}")

@@ -1,21 +1,18 @@
 """Pieces of report.html: the style, curves as inline SVG, pictures as data URIs. Every name is escaped here."""
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
 
 from engine.curve import RiskCurve, Thumbnail, envelope
+from engine.pictures import data_uri
 from engine.summary import clock, score_at
 from utils.text import printable
 
 _WIDE, _HIGH = 1000, 200  # units of a curve's drawing, which is stretched to the page
 _PARTS = 300  # of a curve, each with its highest and lowest score: some 7 kB for a video of any length
 _OF_WORDS = ("Video", "Reason")  # columns of a table
-_PICTURE = (320, 180)  # pixels of a thumbnail at most
 
 STYLE = """
 :root { color-scheme: light; }
@@ -101,14 +98,6 @@ def thumbnail_figures(curve: RiskCurve, thumbnails: Sequence[Thumbnail]) -> str:
         picture = f'<img src="{data_uri(shown.picture)}" alt="frame {shown.frame}" loading="lazy">'
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="peaks">{"".join(figures)}</div>' if figures else ""
-
-
-def data_uri(picture: np.ndarray) -> str:
-    """Return uint8 (H, W, 3) RGB as a JPEG in a data URI, shrunk to 320 x 180 pixels at most."""
-    image, held = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
-    image.thumbnail(_PICTURE)
-    image.save(held, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
 def _x(curve: RiskCurve, seconds: float | np.ndarray) -> float | np.ndarray:

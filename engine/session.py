@@ -1,6 +1,7 @@
 """A training run as its loop sees it: records, saving, and stopping when asked."""
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ def start_session(
             check_room(output_dir, state)
         rewind_folder(output_dir, state, world_size=process.world_size)
     tensorboard = TensorBoard(log_dir if process.is_main else None, state.progress.steps_done)
+    logger.info(f"to watch it: tensorboard --logdir {shlex.quote(str(log_dir))}")
     nonfinite_file = output_dir / "nonfinite.jsonl" if process.is_main else None
     precise = state.optimization.dtype == torch.float32
     guard = NonFinite(state.progress, nonfinite_file, limit=max_nonfinite, precise=precise)

@@ -17,10 +17,10 @@ from utils.distributed import broadcast
 logger = logging.getLogger("tad")
 
 
-def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtype) -> dict[str, float]:
+def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtype, name: str) -> dict[str, float]:
     """Return the metrics of a split, on every rank; scalars and figures go to TensorBoard.
 
-    windows: its SplitWindows. dtype: of autocast.
+    windows: its SplitWindows. dtype: of autocast. name: of the model, for the figures.
     """
     predictions = Scorer(windows, dtype).score(model, session)
     metrics, step = None, session.progress.steps_done
@@ -28,7 +28,8 @@ def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtyp
         metrics = predictions.metrics()
         logger.info(f"{summary(metrics)}  {coverage(predictions, windows.clips)['coverage']}")
         session.tensorboard.scalars("val", metrics, step)
-        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics), step)
+        figures = evaluation_figures(predictions.score, predictions.label, metrics, f"{name}, {windows.clips}")
+        session.tensorboard.figures("val", figures, step)
     return broadcast(metrics)
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from helpers import ROOT
+from helpers import ROOT, tree
 from torch.distributed.launcher.api import LaunchConfig
 
 FINETUNE = ["run_finetune.py", "--model", "vit_tiny_patch16_64", "--data_set", "DoTA", "--device", "cpu"]
@@ -39,20 +39,6 @@ def finetune(data, *more):
 
 def dapt(data, *more):
     return [*DAPT, "--data_path", data / "dota", data / "videos", "--max_bad_samples", 1000, *more]
-
-
-def tree(pid):
-    """Process ids of a process and everything below it, parents first."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found = [pid]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
 
 
 class Run:

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -76,18 +78,38 @@ def published_file(path: Path, fixture: dict) -> Path:
 def run(
     *command: str, processes: int = 0, timeout: float = 300, env: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository with this Python, under torchrun where processes > 0."""
+    """Run a script of the repository with this Python, under torchrun where processes > 0.
+
+    Too late, all of its processes are killed: one that is left would hold the pipes open, and this would wait for ever.
+    """
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        launcher + [str(c) for c in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    words, pipes = launcher + [str(c) for c in command], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            for pid in reversed(tree(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def tree(pid: int) -> list[int]:
+    """Process ids of a process and everything below it, parents first."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
 
 
 def load_weights(path) -> dict[str, torch.Tensor]:

@@ -168,9 +168,7 @@ def test_risk_picture(tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / name) for name in ("v.mp4", "v", "risk.png")]
     monkeypatch.setattr(sys, "argv", ["risk_picture", *words])
     risk_picture.main()
-    assert (
-        "frames [11, 17, 23, 28, 34, 39]" in capsys.readouterr().out and (tmp_path / "risk.png").stat().st_size > 9999
-    )
+    assert "frames [11, 18, 25, 32, 39]" in capsys.readouterr().out and (tmp_path / "risk.png").stat().st_size > 9999
     monkeypatch.setattr(sys, "argv", ["risk_picture", words[0], str(tmp_path), words[2]])
     with pytest.raises(SystemExit, match=f"error: {tmp_path}: holds no scores"):
         risk_picture.main()

@@ -105,6 +105,49 @@ def test_what_cannot_be_written_is_made_again_from_the_scores(
         evaluate(dota_root, tmp_path, weights)
 
 
+def test_an_evaluation_ends_with_its_report(dota_root, evaluated):
+    (made,) = json.loads((evaluated / "report.json").read_text())["models"]
+    trivial = made["baselines"]["of"]
+    train = len((dota_root / "dataset" / "train_split.txt").read_text().split())
+    assert trivial["position"]["how"] == f"learned on the labels of DoTA train, {train} clips"
+    assert made["data"]["sources"] == made["data"]["clips"] == 5  # of the column source: the names would say 1
+    assert made["data"]["clip_list"] == json.loads((evaluated / "metrics.json").read_text())["clip_list"]
+    shown = sum(len(c["shown"]) for c in (*made["clips"]["best"], *made["clips"]["worst"], *made["false_alarms"]))
+    assert (evaluated / "report.html").read_text().count("<img") == shown >= 8
+
+
+def test_a_report_that_cannot_be_written_loses_nothing(dota_root, weights, evaluated, tmp_path, no_scoring, capsys):
+    page = tmp_path / "report.html"
+    fill_up(page)
+    evaluate(dota_root, tmp_path, weights)
+    said = capsys.readouterr().out
+    assert f"there is no report: {page}: cannot be written ({FULL}); metrics.json and plots/ are whole" in said
+    assert not page.exists()
+    assert (tmp_path / "metrics.json").read_text() == (evaluated / "metrics.json").read_text()
+    no_scoring()
+    evaluate(dota_root, tmp_path, weights)  # as was said
+    said = capsys.readouterr().out
+    assert re.search("The model .* a prior that knows nothing but where in its clip", said)
+    assert f"report: {page}" in said and files(tmp_path) == files(evaluated)
+    assert page.read_text().count("<img") == (evaluated / "report.html").read_text().count("<img")
+
+
+def test_a_report_without_the_data_at_hand_says_so(dota_root, weights, evaluated, tmp_path, no_scoring, capsys):
+    """The scores are there, the pictures and the labels are not any more."""
+    shutil.copytree(dota_root, tmp_path / "data")
+    evaluate(tmp_path / "data", tmp_path / "run", weights)
+    for made in ("report.json", "report.html"):
+        (tmp_path / "run" / made).unlink()
+    shutil.rmtree(tmp_path / "data")
+    no_scoring()
+    evaluate(tmp_path / "data", tmp_path / "run", weights)
+    said = capsys.readouterr().out
+    assert "no pictures in the report, since DoTA val is not at hand" in said
+    (made,) = json.loads((tmp_path / "run" / "report.json").read_text())["models"]
+    assert "each tenth from the others: DoTA train is not at hand (" in made["baselines"]["of"]["position"]["how"]
+    assert "<img" not in (tmp_path / "run" / "report.html").read_text() and files(tmp_path / "run") == files(evaluated)
+
+
 def test_a_weights_file_without_room_stays_as_it_is(dota_root, tmp_path, capsys):
     """The operating point is in metrics.json, and nothing is lost."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ MODEL_LIBRARIES = {"torch", "timm", "einops", "models"}
 
 MAKE_ARGUMENTS = ("utils/cli.py", "utils/flags.py", "utils/resolve.py")
 PATHS = [p for room in ROOMS for p in sorted((ROOT / room).glob("**/*.py"))] + sorted(ROOT.glob("run_*.py"))
+PATHS += [ROOT / "tad.py"]
 PATHS += sorted((ROOT / "jobs").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
 PATHS = [str(p.relative_to(ROOT)) for p in PATHS]
 INSIDE = [p for p in PATHS if p.startswith(ROOMS)]

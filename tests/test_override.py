@@ -179,6 +179,7 @@ def test_windows_come_in_another_order_only_at_the_start_of_an_epoch(halfway, go
     [
         (["--lr", "0.1"], r"of a run with other arguments \(lr: 0.001 -> 0.1\): use those; or go on .* --override lr$"),
         (["--lr", "0.1", "--epochs", "9", "--override", "lr"], r"\(epochs: 2 -> 9\): .* --override epochs lr$"),
+        (["--epochs", "1", "--warmup_epochs", "0"], r"of 2 epochs after 1, --epochs 2 --stop_epoch 1; or go on"),
         (["--gelu", "tanh", "--lr", ".1"], "no run is continued with another gelu: start one from the weights of this"),
         (
             ["--override", "gelu"],

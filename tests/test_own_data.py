@@ -39,8 +39,8 @@ def own(tmp_path_factory):
         Image.fromarray(np.full((48, 64, 3), 8 * i, np.uint8)).save(root / "b" / f"{i:04d}.png")
     rows = "clip,path,fps,start_frame,end_frame\nA,a.mp4,,10,25\nA,a.mp4,,40,50\nB,b,10,,\n"
     (root / "train.csv").write_text(rows)
-    labels = "".join(f"C,c.mp4,{t},{int(20 <= t < 40)}\n" for t in range(50))
-    (root / "val.csv").write_text("clip,path,frame,label\n" + labels + "D,broken.mov,0,0\n")
+    labels = "".join(f"C,c.mp4,{t},{int(20 <= t < 40)},7,rain\n" for t in range(50))
+    (root / "val.csv").write_text("clip,path,frame,label,source,weather\n" + labels + "D,broken.mov,0,0,,\n")
     return root
 
 
@@ -70,6 +70,12 @@ def test_training_and_evaluation(own, weights, tmp_path):
     assert [int(r["frame"]) for r in rows] == list(range(first, 50)) and {r["clip"] for r in rows} == {"C"}
     assert [int(r["label"]) for r in rows] == [int(20 <= t < 40) for t in range(first, 50)]
     assert float(rows[17 - first]["ttc"]) == pytest.approx(-3 / 25)
+    assert {(r["source"], r["is_positive"], r["event_time"], r["weather"]) for r in rows} == {("7", "1", "", "rain")}
+    (made,) = json.loads((tmp_path / "eval" / "report.json").read_text())["models"]
+    assert made["data"]["sources"] == 1 and made["groups"]["weather"] == {"left_out": "rain for every clip"}
+    why = f"one recording: nothing is left to learn a prior from; csv train is not at hand ({tmp_path}/scan.json: "
+    assert why in made["baselines"]["of"]["position"]["how"] and "n/a" in made["baselines"]["verdict"]
+    assert (tmp_path / "eval" / "report.html").read_text().count("<img") == len(made["false_alarms"])
 
 
 def test_a_broken_video_in_the_evaluated_split_is_refused_at_once(own, weights, tmp_path):

@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-from background import tree
-from helpers import ROOT, run
+from helpers import ROOT, run, tree
 
 LIMIT = 8  # a loaded machine needs a while for its first picture
 TINY = ["--data_set", "DoTA", "--model", "vit_tiny_patch16_64", "--device", "cpu", "--read_timeout", str(LIMIT)]

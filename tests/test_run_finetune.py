@@ -591,8 +591,10 @@ def test_the_state_of_a_run_that_averages_does_not_say_which_weights(dota_root, 
     average = evaluate(dota_root, tmp_path / "average", state, "--model_key", "model_ema")
     assert average == evaluate(dota_root, tmp_path / "kept", tmp_path / "run" / "checkpoint-0.pth")
     assert average != evaluate(dota_root, tmp_path / "raw", state, "--model_key", "model")
-    with pytest.raises(run_finetune.CheckpointError, match="this is a folder without model.safetensors"):
-        evaluate(dota_root, tmp_path / "folder", state.parent)
+    weights = f"its weights: {tmp_path}/run/checkpoint-0.pth, {tmp_path}/run/checkpoint-best_auc_mcc.pth, "
+    for folder in (state.parent, state.parent.parent):
+        with pytest.raises(run_finetune.CheckpointError, match=f"{folder}: the .* of a run.*; {weights}"):
+            evaluate(dota_root, tmp_path / "folder", folder)
 
 
 def test_a_run_continued_elsewhere_keeps_what_was_left_open(odd, dota_root, tmp_path):
@@ -737,7 +739,7 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
     ("options", "message"),
     [
         (["--model", "vit_tini"], "unknown model 'vit_tini'"),
-        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: A3D, BDD100K, CAP-DATA"),
+        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: A3D, BDD100K, CAP-DATA, .*, did you mean DoTA"),
         (["--aa", "rand-q3"], "--aa 'rand-q3'"),
         (["--input_size", "60"], "input_size 60 must be a multiple of the patch size 16"),
         (["--freeze_layers", "9"], "cannot freeze 9 of 4 blocks"),

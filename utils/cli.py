@@ -1,7 +1,6 @@
 """The command line: a parser whose refusals help, the types of its values, and the error for what does not fit."""
 
 import argparse
-import difflib
 import math
 import re
 import sys
@@ -12,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from utils.exits import fail
+from utils.text import closest
 
 
 class ConfigError(ValueError):
@@ -30,32 +30,64 @@ def config_errors() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; a misspelt flag is answered with the right one, a retired one with the reason.
 
-    retired: {flag: why it is gone}.
+    retired: {flag: why it is gone}, or {"flag value": why} where a value has another answer.
+    most: destinations of the flags that most runs need, which --help puts first.
     """
 
-    def __init__(self, description: str, retired: Mapping[str, str] = MappingProxyType({})):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-        self.retired = retired
+    def __init__(self, description: str, retired: Mapping[str, str] = MappingProxyType({}), most: Sequence[str] = ()):
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        self.retired, self.most = retired, most
         self.free_on_resume: set[str] = set()  # destinations of flags that may change when a run is resumed
         self.overridable: dict[str, bool] = {}  # those --override may change; whether windows come in another order
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else args
-        flags = [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
-        if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
-            self.error("; ".join(map(self._explain, unknown)))
+        answers = [self._answer(*pair) for pair in zip(words, [*words[1:], ""], strict=True)]
+        if answers := list(dict.fromkeys(filter(None, answers))):
+            self.error(answers[0] if len(answers) == 1 else "\n  ".join(["flags that are not known here:", *answers]))
         return super().parse_args(args, namespace)
 
-    def _explain(self, flag: str) -> str:
-        if flag in self.retired:
-            return f"{flag} is gone: {self.retired[flag]}"
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.75)
-        return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "")
+    def _answer(self, word: str, following: str) -> str | None:
+        """Return what is wrong with a word of the command line if it is a flag; None if nothing is."""
+        if not re.match(r"--?[A-Za-z]", word):
+            return None
+        flag, equals, value = word.partition("=")
+        value = value if equals else following
+        for name in (f"{flag} {value}", flag):
+            if name in self.retired:
+                return f"{name} is gone: {self.retired[name]}"
+        if flag in self._option_string_actions:
+            return None
+        return f"unknown flag {flag}{closest(flag, self._option_string_actions)}"
+
+    def format_help(self) -> str:
+        """Return sentences first, then what must be given, what most runs need, and everything else by subject."""
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.add_usage(None, [a for a in self._actions if a.required or not a.option_strings], [])
+        most = [action for name in self.most for action in self._actions if action.dest == name]
+        groups = [(g.title, [a for a in g._group_actions if a not in most]) for g in self._action_groups]
+        groups.insert(1, ("what most runs need", most))  # after what has no flag
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: error: {message}\n(--help lists every flag)", code=2)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with one letter for a number."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if isinstance(action.type, Number):
+            return "N" if action.type.whole else "X"
+        return super()._get_default_metavar_for_optional(action)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+if sys.version_info < (3, 10):  # noqa: UP036  (the first of our files that any command reads)
+    sys.exit(f"error: Python 3.10 or newer is needed; this is {'.'.join(map(str, sys.version_info[:3]))}")
+
 _DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "pillow"}  # package -> where its name is another
 _EXTRAS = ("decord", "openpyxl", "xlrd", "xlwt")  # that single commands need and requirements.txt leaves out
 _OWN = ("benchmarks", "datasets", "engine", "jobs", "models", "utils")

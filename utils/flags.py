@@ -7,7 +7,7 @@ that the script finds the value by the weights file, the model or the data set.
 
 from typing import Any
 
-from utils import names
+from utils import names, retired
 from utils.cli import (
     Number,
     Parser,
@@ -26,39 +26,9 @@ from utils.cli import (
     wait,
 )
 from utils.event_rule import seconds
+from utils.probe_flags import add_probe_flags
 
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
-
-# Flags of simple-tad's commands that have no counterpart, and why.
-_NO_EFFECT = "it had no effect in simple-tad either"
-_TORCHRUN = "torchrun sets it"
-_LISTS = ("data_set", "data_path", "batch_size", "sampling_rate")  # one value for each data set of a mix
-_COMMON_RETIRED = {
-    "--warmup_lr": "the warm-up starts at 0, as it did in simple-tad whatever was given",
-    "--momentum": "optimizers of --opt use timm's own",
-    "--imagenet_default_mean_and_std": "the model's mean and standard deviation are used",
-    **dict.fromkeys(("--world_size", "--local_rank", "--dist_url", "--dist_on_itp"), _TORCHRUN),
-    "--color_jitter": _NO_EFFECT,
-}
-FINETUNE_RETIRED = _COMMON_RETIRED | {
-    "--nb_classes": "the task has two classes, safe and anomalous",
-    "--enable_deepspeed": "DistributedDataParallel with bf16 is the one path",
-    "--dist_eval": "evaluation always runs on every process",
-    "--short_side_size": "use --short_side",
-    "--num_segments": "a window is one segment",
-    "--test_num_segment": "evaluation scores every window once",
-    "--test_num_crop": "evaluation uses the whole frame",
-    "--eval_data_path": "use --data_path with --eval_split",
-    **dict.fromkeys(("--crop_pct", "--resplit", "--eval_option", "--smoothing"), _NO_EFFECT),
-    **dict.fromkeys(("--mixup", "--cutmix", "--cutmix_minmax", "--mixup_prob", "--mixup_switch_prob"), _NO_EFFECT),
-    "--mixup_mode": _NO_EFFECT,
-}
-DAPT_RETIRED = _COMMON_RETIRED | {
-    "--mask_type": "tube masking is the one kind",
-    "--normlize_target": "it is the default; --no_normalize_target turns it off",
-    "--train_interpolation": _NO_EFFECT,
-    **{f"--{n}{k}": f"--{n} takes a list" for n in _LISTS for k in (1, 2, 3)},
-}
 
 
 class FlagGroup:
@@ -70,14 +40,16 @@ class FlagGroup:
     def fixed(self, name: str, default: Any, help: str, **options: Any) -> None:
         """Declare a flag that a run must be resumed with as it was started.
 
-        Its help names the range of a number where that has an upper end, and the default unless that is None. A default
-        of False makes a switch; of True, a switch and its opposite, --no_<name>.
+        Its help names the range of a number where that has an upper end, the default unless that is None, and whether
+        it is required. A default of False makes a switch; of True, a switch and its opposite, --no_<name>.
         """
         if isinstance(default, bool):
             self._switch(name, default, help)
             return
         if isinstance(options.get("type"), Number) and options["type"].high is not None:
             help += f"; {options['type']}"
+        if options.get("required"):
+            help += " (required)"
         if default is not None:
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             help += f" (default: {shown})"
@@ -112,15 +84,20 @@ class FlagGroup:
 
 def finetune_parser(description: str) -> Parser:
     """Return the command line of run_finetune.py."""
-    parser = Parser(description, FINETUNE_RETIRED)
+    most = ("data_set", "data_path", "output_dir", "finetune", "eval", "batch_size", "num_workers", "model")
+    parser = Parser(description, retired.FINETUNE, most)
     group = FlagGroup(parser, "data")
     group.overridable(
-        "data_set", "DoTA", f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own)", reorders=True
+        "data_set",
+        "DoTA",
+        f"one of {', '.join(names.LABELLED_SETS)} (csv is for your own); docs/data.md: where to get each",
+        reorders=True,
+        metavar="NAME",
     )
     help = "labels of the frames: own, or BADAS' consensus (consensus_ego: accidents of the recording car)"
     group.overridable("labels", "own", help, choices=names.LABELS, reorders=True)
     help = "root folder of the data set, or of a pack of it; of csv the folder of train.csv and val.csv"
-    group.free("data_path", None, help, required=True)
+    group.free("data_path", None, help, required=True, metavar="PATH")
     group.overridable(
         "sampling_rate", 1, "step between training windows, in frames of the source", type=positive, reorders=True
     )
@@ -157,7 +134,8 @@ def finetune_parser(description: str) -> Parser:
 
 def dapt_parser(description: str) -> Parser:
     """Return the command line of run_dapt.py."""
-    parser = Parser(description, DAPT_RETIRED)
+    most = ("data_set", "data_path", "output_dir", "from_ckpt", "batch_size", "update_freq", "num_workers", "model")
+    parser = Parser(description, retired.DAPT, most)
     _add_dapt_data_flags(parser)
     _add_dapt_model_flags(parser)
     group = _add_epoch_flags(parser, epochs=20, nb_samples=1_000_000, clips="clips of all sets together")
@@ -169,6 +147,7 @@ def dapt_parser(description: str) -> Parser:
     group = _add_optimizer_flags(parser, min_lr=3e-5, warmup_epochs=1, betas=[0.9, 0.95])
     group.overridable("lr", 3e-4, "base learning rate, x total batch / 256", type=positive_rate)
     _add_dapt_augmentation_flags(parser)
+    add_probe_flags(FlagGroup(parser, "linear probe between epochs"))
     _add_output_flags(parser, save_ckpt_freq=1)
     _add_runtime_flags(parser, seed=0)
     return parser
@@ -185,7 +164,8 @@ def _add_clip_flags(group: FlagGroup) -> None:
     help = "lists of clips to leave out, as python -m datasets.tools.check writes; a name per line, for every data set"
     group.overridable("bad_clips", None, help, type=str, nargs="+", metavar="FILE", reorders=True)
     group.overridable("assume_fps", None, ASSUME_FPS, reorders=True, type=frame_rate)
-    group.free("scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
+    help = "file that keeps the frame counts of videos (default: videos.json in --output_dir)"
+    group.free("scan_cache", None, help, metavar="FILE")
     by = "(default: the weights file's, else the model's)"
     group.fixed("num_frames", None, f"frames of a window {by}", type=frame_count)
     group.fixed("view_fps", None, f"frames per second of a window {by}", type=frame_rate)
@@ -195,14 +175,16 @@ def _add_clip_flags(group: FlagGroup) -> None:
 
 def _add_weights_flags(group: FlagGroup) -> None:
     help = "where the weights are in the file: the first of these"
-    group.free("model_key", "model|module|state_dict|model_state", help)
-    group.free("model_prefix", None, "read only the keys under this prefix, e.g. student. (default: all keys)")
+    group.free("model_key", "model|module|state_dict|model_state", help, metavar="KEYS")
+    group.free(
+        "model_prefix", None, "read only the keys under this prefix, e.g. student. (default: all keys)", metavar="P"
+    )
     help = (
         "slots x rows x columns of the tokens that the weights' position table is for, e.g. 8x14x14, where neither the "
         "file nor its config.json says it; a fixed table is resampled from there, too, and trained (default: as said)"
     )
-    group.free("table_grid", None, help)
-    help = "mean the flags that contradict what the weights file says of itself, instead of an error"
+    group.free("table_grid", None, help, metavar="TxHxW")
+    help = "go on with flags that contradict what the weights file says of itself, instead of ending"
     group.free("override_spec", False, help)
 
 
@@ -232,7 +214,8 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
     group.overridable(
         "warmup_steps", -1, "steps of warm-up instead of --warmup_epochs; -1: off", type=Number(-1, whole=True)
     )
-    group.fixed("opt", "adamw", "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest")
+    help = "optimizer, by timm's name; adam, adamw, momentum and sgd are the fastest"
+    group.fixed("opt", "adamw", help, metavar="NAME")
     group.overridable("opt_eps", 1e-8, "epsilon of Adam", type=share)
     group.overridable("opt_betas", betas, "betas of Adam", nargs=2, type=share_below_1)
     group.overridable("weight_decay", 0.05, "weight decay", type=rate)
@@ -244,8 +227,8 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
 
 def _add_output_flags(parser: Parser, *, save_ckpt_freq: int) -> None:
     group = FlagGroup(parser, "output and resuming")
-    group.free("output_dir", None, "folder for checkpoints, logs and results", required=True)
-    group.free("log_dir", None, "folder for TensorBoard events (default: --output_dir)")
+    group.free("output_dir", None, "folder for checkpoints, logs and results", required=True, metavar="DIR")
+    group.free("log_dir", None, "folder for TensorBoard events (default: --output_dir)", metavar="DIR")
     group.free("auto_resume", True, "continue from --output_dir/checkpoint-last if there is one")
     group.free("resume", None, "start from this checkpoint-last folder if --output_dir has none", metavar="DIR")
     help = "settings of that run to change, e.g. epochs lr, to what the command gives for them"
@@ -294,7 +277,7 @@ def _add_finetune_model_flags(parser: Parser) -> None:
     help = f"{', '.join(names.CLASSIFIERS)}; the tiny ones are for trials (default: the weights file's, else ViT-B)"
     group.fixed("model", None, help, metavar="NAME")
     help = "weights to start from or, with --eval, to evaluate: path or URL (default: random weights)"
-    group.free("finetune", None, help)
+    group.free("finetune", None, help, metavar="FILE")
     _add_weights_flags(group)
     _add_encoder_flags(group)
     help = (
@@ -314,7 +297,9 @@ def _add_finetune_model_flags(parser: Parser) -> None:
 
 def _add_finetune_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
-    group.overridable("aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none")
+    group.overridable(
+        "aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none", metavar="POLICY"
+    )
     help = "of RandAugment's rotations and shears"
     group.overridable("train_interpolation", "bicubic", help, choices=["bilinear", "bicubic"])
     help = "resize training frames to this short side before padding, in pixels; 0: full size"
@@ -328,8 +313,8 @@ def _add_finetune_augmentation_flags(parser: Parser) -> None:
 
 def _add_evaluation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "evaluation")
-    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/")
-    group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all")
+    group.free("eval", False, "evaluate only: predictions.csv, metrics.json, plots/, report.html")
+    group.overridable("eval_split", "val", "split to evaluate, during training too: val, train or all", metavar="SPLIT")
     help = "share of the train split, in whole recordings, to choose the best checkpoint on instead of --eval_split"
     group.fixed("select_split", None, help, type=Number(0, 1, above=True, below=True), metavar="SHARE")
     help = "step between evaluated windows, in frames of the source (default: 1; during training 3 for DADA2K)"
@@ -358,7 +343,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
 def _add_dapt_data_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "data, a value for each data set of the mix")
     known = ", ".join((*names.UNLABELLED_SETS, *names.LABELLED_SETS))
-    help = f"data sets to mix, of {known} (videos is any folder of them)"
+    help = f"data sets to mix, of {known} (videos is any folder of them); docs/data.md: where to get each"
     group.overridable("data_set", ["BDD100K"], help, type=str, nargs="+", metavar="NAME", reorders=True)
     group.free("data_path", None, "root folder, list file or pack of each data set", nargs="+", required=True,
                metavar="PATH")  # fmt: skip
@@ -377,7 +362,7 @@ def _add_dapt_model_flags(parser: Parser) -> None:
         f"{', '.join(names.MASKED_AUTOENCODERS)} (default: the weights file's, else pretrain_videomae_base_patch16_224)"
     )
     group.fixed("model", None, help, metavar="NAME")
-    group.free("from_ckpt", None, "weights to start from: path or URL (default: random weights)")
+    group.free("from_ckpt", None, "weights to start from: path or URL (default: random weights)", metavar="FILE")
     _add_weights_flags(group)
     _add_encoder_flags(group)
     help = "blocks of the decoder (default: the weights file's, else the model's, 4 for small and base)"
@@ -394,6 +379,6 @@ def _add_dapt_augmentation_flags(parser: Parser) -> None:
     help = "pad or squash, RandAugment and crop as fine-tuning sees clips (default, but for Kinetics)"
     opposite = "VideoMAE's multi-scale crop of the wide frame alone"
     group.pair("transforms_finetune_align", help, opposite, overridable=True)
-    group.overridable("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none")
+    group.overridable("aa", "rand-m3-n3-mstd0.5-inc1", "RandAugment policy of aligned clips, or none", metavar="POLICY")
     help = "short side of frames before the crop, in pixels (default: 320 at --input_size 224)"
     group.overridable("short_side", None, help, type=from_to(16, 4096))

@@ -9,12 +9,12 @@ OUTPUTS = ("scores", "curve", "overlay", "report")
 
 def predict_parser(description: str) -> Parser:
     """Return the command line of run_predict.py."""
-    parser = Parser(description)
+    parser = Parser(description, most=("weights", "output_dir", "threshold", "write", "num_workers", "stream"))
     help = "video files, folders that are searched for them, lists of them, zips or folders of pictures"
     parser.add_argument("inputs", nargs="*", metavar="VIDEO_OR_FOLDER", help=help)
     group = FlagGroup(parser, "what to score with")
     help = "weights file, which says what its model is fed: of run_finetune.py, or exported by python -m models.export"
-    group.free("weights", None, help, required=True)
+    group.free("weights", None, help, required=True, metavar="FILE")
     group.fixed("stride", 1, "step between scores, in frames of the video", type=positive)
     help = "before a window is full: no scores (none), or those of a window that repeats the first frame, marked"
     group.fixed("warm_up", "none", help, choices=["none", "repeat"])
@@ -61,14 +61,17 @@ def _add_live_flags(parser: Parser) -> None:
 
 def _add_output_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "output")
-    group.free("output_dir", None, "folder for what is written, a folder in it for each video", required=True)
+    group.free(
+        "output_dir", None, "folder for what is written, a folder in it for each video", required=True, metavar="DIR"
+    )
     help = (
         "what to write, with commas: scores (scores.csv and events.json, always written), curve (curve.png), overlay "
         "(overlay.mp4), report (summary.csv and report.html over all videos)"
     )
     group.free("write", ",".join(OUTPUTS), help, metavar="NAMES")
     group.free("explain", False, "draw where the model looked at the peak of each event")
-    group.free("scan_cache", None, "file that keeps the frame counts of videos (default: videos.json in --output_dir)")
+    help = "file that keeps the frame counts of videos (default: videos.json in --output_dir)"
+    group.free("scan_cache", None, help, metavar="FILE")
 
 
 def _add_runtime_flags(parser: Parser) -> None:

@@ -109,8 +109,11 @@ class Changeable:
                 f"; no run is continued with another {', '.join(lasting)}: start one from the weights of this one, "
                 "--finetune or --from_ckpt its checkpoint-<epoch>.pth"
             )
-        words = " ".join(changes)
-        return (
+        words, sooner = " ".join(changes), ""
+        if "epochs" in changes and changes["epochs"][1] < changes["epochs"][0]:
+            before, now = changes["epochs"]
+            sooner = f"; to end its schedule of {before} epochs after {now}, --epochs {before} --stop_epoch {now}"
+        return sooner + (
             f"; or go on with the new ones in another --output_dir: --resume {state} --override {words}"
             if state
             else ""

@@ -96,6 +96,14 @@ def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
         args.augment_on = "device" if args.device == "cuda" else "worker"
 
 
+def resolve_probe(args: argparse.Namespace) -> None:
+    """Fill probe_every in place. Raises ConfigError where there is nothing to fit a probe on."""
+    if args.probe_every is None:
+        args.probe_every = 1 if args.probe_data_path else 0
+    if args.probe_every and not args.probe_data_path:
+        raise ConfigError("--probe_every needs labelled data: give --probe_data_path, and --probe_data_set if not DoTA")
+
+
 def resolve_schedule(args: argparse.Namespace) -> None:
     """Fill stop_epoch and weight_decay_end in place. Raises ConfigError where start, stop and end are out of order, the
     warm-up is no shorter than the schedule, or the final rate is above the first.

@@ -1,5 +1,6 @@
 """Pieces of messages: the first few of many names, the short reason of an error, names to write or show."""
 
+import difflib
 from collections.abc import Iterable
 
 _LONGEST = 400  # characters of an item: a damaged file may have a name of megabytes
@@ -37,3 +38,10 @@ def label_of(name: str, limit: int = 60) -> str:
     if len(name) <= limit:
         return name
     return f"{name[: (limit - 3) // 2]}...{name[len(name) - (limit - 2) // 2 :]}"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return ", did you mean DoTA?" with the known name nearest to a wrong one, capitals aside; "" if none is near."""
+    by_letters = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_letters, n=1, cutoff=0.75)
+    return f", did you mean {by_letters[near[0]]}?" if near else ""

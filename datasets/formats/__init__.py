@@ -17,6 +17,7 @@ from datasets.formats.dota import load_dota
 from datasets.formats.nexar import load_nexar
 from datasets.formats.video_csv import load_csv
 from datasets.formats.videos import load_bdd100k, load_kinetics, load_videos
+from utils.text import closest
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DataSet:
     dapt_stride: its step between windows in source frames, for Kinetics between the frames of a clip.
     dapt_aligned: whether it crops clips as fine-tuning sees them.
     dapt_enlarge: whether it enlarges small frames.
+    home: where to get it; "" for one's own.
     """
 
     load: Callable[..., ClipTable]
@@ -47,23 +49,53 @@ class DataSet:
     dapt_stride: int = 1
     dapt_aligned: bool = True
     dapt_enlarge: bool = True
+    home: str = ""
 
 
 _VIDEOS = partial(DataSet, of_videos=True, labelled=False)
 _DOTA = {"train": (3275, 334_903), "val": (1402, 142_747)}
+_DOTA_HOME, _MM_AU_HOME = (
+    "github.com/MoonBlvd/Detection-of-Traffic-Anomaly",
+    "huggingface.co/datasets/JeffreyChou/MM-AU",
+)
+_DADA = {"assumes_fps": True, "home": _MM_AU_HOME}
 DATA_SETS = {
-    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA),
-    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}),
-    "DADA2K": DataSet(partial(load_dada, "DADA2K"), assumes_fps=True, val_stride=3),
-    "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), assumes_fps=True, val_stride=3),
-    "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), assumes_fps=True, dapt_enlarge=False),
-    "Nexar": DataSet(load_nexar, of_videos=True, published={"train": (1500, None), "val": (667, None)}),
-    "CCD": DataSet(load_ccd, of_videos=True),
-    "DAD": DataSet(load_dad, of_videos=True, published={"train": (1284, 128_400), "val": (466, 46_600)}),
-    "A3D": DataSet(load_a3d, splits=("all",), published={"all": (1500, 128_175)}),
+    "DoTA": DataSet(partial(load_dota, "DoTA"), published=_DOTA, home=_DOTA_HOME),
+    "DoTA_half": DataSet(partial(load_dota, "DoTA_half"), published={"val": _DOTA["val"]}, home=_DOTA_HOME),
+    "DADA2K": DataSet(partial(load_dada, "DADA2K"), val_stride=3, **_DADA),
+    "DADA2K_half": DataSet(partial(load_dada, "DADA2K_half"), val_stride=3, **_DADA),
+    "CAP-DATA": DataSet(partial(load_dada, "CAP-DATA"), dapt_enlarge=False, **_DADA),
+    "Nexar": DataSet(
+        load_nexar,
+        of_videos=True,
+        published={"train": (1500, None), "val": (667, None)},
+        home="huggingface.co/datasets/nexar-ai/nexar_collision_prediction",
+    ),
+    "CCD": DataSet(load_ccd, of_videos=True, home="github.com/Cogito2012/CarCrashDataset"),
+    "DAD": DataSet(
+        load_dad,
+        of_videos=True,
+        published={"train": (1284, 128_400), "val": (466, 46_600)},
+        home="aliensunmin.github.io/project/dashcam",
+    ),
+    "A3D": DataSet(
+        load_a3d, splits=("all",), published={"all": (1500, 128_175)}, home="github.com/MoonBlvd/tad-IROS2019"
+    ),
     "csv": DataSet(load_csv, of_videos=True, assumes_fps=True),
-    "BDD100K": _VIDEOS(load_bdd100k, splits=("train", "val", "test"), dapt_split="all", dapt_stride=16),
-    "Kinetics": _VIDEOS(load_kinetics, splits=("train",), dapt_stride=4, dapt_aligned=False),
+    "BDD100K": _VIDEOS(
+        load_bdd100k,
+        splits=("train", "val", "test"),
+        dapt_split="all",
+        dapt_stride=16,
+        home="bdd-data.berkeley.edu",
+    ),
+    "Kinetics": _VIDEOS(
+        load_kinetics,
+        splits=("train",),
+        dapt_stride=4,
+        dapt_aligned=False,
+        home="github.com/cvdfoundation/kinetics-dataset",
+    ),
     "videos": _VIDEOS(load_videos, splits=("all",), dapt_split="all", dapt_stride=16),
 }
 
@@ -71,7 +103,7 @@ DATA_SETS = {
 def find_data_set(name: str) -> DataSet:
     """Return a data set by name. Raises DataError with the list of known ones."""
     if name not in DATA_SETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(sorted(DATA_SETS))}")
+        raise DataError(f"unknown data set {name!r}; known: {', '.join(sorted(DATA_SETS))}{closest(name, DATA_SETS)}")
     return DATA_SETS[name]
 
 

@@ -1,7 +1,8 @@
 """DoTA (Detection of Traffic Anomaly, github.com/MoonBlvd/Detection-of-Traffic-Anomaly): annotation files -> clips.
 
 ROOT/dataset/train_split.txt, val_split.txt, half_train_split.txt    one clip name per line
-ROOT/dataset/metadata_train.json, metadata_val.json                  category of each clip
+ROOT/dataset/metadata_train.json, metadata_val.json                  category of each clip, and "recording", which DoTA
+                                                                     has not: there it is in the clip's name
 ROOT/dataset/annotations/<clip>.json                                 a label for each frame
 ROOT/frames/<clip>/images.zip  or  ROOT/frames/<clip>/images/        000000.jpg, 000001.jpg, ... at 10 fps
 """
@@ -117,8 +118,9 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
         raise DataError(f"{path}: not a DoTA annotation: {reason}; take it from the archive again") from e
     if [number for number, _ in rows] != list(range(len(rows))):
         raise DataError(f"{path}: the labelled frames are not 0 to {len(rows) - 1}, one each")
+    recording = video_of(name)
     if metadata is not None:
-        category = category_of(metadata)
+        category, recording = category_of(metadata), str(metadata.get("recording", recording))
     return Clip(
         name=name,
         source=str(root / "frames" / name / "images"),
@@ -128,5 +130,5 @@ def _clip(root: Path, name: str, metadata: dict | None) -> Clip:
         category=category,
         ego=ego,
         night=night,
-        recording=video_of(name),
+        recording=recording,
     )

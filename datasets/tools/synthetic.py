@@ -255,6 +255,7 @@ def render_dota(
                 "anomaly_class": f"{involved}: {scene.kind}",
                 "num_frames": scene.num_frames,
                 "subset": subset,
+                "recording": name,  # each scene is a road of its own
             }
             (root / "dataset" / "annotations" / f"{name}.json").write_text(json.dumps(annotation(name, scene)))
             render_clip(root / "frames" / name, scene, packed=packed)

@@ -1,14 +1,17 @@
 """A report from files of scores to report.json and report.html."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.baselines import LabelTable
 from engine.intervals import LEVEL
-from engine.report.clips import anticipation, extremes, worst_false_alarms
+from engine.pictures import data_uri
+from engine.report.clips import anticipation, extremes, wanted_frames, worst_false_alarms
 from engine.report.compare import compare, shared
 from engine.report.frames import ScoredFrames, read_frames
 from engine.report.html import report_html
@@ -17,6 +20,8 @@ from engine.report.totals import PRIOR, baseline_scores, baselines, by_position,
 from engine.report.units import units_of
 from utils.files import check_writable, replaced
 from utils.logging import jsonable
+
+Pictures = Callable[[Mapping[str, Sequence[int]]], Mapping[tuple[str, int], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Options:
     same_clips: figures of each file are of the frames that all files have, not only those of the comparison.
     threshold: score in [0, 1] from which a frame alarms, for anticipation and false alarms; chosen beforehand.
     train: labels that the baselines are learned on; None = the scored clips themselves, each part from the others.
+    train_words: which labels those are, or why there are none; None = words that say no more than that.
+    listed: names of all clips of the split, scored or not; None = not known.
     """
 
     replicates: int = 1000
@@ -34,6 +41,8 @@ class Options:
     same_clips: bool = False
     threshold: float = 0.5
     train: LabelTable | None = None
+    train_words: str | None = None
+    listed: Sequence[str] | None = None
 
 
 def make_report(models: Mapping[str, Sequence[ScoredFrames]], options: Options) -> dict[str, Any]:
@@ -63,11 +72,12 @@ def _of(frames: ScoredFrames, options: Options) -> dict[str, Any]:
     units = units_of(frames, options.replicates, options.seed)
     samples = {u.kind: u.replicated(frames, frames.score) for u in units}
     total = totals(frames, units, samples)
-    trivial = baseline_scores(frames, options.train)
+    words = options.train_words or ("no training labels were given" if options.train is None else "the training labels")
+    trivial = baseline_scores(frames, options.train, words)
     clips = frames.scored_clips()
     return {
         "path": frames.path,
-        "data": data(frames),
+        "data": data(frames, options.listed),
         "total": total,
         "baselines": baselines(frames, trivial, units[-1], samples[units[-1].kind], total["metrics"]),
         "groups": groups(frames, options.replicates, options.seed),
@@ -87,12 +97,24 @@ def write_report(
     files: {name of a model: its runs}. Raises ScoresError for a file that cannot be read, OSError, which names the
     file, for one that cannot be written.
     """
-    out = Path(out)
     check_writable(out)
-    models = {name: [read_frames(path) for path in paths] for name, paths in files.items()}
-    report = make_report(models, options)
-    contents = {"report.json": json.dumps(jsonable(report), indent=1) + "\n", "report.html": report_html(report)}
+    report = make_report({name: [read_frames(path) for path in paths] for name, paths in files.items()}, options)
+    return report_text(report), save_report(report, out)
+
+
+def save_report(report: Mapping[str, Any], out: str | Path, pictures: Pictures | None = None) -> list[Path]:
+    """Write OUT/report.json and OUT/report.html; returns their paths.
+
+    pictures: gets {clip: frames} and returns those that it can, {(clip, frame): uint8 (H, W, 3) RGB}; the page shows
+    them of the best and the worst clips and of false alarms. None = none are at hand.
+
+    Raises OSError, which names the file; what `pictures` raises passes through.
+    """
+    out = Path(out)
+    found = pictures(wanted_frames(report)) if pictures else {}
+    page = report_html(report, {where: data_uri(picture) for where, picture in found.items()})
+    contents = {"report.json": json.dumps(jsonable(report), indent=1) + "\n", "report.html": page}
     for name, content in contents.items():
         with replaced(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-    return report_text(report), [out / name for name in contents]
+    return [out / name for name in contents]

@@ -1,5 +1,6 @@
 """The clips behind the figures: the best and the worst with their curves, the worst false alarms, anticipation."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,21 +49,35 @@ def extremes(frames: ScoredFrames) -> dict[str, Any]:
     ranked = ranked[~np.isnan(auc[ranked])]
     shown = min(SHOWN, len(ranked) // 2)
 
-    def of(numbers: np.ndarray) -> list[dict[str, Any]]:
-        return [{"auroc": float(auc[i]), "brier": float(brier[i]), **curve(frames, int(i))} for i in numbers]
+    def of(numbers: np.ndarray, right: bool) -> list[dict[str, Any]]:
+        return [
+            {"auroc": float(auc[i]), "brier": float(brier[i]), **curve(frames, i, _telling(frames, i, right))}
+            for i in numbers.tolist()
+        ]
 
     why = None if shown else "fewer than two clips have both anomalous and safe frames"
     return {
-        "best": of(ranked[::-1][:shown]),
-        "worst": of(ranked[:shown]),
+        "best": of(ranked[::-1][:shown], True),
+        "worst": of(ranked[:shown], False),
         "clips_with_both": len(ranked),
         "mean_auroc_within_clip": float(np.nanmean(auc)) if len(ranked) else float("nan"),
         "why_undefined": why,
     }
 
 
-def curve(frames: ScoredFrames, number: int) -> dict[str, Any]:
-    """Return name, x, score and anomalous stretches of a clip, at most POINTS points; x is in seconds or frames."""
+def _telling(frames: ScoredFrames, number: int, right: bool) -> list[int]:
+    """Return the rows of the safe and the anomalous frame of a clip that are scored most right, or most wrong."""
+    rows = np.arange(frames.bounds[number], frames.bounds[number + 1])
+    safe, anomalous = (rows[frames.label[rows] == label] for label in (0, 1))
+    low, high = (np.argmin, np.argmax) if right else (np.argmax, np.argmin)
+    return sorted([int(safe[low(frames.score[safe])]), int(anomalous[high(frames.score[anomalous])])])
+
+
+def curve(frames: ScoredFrames, number: int, shown: Sequence[int]) -> dict[str, Any]:
+    """Return name, x, score and anomalous stretches of a clip, at most POINTS points; x is in seconds or frames.
+
+    shown: rows whose pictures stand beside the curve; "shown" says frame, x, score and label of each.
+    """
     rows = np.arange(frames.bounds[number], frames.bounds[number + 1])
     unit = "frames" if np.isnan(frames.time[rows]).any() else "seconds"
     x = (frames.frame if unit == "frames" else frames.time)[rows]
@@ -75,7 +90,21 @@ def curve(frames: ScoredFrames, number: int) -> dict[str, Any]:
         "x": x[kept].tolist(),
         "score": [round(float(s), 4) for s in frames.score[rows][kept]],
         "anomalous": [[float(x[s]), float(x[e])] for s, e in zip(starts, ends, strict=True)],
+        "shown": [
+            {"frame": int(frames.frame[row]), "x": float(x[row - rows[0]]), "score": float(frames.score[row])}
+            | {"label": int(frames.label[row])}
+            for row in shown
+        ],
     }
+
+
+def wanted_frames(report: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return {clip: frames, ascending} of what a report shows pictures of."""
+    wanted: dict[str, set[int]] = {}
+    for model in report["models"]:
+        for clip in (*model["clips"]["best"], *model["clips"]["worst"], *model["false_alarms"]):
+            wanted.setdefault(clip["clip"], set()).update(point["frame"] for point in clip["shown"])
+    return {name: sorted(frames) for name, frames in wanted.items()}
 
 
 def worst_false_alarms(frames: ScoredFrames, clips: list[ant.ScoredClip], threshold: float) -> list[dict[str, Any]]:
@@ -88,11 +117,14 @@ def worst_false_alarms(frames: ScoredFrames, clips: list[ant.ScoredClip], thresh
                 inside = (clip.time >= start - ant.EPS) & (clip.time < end)
                 found.append((float(clip.score[inside].max()) * (end - start), clip, start, end, inside))
     found.sort(key=lambda item: -item[0])
-    return [
-        {"from": float(start), "to": float(end), "peak": float(clip.score[inside].max())}
-        | {"mean_score": float(clip.score[inside].mean()), **curve(frames, numbers[clip.name])}
-        for _, clip, start, end, inside in found[:ALARMS]
-    ]
+    alarms = []
+    for _, clip, start, end, inside in found[:ALARMS]:
+        number, within = numbers[clip.name], np.flatnonzero(inside)
+        peak = within[np.argmax(clip.score[within])]
+        alarm = {"from": float(start), "to": float(end), "peak": float(clip.score[peak])}
+        alarm["mean_score"] = float(clip.score[inside].mean())
+        alarms.append(alarm | curve(frames, number, [int(frames.bounds[number] + peak)]))
+    return alarms
 
 
 def anticipation(
@@ -104,7 +136,7 @@ def anticipation(
     beside the time bins where no clip is negative. units: of the intervals at the level of clips.
     """
     if not clips:
-        return {"why_undefined": "No clip has times: give a file with the column time"}
+        return {"why_undefined": "No clip has two scored frames with times: give a file with the column time"}
     counts = ant.counts(clips)
     if not counts["timed_positive"]:
         return {"counts": counts, "why_undefined": "No clip has an event after its beginning"}
@@ -112,7 +144,7 @@ def anticipation(
     constant = ant.with_scores(clips, lambda c: np.full(len(c.score), np.float32(0.51)))
     ramp = ant.with_scores(clips, lambda c: np.linspace(0, 1, len(c.score), dtype=np.float32))
     return {
-        "event": "start of the anomaly, the first anomalous frame",
+        "event": _event_words(frames, counts["timed_positive"]),
         "threshold": threshold,
         "counts": counts,
         "sustained_gap_seconds": SUSTAINED_GAP,
@@ -126,6 +158,15 @@ def anticipation(
         "constant_0.51": _figures(constant, 0.5, gap),
         "ramp": _figures(ramp, 0.5, gap),
     }
+
+
+def _event_words(frames: ScoredFrames, timed: int) -> str:
+    """Say what the event of a clip is. timed: clips whose event is known."""
+    stated = sum(time is not None for time in frames.stated("event_time"))
+    first = "start of the anomaly, the first anomalous frame"
+    if not stated:
+        return first
+    return "event_time of the file" + (f"; where it has none, the {first}" if stated < timed else "")
 
 
 def _clip_intervals(clips: list[ant.ScoredClip], frames: ScoredFrames, units: Units) -> dict[str, Any]:

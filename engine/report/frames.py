@@ -14,6 +14,7 @@ from engine.anticipation import ScoredClip
 from engine.baselines import LabelTable
 
 FRAME_COLUMNS = {"clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc"}
+CLIP_COLUMNS = ("source", "is_positive", "event_time", "alert_time")  # what the report knows of them; others are groups
 FAR = -100.0  # ttc of a frame that is far from any anomaly
 _ROWS = 500  # that are read at a time: more fall out of the processor's cache
 _OF_DOTA = re.compile(r".+_\d{6}")  # <YouTube video>_<number>: the video is what a clip was cut from
@@ -62,13 +63,13 @@ class ScoredFrames:
     @cached_property
     def sources(self) -> tuple[np.ndarray | None, str]:
         """(number of the recording of each clip, where that is from); None where recordings are not known."""
-        if "source" in self.columns:
+        if any(self.columns.get("source", ())):
             values, how = self.columns["source"], "the column source"
             values = [value or name for value, name in zip(values, self.names, strict=True)]
         elif all(_OF_DOTA.fullmatch(name) for name in self.names):
             values, how = [name.rpartition("_")[0] for name in self.names], "the clips' names, as in DoTA"
         else:
-            return None, "no column source: clips of one recording count as independent"
+            return None, "no column source, or nothing in it: clips of one recording count as independent"
         numbers: dict[str, int] = {}
         return np.array([numbers.setdefault(value, len(numbers)) for value in values]), how
 
@@ -80,26 +81,37 @@ class ScoredFrames:
         return replace(self, names=[self.names[i] for i in kept], clip=clip, columns=columns, **arrays)
 
     def scored_clips(self) -> list[ScoredClip]:
-        """Return the clips for anticipation metrics, those whose times are known.
+        """Return the clips for anticipation metrics, those whose times, and the time between frames, are known.
 
-        A clip holds an event where a frame is anomalous or has a ttc. Its time E is that of the first anomalous frame,
-        or of the first frame before it minus its ttc; in a clip that begins in its anomaly, or after it, that of the
-        first scored frame: it is missed.
+        A clip holds an event as is_positive says, else where it has an event_time or a ttc or a frame is anomalous. Its
+        time E is the event_time; else that of the first anomalous frame, or of the first frame before it minus its ttc;
+        in a clip that begins in its anomaly, or after it, that of the first scored frame: it is missed. E is unknown
+        where the file says no more than is_positive.
         """
         clips = []
+        stated, known = self.stated("is_positive"), self.stated("event_time")
         for number, name in enumerate(self.names):
             rows = slice(self.bounds[number], self.bounds[number + 1])
             time, label, ttc = self.time[rows], self.label[rows], self.ttc[rows]
             if not len(time) or np.isnan(time).any():
                 continue
             step = float(np.median(np.diff(time))) if len(time) > 1 else self.frame_seconds
-            positive = bool(label.any() or not np.isnan(ttc).all())
-            event = _event(time, label, ttc) if positive else None
+            if np.isnan(step):  # nobody knows how long a frame stands for
+                continue
+            event, traced = known[number], bool(label.any() or not np.isnan(ttc).all())
+            positive = traced or event is not None if stated[number] is None else bool(stated[number])
+            if event is None and positive and traced:
+                event = _event(time, label, ttc)
             edges = np.diff(np.r_[0, label, 0])
             runs = zip(time[np.flatnonzero(edges == 1)], time[np.flatnonzero(edges == -1) - 1] + step, strict=True)
             intervals = tuple((float(start), float(end)) for start, end in runs)
+            event = event if positive else None
             clips.append(ScoredClip(name, time, self.score[rows], step, positive, event, intervals))
         return clips
+
+    def stated(self, column: str) -> list[float | None]:
+        """Return what is_positive, event_time or alert_time says of each clip; None where it says nothing."""
+        return [float(value) if value else None for value in self.columns.get(column, [""] * len(self.names))]
 
     @cached_property
     def frame_seconds(self) -> float:
@@ -121,8 +133,8 @@ def read_frames(path: str | Path, *, scores: bool = True) -> ScoredFrames:
     """Read predictions.csv, or a table like it.
 
     It needs the columns clip, label, frame (or filename, whose digits are the frame), and score (or logits_safe and
-    logits_risk). time, ttc, source are used where they are there; what a further column says of a clip is that of its
-    first row. Rows without a label are left out. Separators are commas, semicolons or tabs.
+    logits_risk). time, ttc and CLIP_COLUMNS are used where they are there; what they and further columns say of a clip
+    is that of its first row. Rows without a label are left out. Separators are commas, semicolons or tabs.
 
     scores: False = labels are enough; scores are 0 then.
 
@@ -170,7 +182,7 @@ class _Parts:
     def __init__(self, header: Sequence[str], scores: bool):
         self.header, self.scores = header, scores
         self.at = {name: i for i, name in enumerate(header)}
-        self.free = [name for name in header if name not in FRAME_COLUMNS and name]
+        self.free = [name for name in self.at if name not in FRAME_COLUMNS and name]
         self.numbers: dict[str, int] = {}
         self.columns: dict[str, list[str]] = {name: [] for name in self.free}
         self.arrays: list[tuple[np.ndarray, ...]] = []
@@ -183,7 +195,9 @@ class _Parts:
         clip = np.array([numbers.setdefault(name, len(numbers)) for name in column["clip"]], np.int64)
         new, first = np.unique(clip, return_index=True)
         for name in self.free:
-            self.columns[name] += [column[name][i].strip() for i in first[new >= known]]
+            cells = [column[name][i].strip() for i in first[new >= known]]
+            _check_of_clips(name, cells)
+            self.columns[name] += cells
         label = np.array([_LABELS[text] for text in column["label"]], np.int8)
         score = _scores(column) if self.scores else np.zeros(len(clip), np.float32)
         if not ((score >= 0) & (score <= 1)).all():
@@ -216,6 +230,16 @@ class _Parts:
 
 
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": -1}
+
+
+def _check_of_clips(column: str, cells: Sequence[str]) -> None:
+    """Raise ValueError where a cell is none that `ScoredFrames.stated` can read."""
+    if column == "is_positive" and (odd := next((c for c in cells if c not in _LABELS), None)):
+        raise ValueError(f"is_positive {odd!r}, which is not 0, 1 or empty")
+    if column in ("event_time", "alert_time"):
+        for cell in filter(None, cells):
+            if not np.isfinite(float(cell)):
+                raise ValueError(f"{column} {cell!r}, which is no time in seconds")
 
 
 def _floats(texts: Sequence[str]) -> np.ndarray:

@@ -21,12 +21,14 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; } p { margin: .4rem 0; max-width: 
 .verdict.not { border-color: var(--warn); }
 .scroll { overflow-x: auto; margin-bottom: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--rule); text-align: right; white-space: pre; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 600; }
 td.words { text-align: left; color: var(--soft); white-space: normal; min-width: 14rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; padding: .6rem; background: var(--panel);
   border-radius: 6px; max-width: 100%; box-sizing: border-box; } figcaption { max-width: 360px; font-size: 13px;
-  overflow-wrap: anywhere; } svg { max-width: 100%; height: auto; }
+  overflow-wrap: anywhere; } svg { max-width: 100%; height: auto; display: block; }
+.shots { display: flex; gap: 8px; max-width: 360px; margin-top: 6px; font-size: 12px; } .shots div { flex: 1; }
+.shots img { width: 100%; display: block; border-radius: 3px; }
 .grid { stroke: var(--rule); } .tick, .axis { fill: var(--soft); font-size: 11px; } .end { text-anchor: end; }
 .mid { text-anchor: middle; } .line { fill: none; stroke-width: 2; } .band { fill: var(--band); }
 .line.a { stroke: var(--a); } .line.b { stroke: var(--b); stroke-dasharray: 6 3; } .line.c { stroke: var(--c);
@@ -36,8 +38,11 @@ td.words { text-align: left; color: var(--soft); white-space: normal; min-width:
 """
 
 
-def report_html(report: Mapping[str, Any]) -> str:
-    """Return the page."""
+Thumbnails = Mapping[tuple[str, int], str]
+
+
+def report_html(report: Mapping[str, Any], thumbnails: Thumbnails) -> str:
+    """Return the page. thumbnails: {(clip, frame): data URI} of the pictures that there are."""
     parts = [
         "<h1>Evaluation of risk scores</h1>",
         _p(
@@ -49,7 +54,7 @@ def report_html(report: Mapping[str, Any]) -> str:
     ]
     parts += [_p("Every figure is of the frames that all files have.")] if report["same_clips"] else []
     parts += [_comparison(report["comparison"])] if report["comparison"] else []
-    parts += [_model(model) for model in report["models"]]
+    parts += [_model(model, thumbnails) for model in report["models"]]
     names = escape(", ".join(model["name"] for model in report["models"]))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -74,11 +79,11 @@ def _table(rows: Iterable[Sequence[str]], words: bool = False) -> str:
     return f'<div class="scroll"><table><tr>{cells}</tr>{"".join(lines)}</table></div>'
 
 
-def _figure(plot: Plot, caption: str) -> str:
-    return f"<figure>{plot.svg()}<figcaption>{caption}</figcaption></figure>"
+def _figure(plot: Plot, caption: str, below: str = "") -> str:
+    return f"<figure>{plot.svg()}<figcaption>{caption}</figcaption>{below}</figure>"
 
 
-def _model(model: Mapping[str, Any]) -> str:
+def _model(model: Mapping[str, Any], thumbnails: Thumbnails) -> str:
     total, baselines = model["total"], model["baselines"]
     beaten = baselines["verdict"].startswith("The model beats")
     parts = [
@@ -96,7 +101,7 @@ def _model(model: Mapping[str, Any]) -> str:
         _table(text.baseline_rows(model), words=True),
     ]
     for column, groups in model["groups"].items():
-        parts.append(f"<h3>By {escape(column)}</h3>")
+        parts.append(f"<h3>By {escape(text.column_title(column))}</h3>")
         left_out = groups.get("left_out")
         parts.append(_p(left_out) if left_out else _table(text.group_rows(groups), words=True))
     parts += ["<h3>Where in the clip, and how far a score is a probability</h3>", _position_and_calibration(model)]
@@ -104,19 +109,20 @@ def _model(model: Mapping[str, Any]) -> str:
     for title, key in (("Best clips", "best"), ("Worst clips", "worst")):
         parts += [
             f"<h3>{title}, by AUC_ROC within the clip (anomalous frames are shaded)</h3>",
-            _clips(model["clips"], key),
+            _clips(model["clips"], key, thumbnails),
         ]
-    parts += ["<h3>Worst false alarms</h3>", _alarms(model["false_alarms"])]
+    parts += ["<h3>Worst false alarms</h3>", _alarms(model["false_alarms"], thumbnails)]
     return "".join(parts)
 
 
 def _binning(total: Mapping[str, Any]) -> str:
     worst = max((abs(v) for v in total["binning_error"].values() if v == v), default=0.0)
+    moved = f"{100 * worst:.1g}" if worst >= 1e-5 else "less than 0.001"
     reasons = dict.fromkeys(f["reason"] for kind in total["intervals"].values() for f in kind.values() if f["reason"])
     why = "".join(f" No interval: {reason}." for reason in reasons)
     return (
         f"Decide by the intervals over {total['honest_unit']}s. Replicates count scores in bins, which moves these "
-        f"figures by {100 * worst:.1g} points at most. AP by chance: {text.percent(total['chance_ap'])}.{why}"
+        f"figures by {moved} points at most. AP by chance: {text.percent(total['chance_ap'])}.{why}"
     )
 
 
@@ -152,27 +158,38 @@ def _anticipation(found: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _curve(clip: Mapping[str, Any], caption: str) -> str:
+def _curve(clip: Mapping[str, Any], caption: str, thumbnails: Thumbnails) -> str:
     x = clip["x"]
     plot = Plot(f"Scores of {clip['clip']}", clip["unit"], "score", x[0], x[-1], height=170)
     for start, end in clip["anomalous"]:
         plot.band(start, end)
     plot.line(x, clip["score"], "a")
-    return _figure(plot, f"{escape(clip['clip'])}<br><span class='soft'>{escape(caption)}</span>")
+    shown = [point for point in clip["shown"] if (clip["clip"], point["frame"]) in thumbnails]
+    plot.dots([point["x"] for point in shown], [point["score"] for point in shown], "b")
+    shots = "".join(_shot(point, clip["unit"], thumbnails[clip["clip"], point["frame"]]) for point in shown)
+    below = f'<div class="shots">{shots}</div>' if shots else ""
+    return _figure(plot, f"{escape(clip['clip'])}<br><span class='soft'>{escape(caption)}</span>", below)
 
 
-def _clips(found: Mapping[str, Any], key: str) -> str:
+def _shot(point: Mapping[str, Any], unit: str, uri: str) -> str:
+    place = f"{point['x']:.1f} s" if unit == "seconds" else f"frame {point['frame']}"
+    words = f"{'anomalous' if point['label'] else 'safe'}, {place}, score {point['score']:.2f}"
+    return f'<div><img src="{uri}" alt="frame {point["frame"]}" loading="lazy"><span class="soft">{words}</span></div>'
+
+
+def _clips(found: Mapping[str, Any], key: str, thumbnails: Thumbnails) -> str:
     if not found[key]:
         return _p(f"n/a: {found['why_undefined']}.")
-    curves = (_curve(c, f"AUC_ROC {text.percent(c['auroc'], 1)}, Brier {c['brier']:.3f}") for c in found[key])
+    captions = (f"AUC_ROC {text.percent(c['auroc'], 1)}, Brier {c['brier']:.3f}" for c in found[key])
+    curves = (_curve(c, caption, thumbnails) for c, caption in zip(found[key], captions, strict=True))
     return f'<div class="row">{"".join(curves)}</div>'
 
 
-def _alarms(alarms: Sequence[Mapping[str, Any]]) -> str:
+def _alarms(alarms: Sequence[Mapping[str, Any]], thumbnails: Thumbnails) -> str:
     if not alarms:
         return _p("None, or no times are known.")
     captions = (f"{a['from']:.1f} to {a['to']:.1f} s, peak {a['peak']:.2f}, nothing anomalous there" for a in alarms)
-    curves = (_curve(a, caption) for a, caption in zip(alarms, captions, strict=True))
+    curves = (_curve(a, caption, thumbnails) for a, caption in zip(alarms, captions, strict=True))
     return f'<div class="row">{"".join(curves)}</div>'
 
 

@@ -45,6 +45,13 @@ class Plot:
         if dots:
             self._parts += [f'<circle class="dot {kind}" cx="{u:.1f}" cy="{v:.1f}" r="3"/>' for u, v in points]
 
+    def dots(self, x: Sequence[float], y: Sequence[float], kind: str) -> None:
+        """Draw points. kind: as of `line`."""
+        self._parts += [
+            f'<circle class="dot {kind}" cx="{self._x(u):.1f}" cy="{self._y(v):.1f}" r="4"/>'
+            for u, v in zip(x, y, strict=True)
+        ]
+
     def svg(self) -> str:
         """Return the plot."""
         right, bottom = self.width - RIGHT, self.height - BOTTOM

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SHOWN = {"auroc": "AUC_ROC", "ap": "AP", "auc_mcc": "AUC_MCC", "mcc_05": "MCC@0.5"}
+FLAGS = {"ego": "1: the recording car is involved", "night": "1: at night"}
 CLIP_NAME = 40  # characters that are shown
 
 
@@ -81,6 +82,11 @@ def baseline_rows(model: Mapping[str, Any]) -> list[list[str]]:
         values = found["metrics"] or dict.fromkeys(names)
         rows.append([name, *(percent(values[n]) for n in names), found["how"]])
     return rows
+
+
+def column_title(column: str) -> str:
+    """Return what the values of a column of groups say."""
+    return f"{column} ({FLAGS[column]})" if column in FLAGS else column
 
 
 def group_rows(groups: Mapping[str, Any]) -> list[list[str]]:
@@ -207,7 +213,8 @@ def _model(model: Mapping[str, Any]) -> list[str]:
     lines.append(f"  {model['baselines']['verdict']}")
     for column, groups in model["groups"].items():
         left_out = groups.get("left_out")
-        lines += [f"  {column}: {left_out}"] if left_out else [f"  {column}", *text_table(group_rows(groups), "    ")]
+        title = f"  {column_title(column)}"
+        lines += [f"{title}: {left_out}"] if left_out else [title, *text_table(group_rows(groups), "    ")]
     lines.append("  by tenths of the clip: anomalous (%), mean score (%), AUC_ROC")
     tenths = [
         [f"{row['from']:.1f}", *(percent(row[k], 1) for k in ("anomalous", "mean_score", "auroc"))]

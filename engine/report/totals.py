@@ -8,7 +8,7 @@ import numpy as np
 from engine.baselines import PRIORS, LabelTable, clip_oracle, cross_fitted_prior, prior
 from engine.intervals import METRICS, Replicated, ScoreTable
 from engine.metrics import frame_metrics
-from engine.report.frames import ScoredFrames
+from engine.report.frames import CLIP_COLUMNS, ScoredFrames
 from engine.report.lists import clip_list
 from engine.report.units import Units, intervals, units_of
 
@@ -19,13 +19,13 @@ PRIOR = "position"  # the baseline that a model is held against
 HEADLINE = ("auroc", "ap", "auc_mcc")
 
 
-def data(frames: ScoredFrames) -> dict[str, Any]:
-    """Return what was scored: clips, sources, frames, hours, the clip list."""
+def data(frames: ScoredFrames, listed: Sequence[str] | None) -> dict[str, Any]:
+    """Return what was scored: clips, sources, frames, hours, the clip list. listed: of `clip_list`."""
     source, how = frames.sources
     positive = np.bincount(frames.clip, frames.label, len(frames.names)) > 0
     step = frames.frame_seconds
     return {
-        "clip_list": clip_list(frames.names),
+        "clip_list": clip_list(frames.names, listed),
         "clips": len(frames.names),
         "clips_with_anomaly": int(positive.sum()),
         "sources": None if source is None else int(source.max()) + 1,
@@ -62,22 +62,25 @@ def _why_undefined(n_pos: int, n: int) -> str | None:
     return "all frames are anomalous: AUC_ROC is undefined and AP is 1 for any score" if n_pos == n else None
 
 
-def baseline_scores(frames: ScoredFrames, train: LabelTable | None) -> dict[str, tuple[np.ndarray | None, str]]:
-    """Return {baseline: (scores (n,) or None, how it was learned or why there is none)}."""
+def baseline_scores(
+    frames: ScoredFrames, train: LabelTable | None, train_words: str
+) -> dict[str, tuple[np.ndarray | None, str]]:
+    """Return {baseline: (scores (n,) or None, how it was learned or why there is none)}.
+
+    train_words: what the training labels are, or why there are none.
+    """
     source, _ = frames.sources
     source = np.arange(len(frames.names)) if source is None else source
     result: dict[str, tuple[np.ndarray | None, str]] = {}
     for name in PRIORS:
         try:
             if train is None:
-                how = (
-                    "learned on the scored clips themselves, each tenth from the others: no training labels were given"
-                )
+                how = f"learned on the scored clips themselves, each tenth from the others: {train_words}"
                 result[name] = cross_fitted_prior(name, frames.table, source), how
             else:
-                result[name] = prior(name, train, frames.table), "learned on the training labels"
+                result[name] = prior(name, train, frames.table), f"learned on {train_words}"
         except ValueError as e:
-            result[name] = None, str(e)
+            result[name] = None, str(e) if train is not None else f"{e}; {train_words}"
     result["clip_oracle"] = clip_oracle(frames.table), "knows of each clip what share of it is anomalous, not when"
     result["constant"] = np.full(len(frames.clip), 0.5), "knows nothing"
     return result
@@ -138,7 +141,7 @@ def groups(frames: ScoredFrames, replicates: int, seed: int) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for column, values in frames.columns.items():
-        if column == "source":
+        if column in CLIP_COLUMNS:
             continue
         values = np.array([value or "unknown" for value in values])
         distinct = np.unique(values)

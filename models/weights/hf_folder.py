@@ -20,7 +20,6 @@ _OTHERS = {  # file -> why its folder holds no weights that are read
     "adapter_config.json": "an adapter, not a model: merge it into its model (merge_and_unload) and save that",
     "tf_model.h5": "weights of TensorFlow alone; save them with transformers as model.safetensors",
     "flax_model.msgpack": "weights of flax alone; save them with transformers as model.safetensors",
-    "training_state.pt": "the state of a run of ours; give its checkpoint-<epoch>.pth",
 }
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 _GELU = {"gelu": "erf", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -37,6 +36,13 @@ def weights_file(folder: Path) -> Path:
         return folder / name
     if why := next((why for name, why in _OTHERS.items() if name in names), None):
         raise CheckpointError(f"{folder}: a folder with {why}")
+    if "state.pth" in names:
+        weights = _weights_of_run(folder.absolute().parent)
+        raise CheckpointError(
+            f"{folder}: the state of a run, which its own command goes on from; its weights: {weights}"
+        )
+    if "args.json" in names:
+        raise CheckpointError(f"{folder}: the folder of a run; its weights: {_weights_of_run(folder)}")
     held = first_few(names, 4) if names else "nothing"
     raise CheckpointError(
         f"{folder}: this is a folder without {' or '.join(_WEIGHTS[::2])}; it holds {held}. Give a weights file, "
@@ -134,6 +140,11 @@ def _three(value: Any) -> list[float]:
     if len(values) != 3:
         raise ValueError(f"{len(values)} channels, not 3")
     return values
+
+
+def _weights_of_run(folder: Path) -> str:
+    files = [str(folder / name) for name in _names(folder) if name.endswith(".pth")]
+    return first_few(files) if files else f"none in {folder} yet; each run of ours writes checkpoint-<epoch>.pth there"
 
 
 def _names(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from datasets.stream import SplitWindows, WindowBatch
 from datasets.windows import index_clips
 from engine.checkpoint import Progress
 from engine.evaluate import (
+    COLUMNS,
     EvaluationError,
     Predictions,
     Scorer,
@@ -28,6 +29,8 @@ from engine.evaluate import (
     write_predictions,
 )
 from engine.plots import evaluation_figures, save_figures
+from engine.report import clip_hash, read_frames
+from engine.report.lists import KNOWN
 from models import create_model
 from utils.signals import Preempted
 
@@ -210,7 +213,8 @@ def test_predictions_csv(tmp_path):
     write_predictions(tmp_path / "predictions.csv", gathered(), CLIPS)
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     first, last = ["clip", "filename", "frame", "time"], ["label", "ttc", "category", "ego", "night"]
-    assert list(rows[0]) == [*first, "logits_safe", "logits_risk", "score", *last]
+    more = ["source", "is_positive", "event_time", "alert_time"]
+    assert list(rows[0]) == [*first, "logits_safe", "logits_risk", "score", *last, *more]
     assert [(r["clip"], r["filename"], r["frame"]) for r in rows] == [
         ("a", "000001.jpg", "1"),
         ("a", "000002.jpg", "2"),
@@ -224,6 +228,31 @@ def test_predictions_csv(tmp_path):
     assert [(r["category"], r["ego"], r["night"]) for r in rows] == [("turning, left", "1", "0")] * 2 + [
         ("", "", "")
     ] * 2
+
+
+def test_predictions_csv_says_of_each_clip_what_a_report_needs(tmp_path):
+    """Groups of any name, also that of another column, of some clips alone, or not Unicode."""
+    known = {"recording": "drive, 7", "positive": True, "event_time": np.float64(1.25), "alert_time": 1 / 3}
+    of_first = {"weather": "rain; fog", "time": "noon", "source": "phone", "odd\udcff": "x\udcff"}
+    a, short, other = CLIPS.clips
+    clips = [replace(a, **known, groups=of_first), short, replace(other, groups={"weather": "sun", "city": "Zürich"})]
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, gathered(), replace(CLIPS, clips=clips))
+    rows = list(csv.DictReader(path.open(encoding="utf-8", errors="surrogateescape", newline="")))
+    of_clip = ["source", "is_positive", "event_time", "alert_time"]
+    groups = ["weather", "group_time", "group_source", "odd\udcff", "city"]
+    assert list(rows[0]) == [*COLUMNS, *groups] and list(COLUMNS[-4:]) == of_clip
+    assert [rows[1][c] for c in (*of_clip, *groups)] == [
+        *("drive, 7", "1", "1.25", "0.333333333"),
+        *("rain; fog", "noon", "phone", "x\udcff", ""),
+    ]
+    assert [rows[2][c] for c in (*of_clip, *groups)] == ["", "0", "", "", "sun", "", "", "", "Zürich"]
+    assert [r["time"] for r in rows] == ["0.1", "0.2", "0.2", "0.3"]
+    frames = read_frames(path)
+    assert frames.columns["weather"] == ["rain; fog", "sun"] and frames.sources[0].tolist() == [0, 1]
+    (first, second) = frames.scored_clips()
+    assert (first.positive, first.event, second.positive, second.event) == (True, 1.25, False, None)
+    assert (read_predictions(path).logits == gathered().logits).all()
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path):
@@ -264,6 +293,16 @@ def test_every_clip_that_is_not_scored_stands_in_a_list():
     ignored = replace(short, name="ignored", labels=np.full(short.num_frames, 2, dtype=np.uint8))
     covered = coverage(first, replace(clips, clips=[*clips.clips, ignored]))
     assert (covered["too_short"], covered["ignored"]) == (["short"], ["ignored"])
+    names = ["a", "1/001"]
+    assert covered["clip_list"] == {"clips": 2, "sha256": clip_hash(names), "name": "a list of 2 clips"}
+
+
+def test_the_list_of_scored_clips_is_called_by_its_name(monkeypatch):
+    clips = ClipTable("DoTA", "val", CLIPS.clips, unreadable={"u": "why"}, left_out=["l"])
+    monkeypatch.setitem(KNOWN, clip_hash(["u", "l", "a", "short", "1/001"]), "DoTA val")
+    assert coverage(gathered(), clips)["clip_list"]["name"] == "2 of the 5 clips of DoTA val"
+    monkeypatch.setitem(KNOWN, clip_hash(["1/001", "a"]), "two")
+    assert coverage(gathered(), clips)["clip_list"]["name"] == "two, 2 clips"
 
 
 def test_metrics_json_has_null_where_undefined(tmp_path):
@@ -273,10 +312,11 @@ def test_metrics_json_has_null_where_undefined(tmp_path):
 
 def test_plots(tmp_path):
     predictions = gathered()
-    figures = evaluation_figures(predictions.score, predictions.label, predictions.metrics())
+    figures = evaluation_figures(predictions.score, predictions.label, predictions.metrics(), "vit, of $5 val")
     save_figures(tmp_path / "plots", figures)
     for name in ("roc", "pr", "mcc", "confusion"):
         with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+    assert {figure.get_suptitle() for figure in figures.values()} == {"vit, of $5 val"}
     texts = [t.get_text() for t in figures["confusion"].axes[0].texts]
     assert texts == ["1\n50.0 %", "1\n50.0 %", "0\n0.0 %", "2\n100.0 %"]

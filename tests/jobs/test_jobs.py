@@ -320,7 +320,7 @@ def test_a_signal_to_the_launcher_alone_reaches_torchrun_once(name, option, send
     (tmp_path / "torchrun").write_text(LISTENER)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCHRUN_HELP": option, **PATHS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+    pipes["preexec_fn"] = partial(signal.signal, getattr(signal, name), signal.SIG_DFL)  # nohup and & ignore some
     words = ["bash", str(FINETUNE[0])]
     with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes) as job:
         assert job.stdout.readline() == "ready\n"

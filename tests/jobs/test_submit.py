@@ -11,8 +11,8 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from background import assert_same_run, finetune, log, tree
-from helpers import ROOT, run
+from background import assert_same_run, finetune, log
+from helpers import ROOT, run, tree
 
 from jobs.submit import main, minutes, option, submit_parser
 from utils.cli import ConfigError

@@ -201,3 +201,10 @@ def test_the_second_ctrl_c_ends_a_command_at_once(tmp_path):
             time.sleep(0.6)  # sooner, it would count as the same
             run.send_signal(signal.SIGINT)
         assert run.wait(60) == -signal.SIGINT and run.stderr.read() == "interrupted\n"
+
+
+@pytest.mark.parametrize("script", ["run_dapt.py", "run_finetune.py", "run_predict.py"])
+def test_an_old_python_is_told_in_a_line(script):
+    begin = f"import sys, runpy; sys.version_info = (3, 9, 18); sys.argv[0] = {script!r}; runpy.run_path({script!r})"
+    done = subprocess.run([sys.executable, "-c", begin], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: Python 3.10 or newer is needed; this is 3.9.18\n")

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from background import tree
-from helpers import ROOT
+from helpers import ROOT, tree
 
 from utils.signals import SIGNALS
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import SHARED
 
-from datasets import DataError, build_clips
+from datasets import DataError, VideoScan, build_clips
+from datasets.formats import DATA_SETS
 from datasets.formats.dota import CATEGORIES, read_metadata
 from datasets.formats.text import read_split
 from datasets.readers import open_clip
@@ -32,6 +33,17 @@ def test_clips_equal_what_the_generator_knows(dota_root):
             assert clip.filename(7) == "000007.jpg"
     with open_clip(table[0]) as reader:
         assert reader.read([0, table[0].num_frames - 1]).shape == (2, 54, 96, 3)
+
+
+def test_a_recording_is_the_video_in_the_name_unless_the_metadata_says_more(copy):
+    assert [c.recording for c in build_clips("DoTA", str(copy), "val")] == [f"syntheticva_00000{i}" for i in range(5)]
+    path = copy / "dataset" / "metadata_val.json"
+    content = json.loads(path.read_text())
+    for name in list(content)[1:]:  # as DoTA has it
+        del content[name]["recording"]
+    path.write_text(json.dumps(content))
+    table = build_clips("DoTA", str(copy), "val")
+    assert [c.recording for c in table] == ["syntheticva_000000", *["syntheticva"] * 4]
 
 
 def test_variants_and_splits(dota_root):
@@ -155,3 +167,10 @@ def test_metadata_without_a_category_is_refused(dota_root, tmp_path, entry):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"synthetictr_000000": entry}))
     with pytest.raises(DataError, match="metadata_val.json: clip synthetictr_000000 has no anomaly_class"):
         build_clips("DoTA", str(tmp_path), "val")
+
+
+@pytest.mark.parametrize("name", [name for name, data_set in DATA_SETS.items() if data_set.home])
+def test_a_folder_that_is_not_there_is_answered_with_where_the_data_set_is_from(name, tmp_path):
+    data_set, scan = DATA_SETS[name], VideoScan(tmp_path / "videos.json", workers=1)
+    with pytest.raises(DataError, match=rf"There is no /nowhere; {name} is from {data_set.home}, see docs/data.md$"):
+        build_clips(name, "/nowhere", data_set.splits[0], scan)

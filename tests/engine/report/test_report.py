@@ -15,8 +15,19 @@ from engine.anticipation import first_crossing
 from engine.baselines import LabelTable, prior
 from engine.evaluate import Predictions, write_predictions
 from engine.metrics import frame_metrics
-from engine.report import Options, ScoresError, clip_hash, clip_list, make_report, read_frames, write_report
+from engine.report import (
+    Options,
+    ScoresError,
+    clip_hash,
+    clip_list,
+    make_report,
+    read_frames,
+    save_report,
+    write_report,
+)
 from engine.report.clips import auc_of_clips
+from engine.report.lists import KNOWN
+from engine.report.text import report_text
 
 HEADER = [
     "clip",
@@ -127,6 +138,9 @@ def test_baselines_are_learned_on_the_training_labels_where_there_are_some(repor
     assert made["of"]["position"]["metrics"]["auroc"] == pytest.approx(expected["auroc"])
     assert made["of"]["position"]["how"] == "learned on the training labels"
     assert "no training labels" in report[0]["models"][0]["baselines"]["of"]["position"]["how"]
+    for labels, said in ((train, "learned on DoTA train"), (None, "each tenth from the others: DoTA train")):
+        made = make_report({"one": [frames]}, Options(100, train=labels, train_words="DoTA train"))["models"][0]
+        assert made["baselines"]["of"]["position"]["how"].endswith(said)
 
 
 def test_anticipation_of_the_golden_clips(tmp_path):
@@ -161,6 +175,84 @@ def test_an_event_is_where_ttc_or_the_labels_say(tmp_path):
     assert clips["ahead"].event == pytest.approx(0.8) and clips["ahead"].positive
     assert (clips["inside"].event, clips["inside"].before, clips["start"].event) == (0, 0, 0.1)
     assert not clips["safe"].positive and clips["start"].intervals == ((0.1, pytest.approx(0.3)),)
+
+
+def test_what_a_file_says_of_an_event_goes_before_its_labels(tmp_path):
+    """As where the accident comes after the anomaly begins, or after the clip was cut."""
+    header = ["clip", "frame", "time", "score", "label", "is_positive", "event_time", "alert_time", "source"]
+    said = {
+        "cut": (1, "2.5", "1.0", [0, 0, 0]),
+        "late": (1, "0.2", "", [0, 1, 1]),
+        "traced": ("", "", "", [0, 1, 1]),
+        "untold": (1, "", "", [0, 0, 0]),
+        "told": ("", "0.1", "", [0, 0, 0]),
+        "safe": (0, "", "", [0, 0, 0]),
+    }
+    rows = [
+        dict(zip(header, (name, i, i / 10, i / 10, y, positive, event, alert, ""), strict=True))
+        for name, (positive, event, alert, labels) in said.items()
+        for i, y in enumerate(labels)
+    ]
+    frames = read_frames(write(tmp_path / "x.csv", rows, header))
+    clips = {c.name: c for c in frames.scored_clips()}
+    assert {name: c.event for name, c in clips.items()} == {
+        "cut": 2.5,
+        "late": 0.2,
+        "traced": 0.1,
+        "untold": None,
+        "told": 0.1,
+        "safe": None,
+    }
+    assert [c.positive for c in clips.values()] == [True] * 5 + [False] and clips["late"].before == 2
+    assert frames.sources[0] is None and "nothing in it" in frames.sources[1]
+    made = make_report({"x": [frames]}, Options(100))["models"][0]
+    assert made["groups"] == {}  # none of these columns makes groups
+    assert made["anticipation"]["event"].startswith("event_time of the file; where it has none, the start of the anom")
+    assert made["anticipation"]["counts"]["no_event_time"] == 1
+    for change, why in (
+        ({"event_time": "soon"}, "line 3: could not convert string to float: 'soon'"),
+        ({"event_time": "inf"}, "line 3: event_time 'inf', which is no time in seconds"),
+        ({"is_positive": "maybe"}, "line 3: is_positive 'maybe', which is not 0, 1 or empty"),
+    ):
+        with pytest.raises(ScoresError, match=why):
+            read_frames(write(tmp_path / "y.csv", [rows[0], rows[3] | change], header))
+
+
+def test_a_column_that_is_there_twice_is_read_once(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("clip,frame,score,label,city,city\na,0,0.5,1,Rome,Paris\nb,0,0.5,0,Rome,Bonn\n")
+    assert read_frames(path).columns == {"city": ["Paris", "Bonn"]}
+
+
+def test_pictures_of_what_is_scored_most_right_and_most_wrong(report, tmp_path):
+    made, frames = report
+    model = made["models"][0]
+    score = {(frames.names[c], f): s for c, f, s in zip(frames.clip, frames.frame.tolist(), frames.score, strict=True)}
+    label = {(frames.names[c], f): y for c, f, y in zip(frames.clip, frames.frame.tolist(), frames.label, strict=True)}
+    for kind, wrong in (("best", 0), ("worst", 1)):
+        for clip in model["clips"][kind]:
+            for point in clip["shown"]:
+                place = (clip["clip"], point["frame"])
+                own = [s for p, s in score.items() if p[0] == place[0] and label[p] == point["label"]]
+                assert label[place] == point["label"] and point["x"] == point["frame"] / 10
+                assert score[place] == pytest.approx(max(own) if point["label"] != wrong else min(own))
+            assert sorted(point["label"] for point in clip["shown"]) == [0, 1]
+    assert all(alarm["shown"][0]["score"] == alarm["peak"] for alarm in model["false_alarms"])
+    asked = {}
+
+    def pictures(wanted):
+        asked.update(wanted)
+        missing = next(iter(wanted))
+        shape = (90, 160, 3)
+        return {(c, f): np.full(shape, f, np.uint8) for c, frames in wanted.items() if c != missing for f in frames}
+
+    save_report(made, tmp_path, pictures)
+    page = (tmp_path / "report.html").read_text()
+    shown = [*model["clips"]["best"], *model["clips"]["worst"], *model["false_alarms"]]
+    assert asked.keys() == {c["clip"] for c in shown}
+    points = sum(len(c["shown"]) for c in shown if c["clip"] != next(iter(asked)))
+    assert page.count('<img src="data:image/jpeg;base64,') == points > 20
+    assert not re.search(r'(src|href)="(?!data:)|url\(|<script', page)
 
 
 def test_files_without_time_and_group_columns_and_in_other_forms_are_read(report, tmp_path):
@@ -287,6 +379,13 @@ def test_known_lists_have_names():
     assert clip_list(names[:3])["name"] == "a list of 3 clips"
 
 
+def test_the_scored_clips_are_named_by_what_was_to_be_scored(report, monkeypatch):
+    listed = [*report[1].names, "gone"]
+    monkeypatch.setitem(KNOWN, clip_hash(listed), "DoTA val")
+    made = make_report({"one": [report[1]]}, Options(100, listed=listed))["models"][0]["data"]["clip_list"]
+    assert made == {"clips": 40, "sha256": clip_hash(report[1].names), "name": "40 of the 41 clips of DoTA val"}
+
+
 def test_what_an_evaluation_writes_is_read(tmp_path):
     labels = np.repeat([0, 1, 0], 10).astype(np.uint8)
     clips = [
@@ -304,3 +403,16 @@ def test_what_an_evaluation_writes_is_read(tmp_path):
     assert [c.positive for c in frames.scored_clips()] == [False, True, True]
     page, text = tmp_path / "report.html", run(tmp_path, "--replicates", 100).stdout
     assert "needed" in text and page.exists()  # three clips have no interval
+
+
+@pytest.mark.parametrize("labels", [[[0, 0, 1]], [[1]], [[0]], [[1, 1], [0]], [[0], [1], [0]], [[0, 1] * 12]], ids=str)
+def test_few_frames_have_a_report(tmp_path, labels):
+    rows = [
+        {"clip": f"c{c}", "frame": i, "time": i / 10, "score": 0.3 + 0.01 * i, "label": y}
+        for c, clip in enumerate(labels)
+        for i, y in enumerate(clip)
+    ]
+    frames = read_frames(write(tmp_path / "x.csv", rows, ["clip", "frame", "time", "score", "label"]))
+    made = make_report({"x": [frames]}, Options(replicates=100))
+    save_report(made, tmp_path)
+    assert made["models"][0]["data"]["frames"] == len(rows) and "x" in report_text(made)
