@@ -147,6 +147,10 @@ def test_unreadable_clips_are_left_out_of_the_comparison(tmp_path):
     assert record["probe_windows"] == 32 * FRAMES
     assert sum(map(math.isnan, run.progress.health["best"])) == sum(health.held_out[: 4 * FRAMES])
     assert not any(map(math.isnan, run.progress.health["base"]))
+    scores = run.progress.health["base"]
+    partly = [math.nan if i % 3 else score for i, score in enumerate(scores)]
+    for pair in ((scores, partly), (partly, scores)):  # equal where both are known
+        assert health._gain(*pair).percentile == (0, 0)
     with pytest.raises(ConfigError, match="too few of the probe's windows can still be read"):
         probed(Health(Frames(unreadable=[f"c{i}" for i in range(1, 36)]), tmp_path), run, Encoder())
 

@@ -42,7 +42,7 @@ def test_every_flag_has_help_and_groups_are_short(script):
 def test_help_is_quick_and_imports_nothing_heavy(script):
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True)
-    assert time.perf_counter() - started < 15  # of a loaded machine; torch alone takes longer there
+    assert time.perf_counter() - started < 15  # on a machine that is busy
     assert done.returncode == 0 and "--output_dir" in done.stdout and "torchrun --standalone" in done.stdout
     sentence, usage, most = (done.stdout.index(text) for text in (".\n", "usage:", "what most runs need:"))
     assert sentence < usage < most < done.stdout.index("\noptions:") and done.stdout[usage:most].count("\n") < 8
