@@ -221,8 +221,7 @@ def train(args: Namespace, process: Process) -> None:
 
     def after_epoch() -> dict[str, float]:
         evaluated = optimization.ema.module if optimization.ema else model
-        of = f"{args.model}, {args.selected_on}"
-        metrics = validate(validation, evaluated, session, DTYPES[args.precision], of) if validation else {}
+        metrics = validate(validation, evaluated, session, DTYPES[args.precision], args.model) if validation else {}
         how = {"stop_epoch": args.stop_epoch, "every": args.save_ckpt_freq, "data_set": args.data_set}
         keep_weights(session, evaluated, metrics, selected_on=args.selected_on, **how)
         return batches.end_epoch() | {f"val_{name}": value for name, value in metrics.items()}

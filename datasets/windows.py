@@ -225,6 +225,8 @@ def index_clips(
     if len(short := index.short_clips):
         names = first_few(clips[i].name for i in short)
         logger.warning(f"{clips}: {len(short)} clips are shorter than a window and go unused: {names}")
+    if not len(clips):
+        raise DataError(f"{clips}: no clips; its annotation lists none that can be used")
     if not len(index) and index.left_out:
         raise DataError(
             f"{clips}: every window ends on an ignored frame; the labels leave nothing to train on or score"

@@ -18,13 +18,13 @@ from utils.distributed import broadcast
 logger = logging.getLogger("tad")
 
 
-def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtype, of: str) -> dict[str, float]:
+def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtype, name: str) -> dict[str, float]:
     """Return the metrics of a split, on every rank; scalars and figures go to TensorBoard.
 
     Args:
         windows: its SplitWindows, or a FeatureCache of the model's encoder.
         dtype: of autocast.
-        of: what figures are of, in words.
+        name: of the model, for the figures.
     """
     scored = FromFeatures(model) if isinstance(windows, FeatureCache) else model
     predictions = Scorer(windows, dtype).score(scored, session)
@@ -33,7 +33,8 @@ def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtyp
         metrics = predictions.metrics()
         logger.info(f"{summary(metrics)}  {coverage(predictions, windows.clips)['coverage']}")
         session.tensorboard.scalars("val", metrics, step)
-        session.tensorboard.figures("val", evaluation_figures(predictions.score, predictions.label, metrics, of), step)
+        figures = evaluation_figures(predictions.score, predictions.label, metrics, f"{name}, {windows.clips}")
+        session.tensorboard.figures("val", figures, step)
     return broadcast(metrics)
 
 
