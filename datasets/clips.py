@@ -175,7 +175,8 @@ class ClipTable(Sequence):
     def require_labels(self) -> None:
         """Raise DataError where a clip is unlabelled."""
         if unlabelled := next((c.name for c in self.clips if c.labels is None), None):
-            raise DataError(f"{self.name}: clip {unlabelled} has no labels to train on or to evaluate with")
+            problem = "has no labels to train on or to evaluate with; run_predict.py scores video without labels"
+            raise DataError(f"{self.name}: clip {unlabelled} {problem}")
 
     @property
     def frame_counts(self) -> np.ndarray:

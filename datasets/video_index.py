@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import av
@@ -11,6 +12,7 @@ from av.stream import Disposition
 
 from datasets.clips import Unreadable
 from datasets.parallel import alive
+from utils.damage import stand_in
 from utils.text import short_reason
 
 _KEPT: dict[tuple[str, int, int], "Index"] = {}  # by path, size and time, the last used last
@@ -38,7 +40,7 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
         unknown = getattr(e, "errno", 0) == errno.EINVAL
         reason = getattr(e, "strerror", None) or short_reason(e, 160)
         reason = "no container of videos that is known" if unknown else reason
-        raise Unreadable("the file is empty" if _is_empty(path) else reason) from e
+        raise Unreadable(_no_video(path) or reason) from e
     return container, video_stream_of(container)
 
 
@@ -64,8 +66,14 @@ def video_stream_of(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _is_empty(path: str) -> bool:
-    return os.path.isfile(path) and not os.path.getsize(path)
+def _no_video(path: str) -> str:
+    """Say what a file is that is no video at all: empty, or in place of one; "" where it may be one."""
+    if not os.path.isfile(path):
+        return ""
+    with suppress(OSError), open(path, "rb") as f:
+        head = f.read(512)
+        return stand_in(head) if head else "the file is empty"
+    return ""
 
 
 def _rank(stream: av.VideoStream) -> int:

@@ -1,8 +1,9 @@
 """Which frames make sample i: window arithmetic in O(clips) memory, without lists of windows."""
 
+import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -128,6 +129,14 @@ class WindowIndex:
         """Return the sorted source frames that at least one window of the clip uses."""
         return np.unique(self.frames(clip, self.last_frames(clip)))
 
+    def only(self, clips: Collection[int]) -> "WindowIndex":
+        """Return an index of the windows of some clips alone, whose numbers stay; the other clips have none."""
+        other = copy.copy(self)
+        other.counts = np.where(np.isin(np.arange(len(self.counts)), list(clips)), self.counts, 0)
+        other._kept = {clip: lasts for clip, lasts in self._kept.items() if clip in clips}
+        other._ends = np.cumsum(other.counts)
+        return other
+
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window in order: two int64 (len(self),)."""
         within = np.arange(len(self)) - np.repeat(self._ends - self.counts, self.counts)
@@ -216,6 +225,8 @@ def index_clips(
     if len(short := index.short_clips):
         names = first_few(clips[i].name for i in short)
         logger.warning(f"{clips}: {len(short)} clips are shorter than a window and go unused: {names}")
+    if not len(clips):
+        raise DataError(f"{clips}: no clips; its annotation lists none that can be used")
     if not len(index) and index.left_out:
         raise DataError(
             f"{clips}: every window ends on an ignored frame; the labels leave nothing to train on or score"

@@ -173,3 +173,16 @@ def _find(where: Mapping[str, Any]) -> tuple[Path | None, str | None]:
     except (OSError, zipfile.BadZipFile):  # not all of it is here yet, or it is damaged
         return folder, None
     return folder, hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+def require_same_selection(resumed: Mapping[str, Any] | None, selected_on: str) -> None:
+    """Raise ConfigError where the run to continue has chosen its best checkpoint on other clips.
+
+    resumed: its state, as `agreed_state` returns it; where windows come in another order, clips may be others, too.
+    """
+    before = resumed["args"].get("selected_on") if resumed and resumed["num_windows"] else None
+    if before not in (None, selected_on):
+        raise ConfigError(
+            f"the run to continue chose its best checkpoint on {before}, now it would be on {selected_on}: the data "
+            "has changed; restore it or start in another --output_dir"
+        )

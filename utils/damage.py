@@ -17,6 +17,19 @@ _BLOCK = 1 << 20  # bytes read at a time
 _FOLDER = 0x10  # in the attributes of a zip's member: readers take nothing of its bytes
 
 
+def stand_in(head: bytes) -> str:
+    """Say what a file that begins with `head` is in place of the one that was to be fetched; "" where it is none.
+
+    head: its first 256 bytes or more.
+    """
+    head = head.lstrip()[:256].lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself; git lfs pull fetches it"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file itself, as servers give out where they refuse one; download it again"
+    return ""
+
+
 def zip_damage(path: Any, leave_out: str = "") -> str:
     """Say what is damaged in a zip, whose members are read once; "" where nothing is.
 

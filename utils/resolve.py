@@ -79,12 +79,15 @@ def keep_history(args: argparse.Namespace, resumed: Mapping[str, Any] | None) ->
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
     """Fill device, precision, log_dir, pin_mem and augment_on in place. cuda: whether there is a GPU.
 
-    Raises ConfigError where --save_every_minutes has nothing to save, or weights are an empty name.
+    Raises ConfigError where --save_every_minutes has nothing to save, --select_split nothing to choose by, or weights
+    are an empty name.
     """
     if empty := [name for name in ("finetune", "from_ckpt") if getattr(args, name, None) == ""]:
         raise ConfigError(f"--{empty[0]} is empty: give a path or URL, or leave it out")
     if args.save_every_minutes and not args.save_ckpt:
         raise ConfigError("--save_every_minutes needs checkpoints: leave out --no_save_ckpt")
+    if getattr(args, "select_split", None) is not None and args.disable_eval_during_finetuning:
+        raise ConfigError("--select_split is to choose by evaluation: leave out --disable_eval_during_finetuning")
     args.device = args.device or ("cuda" if cuda else "cpu")
     args.precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     args.log_dir = args.log_dir or args.output_dir
@@ -115,6 +118,35 @@ def resolve_schedule(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--start_epoch {args.start_epoch} < --stop_epoch {args.stop_epoch} <= --epochs {args.epochs} must hold"
         )
+
+
+def resolve_head(args: argparse.Namespace) -> None:
+    """Fill `augment` in place, and say what has no effect then. Raises ConfigError for flags that contradict."""
+    if args.freeze_encoder and args.freeze_layers is not None:
+        raise ConfigError("give --freeze_encoder, which freezes all layers, or --freeze_layers, not both")
+    if args.cache_features is not None and not args.freeze_encoder:
+        raise ConfigError("--cache_features keeps what a frozen encoder makes of windows: add --freeze_encoder")
+    if args.cache_features is not None and args.augment:
+        raise ConfigError(
+            "--cache_features keeps one view of each window: leave out --augment, or train without a cache"
+        )
+    args.augment = args.cache_features is None if args.augment is None else args.augment
+    if not args.augment and args.num_sample > 1:
+        raise ConfigError(f"--num_sample {args.num_sample}: windows that are not augmented have one view")
+    if not args.augment:
+        logger.info("training windows are not augmented: they are made as in evaluation, --aa, --reprob, --short_side, "
+                    "--decoding and their like have no effect")  # fmt: skip
+    if args.freeze_encoder and not args.finetune:
+        logger.warning("--freeze_encoder without --finetune: the encoder keeps its random weights")
+
+
+def without_other_head(args: argparse.Namespace, said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is said of a classifier that training starts from, less its head where a flag asks for another."""
+    flags = {"head": args.head, "final_reduction": args.final_reduction}
+    its = {"head": "linear"} | said
+    if all(value in (None, its.get(name)) for name, value in flags.items()):
+        return said
+    return {name: value for name, value in said.items() if name not in flags}
 
 
 def split_batch(

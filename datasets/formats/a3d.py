@@ -21,6 +21,7 @@ import numpy as np
 from datasets.clips import Clip, ClipTable, DataError, Selection, data_errors
 from datasets.formats.shipped import refuse_split
 from datasets.formats.text import read_lines
+from utils.damage import stand_in
 from utils.text import short_reason
 
 FPS, USTRING_FPS = 10.0, 20.0
@@ -60,6 +61,8 @@ def load_a3d(root: str, split: str, selection: Selection) -> ClipTable:
 def _read_pickle(path: Path) -> dict[str, Any]:
     with data_errors(path):
         data = path.read_bytes()
+    if other := stand_in(data[:512]):
+        raise DataError(f"{path}: {other}")
     try:
         content = _Plain(io.BytesIO(data), encoding="latin1").load()  # as for one that Python 2 wrote
     except Exception as e:  # damage may raise almost anything

@@ -14,15 +14,18 @@ to the end of the clip; normal clips have no attributes; CAP-DATA contains the c
 the number `recording`.
 """
 
+import logging
 import re
 from pathlib import Path
 
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
-from datasets.formats.shipped import Videos, refuse_split, require_folder
+from datasets.formats.shipped import Videos, refuse_split, require_constant, require_folder
 from datasets.formats.text import first_repeated, read_lines, read_split
 from datasets.scan import VideoScan
+
+logger = logging.getLogger("tad")
 
 LISTS = {"train": "train.txt", "val": "test.txt"}
 FOLDERS = {"positive": "Crash-1500", "negative": "Normal"}
@@ -40,9 +43,12 @@ def load_ccd(root: str, split: str, scan: VideoScan, selection: Selection) -> Cl
     if split == "all":
         names = [f"{FOLDERS['positive']}/{name}" for name in rows]
         names += [f"{FOLDERS['negative']}/{path.stem}" for path in sorted(folder.glob("Normal/*.mp4"))]
+        if len(names) == len(rows):
+            logger.warning(f"{folder / FOLDERS['negative']}: no .mp4 in it, so all clips are of crashes")
     else:
         names = _read_list(Path(root, "vgg16_features", LISTS[split]))
-    videos = Videos(f"CCD {split}", {n: folder / f"{n}.mp4" for n in names if n not in selection.leave_out}, scan)
+    sources = {name: folder / f"{name}.mp4" for name in names}
+    videos = Videos(f"CCD {split}", sources, scan, leave_out=selection.leave_out, elsewhere=_known(folder, rows))
 
     def clip(name: str) -> Clip:
         kind, number = name.split("/")
@@ -57,7 +63,15 @@ def load_ccd(root: str, split: str, scan: VideoScan, selection: Selection) -> Cl
     return selection.table("CCD", split, names, clip)
 
 
+def _known(folder: Path, rows: dict[str, re.Match]) -> list[Path]:
+    """Return the files that CCD knows: the crashes in its annotation, and every normal clip, which needs no line."""
+    crashes = [folder / FOLDERS["positive"] / f"{name}.mp4" for name in rows]
+    return [*crashes, *folder.glob(f"{FOLDERS['negative']}/*.mp4")]
+
+
 def _read_lines(path: Path) -> dict[str, re.Match]:
+    if not path.is_file():
+        raise DataError(f"{path}: not found; it is beside the videos in the Google Drive of CCD's repository")
     rows: dict[str, re.Match] = {}
     for number, line in enumerate(read_lines(path), start=1):
         match = _LINE.fullmatch(line)
@@ -88,6 +102,7 @@ def _read_list(path: Path) -> list[str]:
 
 def _crash(path: Path, name: str, row: re.Match, videos: Videos) -> Clip:
     info, where = videos.require(name), f"{path}: clip {row[1]}"
+    require_constant(videos.sources[name], info)
     labels = np.array([int(label) for label in row[2].split(",")], dtype=np.uint8)
     if len(labels) != info.frames:
         raise DataError(f"{where}: {len(labels)} labels, but {videos.sources[name]} has {info.frames} frames")

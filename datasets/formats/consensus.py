@@ -15,6 +15,7 @@ inferred, has for them.
 """
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,11 @@ FILES = {
 }
 CATEGORIES = {ALL: ("pos-ego", "pos-not-ego"), EGO: ("pos-ego",)}
 COLUMNS = ("id", "event-type", "nexar-vehicle-involved", "min_support", "time-of-alert", "time-of-collision")
+_KNOWN = {
+    "event-type": ("collision|near-collision", "Collision or Near-collision"),
+    "nexar-vehicle-involved": ("yes|no", "yes or no"),
+    "article_category": (r"pos-ego|pos-not-ego|less2s|excluded.*", "pos-ego, pos-not-ego, less2s or excluded"),
+}
 CROSSWALK = Path(__file__).with_name("dada_crosswalk.csv")
 NEGATIVE, LATE_ALERT = 4.0, 4.5  # seconds: of a negative clip, and the alert that leaves so much without a sign
 
@@ -73,13 +79,15 @@ def with_consensus(table: ClipTable, root: str, labels: str) -> ClipTable:
         elif clip.is_positive is False and clip.name not in every:
             clips.append(clip)
     known = {clip.name for clip in table}
+    if not every.keys() & known:
+        raise DataError(f"{path}: no row is of a clip of {table}; the labels are of the test split, val")
+    if not rows.keys() & known:
+        logger.warning(f"{path}: no row of category {' or '.join(CATEGORIES[labels])} is of a clip of {table}")
     logger.info(
         f"{table}: {labels} labels of {len(rows.keys() & known)} clips, with {sum(not c.is_positive for c in clips)} "
         f"negatives; {len(rows.keys() - known)} of {len(rows)} rows are of no clip of the split, and "
         f"{len(known - rows.keys() - {c.name for c in clips})} clips have no row and are not used"
     )
-    if not clips:
-        raise DataError(f"{path}: no row is of a clip of {table}; the labels are of the test split, val")
     return replace(table, clips=clips)
 
 
@@ -92,12 +100,19 @@ def _read(path: Path, name: str) -> dict[str, _Row]:
         if crosswalk is not None:
             identity = crosswalk.get(cells["id"], "")
         elif name == "DAD":
-            identity = f"testing/positive/{identity}"
+            identity = f"testing/positive/{identity.zfill(6)}"  # a spreadsheet drops the zeros
         alert, event = (seconds(f"{where}, column {column}", cells[column]) for column in COLUMNS[-2:])
-        if alert is None or event is None or alert > event:
-            raise DataError(f"{where}: an alert at {alert} s and a collision at {event} s; take the file again")
+        if alert is None or event is None:
+            raise DataError(f"{where}, column {COLUMNS[-2 if alert is None else -1]}: empty; take the file again")
+        if alert > event:
+            raise DataError(
+                f"{where}: an alert at {alert:g} s, after the collision at {event:g} s; take the file again"
+            )
         if identity in rows:
             raise DataError(f"{where}: clip {cells['id']} is in {rows[identity].where}, too")
+        for column, (known, words) in _KNOWN.items():
+            if not re.fullmatch(known, cells[column], re.IGNORECASE):
+                raise DataError(f"{where}, column {column}: {cells[column]!r} is not {words}; take the file again")
         collision, ego = cells["event-type"].lower() == "collision", cells["nexar-vehicle-involved"].lower() == "yes"
         if identity:
             row = _Row(where, collision, ego, cells["min_support"], alert, event, cells["article_category"])

@@ -2,13 +2,14 @@
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from datasets.clips import DataError
-from datasets.formats.text import filled, read_csv, whole_number
+from datasets.formats.text import decimal, filled, read_csv, whole_number
 from datasets.labels import IGNORED
 from utils.text import first_few
 
@@ -18,7 +19,8 @@ INTERVAL, SPAN, STRETCH = ("start_frame", "end_frame"), ("start_time", "end_time
 EVENT, PER_FRAME = ("event_time", "alert_time"), ("frame", "label")
 OF_CLIP = ("path", "fps", "step", "category", "ego", "night", "source", "label", *EVENT, *STRETCH)
 KNOWN = {"clip", "frame", *OF_CLIP, *INTERVAL, *SPAN}
-YES_NO = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
+_TWO_CLIPS = "; two clips of one file have a name each, in column clip, and clip_start or clip_end"
+YES_NO = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False, "yes": True, "no": False}
 LONGEST = 1e6  # seconds: eleven days; a time beyond is no time
 
 
@@ -61,7 +63,7 @@ class Table:
     def seconds(self, row: int, column: str, text: str) -> float:
         """Return a time in seconds; where a comma stands for the point, too."""
         try:
-            value = float(text.replace(",", ".") if "." not in text else text)
+            value = decimal(text)
         except ValueError:
             value = math.nan
         if not 0 <= value < LONGEST:
@@ -84,11 +86,12 @@ class Table:
 def read_table(path: Path) -> Table:
     """Return what a table says. Raises DataError naming row and column."""
     rows = read_csv(path)
-    header = [cell.lower() for cell in next(rows, (0, []))[1]]
+    header = [_column(cell) for cell in next(rows, (0, []))[1]]
     table, mixed = Table(path, _check_header(path, header), {}), set()
     for number, cells in rows:
         if len(cells) > len(header):
-            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}")
+            remedy = "a cell that holds the separator itself stands in quotes"
+            raise DataError(f"{path}: row {number} has {len(cells)} cells, the header {len(header)}; {remedy}")
         _add_row(table, dict(zip(header, cells, strict=False)), number, mixed)
     if not table.entries:
         raise DataError(f"{path}: no rows")
@@ -98,10 +101,17 @@ def read_table(path: Path) -> Table:
     return table
 
 
+def _column(cell: str) -> str:
+    """Return the name of a column as it is known: "Event Time" is event_time."""
+    name = re.sub(r"[\s-]+", "_", cell.lower())
+    return name if name in KNOWN else cell.lower()
+
+
 def _check_header(path: Path, header: list[str]) -> set[str]:
     columns = KNOWN & set(header)
     if "path" not in columns:
-        raise DataError(f"{path}: row 1 has no column path; it names the columns: path, clip, fps, start_frame, ...")
+        there = first_few(cell for cell in header if cell) or "none"
+        raise DataError(f"{path}: row 1 has no column path, which says where the video is; its columns are: {there}")
     if twice := [c for c in columns if header.count(c) > 1]:
         raise DataError(f"{path}: row 1 has the column {twice[0]} twice")
     for pair in (INTERVAL, SPAN, *([PER_FRAME] if "frame" in columns else [])):
@@ -146,8 +156,8 @@ def _add_row(table: Table, row: dict[str, str], number: int, mixed: set[str]) ->
     entry = table.entries.setdefault(name, Entry(number))
     for column, value in values.items():
         if entry.values.setdefault(column, value) != value:
-            other = entry.values[column]
-            table.fail(number, column, f"{value!r} for clip {name}, {other!r} in row {entry.row} or after")
+            problem = f"{value!r} for clip {name}, {entry.values[column]!r} in row {entry.row} or after"
+            table.fail(number, column, problem + _TWO_CLIPS * (column in ("label", *EVENT, *STRETCH)))
     for column, cell in row.items():
         if column and column not in KNOWN and filled(cell) and entry.groups.setdefault(column, cell) != cell:
             mixed.add(column)

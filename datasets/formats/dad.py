@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
-from datasets.formats.shipped import Videos, event_labels, refuse_split, require_folder
+from datasets.formats.shipped import Videos, event_labels, refuse_split, require_constant, require_folder
 from datasets.scan import VideoScan
 
 FOLDERS = {"train": ("training",), "val": ("testing",), "all": ("training", "testing")}
@@ -35,10 +35,12 @@ def load_dad(root: str, split: str, scan: VideoScan, selection: Selection) -> Cl
             if not found:
                 raise DataError(f"{where / label}: no .mp4 in it; DAD has positive and negative clips in each split")
             sources |= {f"{folder}/{label}/{path.stem}": path for path in found}
-    videos = Videos(f"DAD {split}", {k: v for k, v in sources.items() if k not in selection.leave_out}, scan)
+    videos = Videos(f"DAD {split}", sources, scan, leave_out=selection.leave_out)
 
     def clip(name: str) -> Clip:
         info, positive = videos.require(name), "/positive/" in name
+        if positive:
+            require_constant(videos.sources[name], info)
         if positive and info.frames != FRAMES:
             raise DataError(
                 f"{videos.sources[name]}: {info.frames} frames; the accident is in frame {ACCIDENT} of {FRAMES}, so "

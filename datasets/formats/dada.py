@@ -33,6 +33,7 @@ import numpy as np
 
 from datasets.clips import MOST_FRAMES, Clip, ClipTable, DataError, Selection, data_errors
 from datasets.formats.text import first_repeated, read_csv, read_lines, read_split, whole_number
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -95,6 +96,9 @@ def load_dada(name: str, root: str, split: str, *, fps: float | None = None, sel
         source = folders.get(key, Path(root, "frames", clip_name)) / "images"
         return _clip(name, source, clip_name, rows[key], sheet, fps or FPS)
 
+    late = [n for n, key in keys.items() if key in rows and rows[key].get(ACCIDENT, -1) > rows[key]["total frames"]]
+    if late:
+        logger.warning(f"{sheet}: {ACCIDENT} is after the last frame of {len(late)} clips, not used: {first_few(late)}")
     return selection.table(name, split, keys, clip)
 
 

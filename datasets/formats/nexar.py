@@ -5,6 +5,7 @@ Hugging Face    ROOT/train/{positive,negative}/metadata.csv, NNNNN.mp4      the 
                 ROOT/time_to_accident_test_map.csv        ids in a row are crops of one source video
 Kaggle          ROOT/train.csv    id,time_of_event,time_of_alert,target       ROOT/train/NNNNN.mp4
                 ROOT/test.csv     id                      ROOT/test/NNNNN.mp4, split test, without labels
+There is no split val then: `prepare split Nexar ROOT --split train` makes train and val of train.
 
 Where: huggingface.co/datasets/nexar-ai/nexar_collision_prediction (gated, granted at once; 31 GB), or the Kaggle
 competition nexar-collision-prediction.
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.clips import Clip, ClipTable, DataError, Selection
-from datasets.formats.shipped import Videos, event_labels, read_rows, refuse_split, seconds
+from datasets.formats.shipped import Videos, event_labels, read_rows, refuse_split, require_folder, seconds
 from datasets.formats.text import whole_number
 from datasets.labels import IGNORED
 from datasets.scan import VideoScan
@@ -36,6 +37,10 @@ FOLDERS = {"train": ("train",), "val": ("test-public",), "test": ("test-private"
 FOLDERS["all"] = tuple(folder for (folder,) in FOLDERS.values())
 METADATA = ("file_name", "time_of_event", "time_of_alert")
 MAP = "time_to_accident_test_map.csv"
+_KAGGLE_VAL = (
+    "; python -m datasets.tools.prepare split Nexar ROOT --split train makes train and val of it, and --select_split "
+    "chooses the best checkpoint within train"
+)
 GROUPS = ("light_conditions", "weather", "scene", "time_to_accident")
 
 
@@ -57,15 +62,16 @@ def load_nexar(root: str, split: str, scan: VideoScan, selection: Selection) -> 
 
     Raises DataError: unknown split, a file missing or malformed, a row that contradicts itself or its folder.
     """
-    kaggle = Path(root, "train.csv").is_file() or Path(root, "test.csv").is_file()
-    if kaggle:
-        why = "; python -m datasets.tools.prepare split makes val of train" if split == "val" else ""
-        refuse_split("Nexar as Kaggle has it", split, ("train", "test"), why)
-        rows = _read_kaggle(Path(root), split)
-    else:
+    folders = [Path(root, folder) for folder in FOLDERS["all"]]
+    if any((folder / "positive").is_dir() or (folder / "negative").is_dir() for folder in folders):
         refuse_split("Nexar", split, FOLDERS)
         rows = _read_folders(Path(root), FOLDERS[split])
-    videos = Videos(f"Nexar {split}", {k: row.path for k, row in rows.items() if k not in selection.leave_out}, scan)
+    else:
+        require_folder(root, "Nexar", "train.csv", "test.csv", *(f"{folder}/positive" for folder in FOLDERS["all"]))
+        refuse_split("Nexar as Kaggle has it", split, ("train", "test"), _KAGGLE_VAL if split == "val" else "")
+        rows = _read_kaggle(Path(root), split)
+    sources = {name: row.path for name, row in rows.items()}
+    videos = Videos(f"Nexar {split}", sources, scan, leave_out=selection.leave_out)
     recordings = _recordings(Path(root, MAP))
     table = selection.table(
         "Nexar", split, rows, lambda name: _clip(name, rows[name], videos, recordings.get(name, f"video {name}"))
@@ -78,13 +84,16 @@ def load_nexar(root: str, split: str, scan: VideoScan, selection: Selection) -> 
 def _read_folders(root: Path, folders: tuple[str, ...]) -> dict[str, _Row]:
     rows: dict[str, _Row] = {}
     for folder in folders:
+        if not (root / folder).is_dir():
+            raise DataError(f"{root / folder}: not there, and the split is in it: download it, or hold out a part of "
+                            "train with --select_split, or python -m datasets.tools.prepare split")  # fmt: skip
         for label in ("positive", "negative"):
             path = root / folder / label / "metadata.csv"
             for number, row in read_rows(path, METADATA):
                 where = f"{path}: row {number}"
                 name = _id(where, "file_name", row["file_name"])
                 groups = {column: row[column] for column in GROUPS if row.get(column)}
-                times = _times(where, row, label == "positive")
+                times = _times(where, row if folder != "train" else row | {"time_to_accident": ""}, label == "positive")
                 _add(rows, name, _Row(where, path.parent / f"{name}.mp4", label == "positive", *times, groups))
     return rows
 
@@ -128,7 +137,8 @@ def _times(where: str, row: dict[str, str], positive: bool) -> tuple[float | Non
         raise DataError(f"{where}: a negative clip with a time of event or alert; correct the row or its label")
     if alert is not None and (event is None or alert > event):
         raise DataError(
-            f"{where}, column time_of_alert: {alert:g} s, but time_of_event is {row[columns[0]] or 'empty'}"
+            f"{where}, column time_of_alert: {alert:g} s, but time_of_event is {row[columns[0]] or 'empty'}; the alert "
+            "comes first: correct the row"
         )
     return event, alert, before
 
@@ -161,7 +171,7 @@ def _clip(name: str, row: _Row, videos: Videos, recording: str) -> Clip:
         num_frames=info.frames,
         fps=info.fps,
         labels=None if row.positive is None else _unless_untimed(labels, row.positive and event is None),
-        night=None if light is None else light.lower() == "dark",
+        night=None if light is None else light.lower() in ("dark", "night"),
         recording=recording,
         positive=row.positive,
         event_time=event,

@@ -2,13 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from datasets.clips import DataError, Unreadable
-from datasets.formats.text import filled, read_csv
+from datasets.formats.text import decimal, filled, read_csv
 from datasets.labels import labels_of_times
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES, VideoInfo
@@ -18,13 +18,29 @@ logger = logging.getLogger("tad")
 
 
 class Videos:
-    """The video files of a split, which are scanned together. info[name] tells of a clip's."""
+    """The video files of a split, which are scanned together. info[name] tells of a clip's.
 
-    def __init__(self, what: str, sources: Mapping[str, Path], scan: VideoScan):
-        self.sources = {name: str(path.absolute()) for name, path in sources.items()}
+    Args:
+        what: the split, for the log.
+        sources: {clip: its file}.
+        leave_out: clips not to use.
+        elsewhere: files in the same folders that the annotation knows, but not in this split.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        sources: Mapping[str, Path],
+        scan: VideoScan,
+        *,
+        leave_out: Collection[str] = (),
+        elsewhere: Iterable[Path] = (),
+    ):
+        every = {name: str(path.absolute()) for name, path in sources.items()}
+        self.sources = {name: path for name, path in every.items() if name not in leave_out}
         self.info: dict[str, VideoInfo] = dict(zip(self.sources, scan(list(self.sources.values())), strict=True))
         log_notes(what, self.info)
-        self._say_unlisted(what)
+        self._say_unlisted(what, {*every.values(), *(str(path.absolute()) for path in elsewhere)})
 
     def require(self, name: str) -> VideoInfo:
         """Return what is known of a clip's file. Raises Unreadable where it cannot be used."""
@@ -33,9 +49,9 @@ class Videos:
             raise Unreadable(f"{self.sources[name]}: {info.problem}")
         return info
 
-    def _say_unlisted(self, what: str) -> None:
+    def _say_unlisted(self, what: str, listed: set[str]) -> None:
         """Log the videos beside those of the annotation that it does not list."""
-        listed, folders = set(self.sources.values()), {os.path.dirname(source) for source in self.sources.values()}
+        folders = {os.path.dirname(source) for source in self.sources.values()}
         paths = (os.path.join(f, name) for f in sorted(folders) if os.path.isdir(f) for name in sorted(os.listdir(f)))
         if others := [path for path in paths if path.lower().endswith(VIDEO_SUFFIXES) and path not in listed]:
             logger.warning(f"{what}: {len(others)} videos are not annotated and go unused: {first_few(others, 3)}")
@@ -64,12 +80,21 @@ def seconds(where: str, cell: str) -> float | None:
     if not cell:
         return None
     try:
-        value = float(cell)
+        value = decimal(cell)
     except ValueError:
         value = -1.0
     if not 0 <= value < 1e6:
         raise DataError(f"{where}: {cell!r} is not a time in seconds, 0 or above; correct the row")
     return value
+
+
+def require_constant(where: str, info: VideoInfo) -> None:
+    """Raise DataError where frames, which are on a grid of the average rate, are not the pictures that labels count."""
+    if not info.constant:
+        raise DataError(
+            f"{where}: its frame rate is variable, and its label is by the number of a picture: take the original, "
+            "which has a constant rate"
+        )
 
 
 def event_labels(where: str, info: VideoInfo, event: float | None, alert: float | None) -> np.ndarray:
@@ -81,11 +106,25 @@ def event_labels(where: str, info: VideoInfo, event: float | None, alert: float 
 
 
 def require_folder(root: str, name: str, *expected: str) -> Path:
-    """Return the first of the paths below root that exists. Raises DataError that names them all."""
+    """Return the first of the paths below root that exists.
+
+    Raises DataError that names them all, and the folder above or below root that holds one of them.
+    """
     found = next((path for path in (Path(root, part) for part in expected) if path.exists()), None)
     if found is None:
-        raise DataError(f"{root}: none of {', '.join(expected)} is there; give the folder of {name} that holds it")
+        what = f"{' nor '.join(expected)} is there" if len(expected) > 1 else f"{expected[0]} is not there"
+        near = [path for path in _around(Path(root)) if any((path / part).exists() for part in expected)]
+        remedy = f", which is {near[0]}" if near else ""
+        raise DataError(f"{root}: {'neither ' * (len(expected) > 1)}{what}; give the folder of {name} that holds "
+                        f"{'one of them' if len(expected) > 1 else 'it'}{remedy}")  # fmt: skip
     return found
+
+
+def _around(root: Path) -> Iterator[Path]:
+    """Yield the folders in a folder, then the three above it."""
+    if root.is_dir():
+        yield from sorted(path for path in root.iterdir() if path.is_dir())
+    yield from root.absolute().parents[:3]
 
 
 def refuse_split(name: str, split: str, known: Iterable[str], why: str = "") -> None:

@@ -1,7 +1,7 @@
 """A user's own data, as data set "csv": videos, folders or zips of pictures, with a row for each anomaly or frame.
 
 ROOT/train.csv, ROOT/val.csv, ROOT/<split>.csv; or one csv file in place of ROOT, which is split "all" alone. Commas,
-semicolons or tabs separate the cells.
+semicolons or tabs separate the cells; a comma may stand for the point in seconds. Text is UTF-8, or UTF-16 as Excel's.
 
 path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder. A video
                 may be named without its suffix, and one called by a number without the zeros in front: 822
@@ -15,7 +15,8 @@ end_time
 event_time      the accident, and when a careful person could first tell, in seconds. Where the clip has no interval,
 alert_time      frames are anomalous from the alert to the event, or without alert the last 1.5 s before the event;
                 frames from the event on are ignored. An event may lie after the last frame
-label           of a clip without times: 1, all of its frames are anomalous; 0, none is; empty, nobody knows
+label           of a clip without times: 1, all of its frames are anomalous; 0, none is; empty, nobody knows. A 0 may
+                stand beside an event that is in another stretch of the file
 clip_start      the clip is a stretch of its file, from clip_start on and before clip_end, in seconds; empty: from the
 clip_end        beginning, to the end. Two clips of one file need it
 source          the recording the file was cut from (default: the file); clips of one belong into one split
@@ -52,6 +53,7 @@ from datasets.labels import ANOMALOUS, BEFORE_EVENT, IGNORED, frame_at, labels_o
 from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, UNREADABLE
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES, VideoInfo
+from utils.text import first_few
 
 logger = logging.getLogger("tad")
 
@@ -76,12 +78,17 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     """
     path = Path(root) if Path(root).is_file() else Path(root, f"{split}.csv")
     if path == Path(root) and split != "all":
-        raise DataError(f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it")
-    if not path.is_file():
-        workbook = next((p for p in map(path.with_suffix, (".xlsx", ".xls")) if p.is_file()), None)
-        hint = (
-            f"; python -m datasets.tools.prepare sheet {workbook} {path} makes it of the workbook" if workbook else ""
+        raise DataError(
+            f"{path} is one file, without splits: give the folder of {split}.csv, or take split all of it, or make "
+            f"train and val of it: python -m datasets.tools.prepare split csv {path}"
         )
+    if not path.is_file():
+        other = next((p for p in map(path.with_suffix, (".xlsx", ".xls", ".tsv", ".txt")) if p.is_file()), None)
+        hint = f"; call {other} so, if it is the table" if other else ""
+        if other and other.suffix.startswith(".xls"):
+            hint = f"; python -m datasets.tools.prepare sheet {other} {path} makes it of the workbook"
+        if split == "val" and not other and path.with_name("train.csv").is_file():
+            hint = "; --select_split 0.1 chooses the best checkpoint on a part of train that it holds out"
         raise DataError(
             f"{path}: not found; the data set csv has a table for each split, see datasets/formats/video_csv.py{hint}"
         )
@@ -102,6 +109,9 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     clips = selection.table("csv", split, table.entries, clip)
     if rules.keys() - {_AS_WRITTEN}:
         logger.info(f"{path}: labels of clips: " + ", ".join(f"{n} {rule}" for rule, n in rules.most_common()))
+    if far := [c.name for c in clips if c.event_time is not None and c.labels is not None and not c.labels.any()]:
+        problem = "end so long before their event that no frame is anomalous; are the times in seconds?"
+        logger.warning(f"{path}: {len(far)} clips {problem} {first_few(far)}")
     return clips
 
 
@@ -116,6 +126,8 @@ def _find_source(table: Table, name: str, entry: Entry, videos_of: Callable[[str
     written = os.path.normpath(os.path.join(table.path.parent.absolute(), entry.values["path"]))
     if os.path.exists(written) or os.path.exists(f"{written}.zip"):
         return written
+    if "\\" in written and os.path.exists(of_windows := written.replace("\\", "/")):
+        return of_windows
     folder, last = os.path.split(written)
     stem, suffix = os.path.splitext(last)
     stem, suffix = (stem, suffix.lower()) if suffix.lower() in (*VIDEO_SUFFIXES, ".0") else (last, "")
@@ -213,6 +225,9 @@ def _clip(table: Table, name: str, source: str, frames: _Frames, assumed_fps: fl
     first, end = _stretch(table, name, entry, frames.count, clock)
     event, alert = (table.time(entry, column) for column in EVENT)
     labels, rule = _labels(table, name, frames.count, clock, (first, end))
+    positive = table.flag(entry, "label")
+    if event is not None and (event < first / clock or positive is False):
+        event = alert = None  # it is not of this stretch of the file
     make = Clip if frames.step == 1 else partial(SteppedClip, number_step=frames.step)
     clip = make(
         name=name,
@@ -227,7 +242,7 @@ def _clip(table: Table, name: str, source: str, frames: _Frames, assumed_fps: fl
         night=table.flag(entry, "night"),
         offset=first if values.keys() & set(STRETCH) else None,
         recording=values.get("source") or (values["path"] if values.keys() & set(STRETCH) else None),
-        positive=table.flag(entry, "label"),
+        positive=positive,
         event_time=None if event is None else event - first / clock,
         alert_time=None if alert is None else alert - first / clock,
         groups=entry.groups,
@@ -260,19 +275,40 @@ def _labels(
     if "frame" in table.columns:
         return _frame_labels(table, name, entry, count, stretch), _AS_WRITTEN
     if label is False and (entry.intervals or entry.spans or event is not None):
-        problem = f"0, but the rows of clip {name} say when something happens"
-        table.fail(entry.row, "label", f"{problem}; a stretch of the file is clip_start to clip_end")
+        return _labels_beside(table, name, count, clock, stretch), _AS_WRITTEN
     if entry.intervals or entry.spans:
         return _interval_labels(table, name, entry, count, clock), _AS_WRITTEN
     if event is not None:
-        rule = "from alert to event" if alert is not None else f"from {BEFORE_EVENT:g} s before the event"
-        return labels_of_times(count, clock, event=event, alert=alert), rule
+        labels = labels_of_times(count, clock, event=event, alert=alert)
+        return labels, _event_rule(labels[slice(*stretch)], alert)
     has_times = table.columns & {*INTERVAL, *SPAN, *EVENT}
     if label and has_times:
         return np.full(count, IGNORED, dtype=np.uint8), "positive without a time, so that all frames are ignored"
     if label is None and ("label" in table.columns or not has_times):
         return None, _AS_WRITTEN
     return np.full(count, ANOMALOUS if label else 0, dtype=np.uint8), _AS_WRITTEN
+
+
+def _event_rule(labels: np.ndarray, alert: float | None) -> str:
+    """Say by which rule the labels of a clip come of its event."""
+    if (labels == IGNORED).all():
+        return "after their event, so that all frames are ignored"
+    return "from alert to event" if alert is not None else f"from {BEFORE_EVENT:g} s before the event"
+
+
+def _labels_beside(table: Table, name: str, count: int, clock: float, stretch: tuple[int, int]) -> np.ndarray:
+    """Return the labels of a clip of label 0 whose rows say when something happens, which must be in another stretch of
+    its file.
+    """
+    entry = table.entries[name]
+    event, alert = (table.time(entry, column) for column in EVENT)
+    labels = _interval_labels(table, name, entry, count, clock)
+    if event is not None:
+        labels = np.maximum(labels, labels_of_times(count, clock, event=event, alert=alert))
+    if labels[slice(*stretch)].any() or not entry.values.keys() & set(STRETCH):
+        problem = f"0, but the rows of clip {name} say when something happens"
+        table.fail(entry.row, "label", f"{problem}; a stretch of the file is clip_start to clip_end")
+    return np.zeros(count, dtype=np.uint8)
 
 
 def _interval_labels(table: Table, name: str, entry: Entry, count: int, clock: float) -> np.ndarray:
@@ -297,7 +333,7 @@ def _frame_labels(table: Table, name: str, entry: Entry, count: int, stretch: tu
             if stretch == (0, count)
             else f"the clip is frames {stretch[0]} to {stretch[1] - 1}"
         )
-        problem = "has no label" if missing else f"has a label, but {held}"
+        problem = "has no label; frames count from 0" if missing else f"has a label, but {held}"
         error = DataError if missing else BeyondEnd
         table.fail(entry.row, PER_FRAME[0], f"frame {min(odd)} of clip {name} {problem}", error)
     labels = np.zeros(count, dtype=np.uint8)

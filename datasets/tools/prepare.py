@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from datasets import DataError, VideoScan, build_clips, find_data_sets
-from datasets.clips import Clip, ClipTable, data_errors
+from datasets.clips import ClipTable, data_errors
 from datasets.formats.dada import LAYOUTS
 from datasets.formats.dota import CATEGORIES, CODES, HINT, SPLIT_FILES, category_of, read_metadata
 from datasets.formats.lists import is_split_name, list_path, list_text
 from datasets.formats.text import read_split
 from datasets.labels import ANOMALOUS
+from datasets.splits import draw_sources, sources_of
 from datasets.windows import index_clips
 from utils.cli import frame_count, frame_rate, natural, processes, share_below_1
 from utils.files import replaced
@@ -51,32 +52,6 @@ def half(categories: Mapping[str, str | None], seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
     kept = [rng.permutation(groups[name])[: max(len(groups[name]) // 2, 1)] for name in sorted(groups, key=str)]
     return [names[i] for i in sorted(np.concatenate(kept))] if kept else []
-
-
-def sources_of(clips: Sequence[Clip], by: str) -> dict[str, list[str]]:
-    """Return {source: names of its clips}. by: "source", the recording a clip was cut from; "clip"; a group column.
-
-    Raises DataError where a clip is in no such group.
-    """
-    sources: dict[str, list[str]] = defaultdict(list)
-    for clip in clips:
-        named = {"source": clip.recording or f"clip {clip.name}", "clip": clip.name} | clip.groups
-        if by not in named:
-            known = ", ".join(named)
-            raise DataError(f"clip {clip.name} has no {by}, by which the split is to be made; known of it: {known}")
-        sources[named[by]].append(clip.name)
-    return sources
-
-
-def draw_sources(sources: Mapping[str, Sequence[str]], share: float, seed: int) -> set[str]:
-    """Draw whole sources, {source: its clips}, up to a share of all clips, but one at least and never all of them."""
-    order = np.random.default_rng(seed).permutation(sorted(sources)).tolist()
-    room, drawn = share * sum(map(len, sources.values())), set()
-    for source in order[: len(order) - 1]:
-        if len(sources[source]) <= room:
-            drawn.add(source)
-            room -= len(sources[source])
-    return drawn or {min(order[:-1], key=lambda source: len(sources[source]))}
 
 
 def frame_rows(clips: ClipTable, *, num_frames: int, view_fps: float) -> Iterable[list[Any]]:

@@ -37,7 +37,7 @@ class Dialect:
     prefix: str = r"encoder\."
     final_norm: str = r"(fc_)?norm"
     ignored: tuple[str, ...] = ()
-    fresh: str = r"head\..+"
+    fresh: str = r"(head|pooler)\..+"
     own_target: bool = False
     models: str = r"(pretrain_videomae|vit)_.+"
     pos_embed: str | None = "sinusoid"

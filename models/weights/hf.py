@@ -123,6 +123,11 @@ def kind_of(model: nn.Module, path: str) -> Kind:
 
 def _kind_or_reason(model: nn.Module) -> tuple[Kind | None, str]:
     """Return how transformers holds a classifier, or why it cannot."""
+    if isinstance(model, VideoViT | ViViT) and model.head_kind == "attentive":
+        return (
+            None,
+            f"its head is attentive, and {'ViViT' if isinstance(model, ViViT) else 'VideoMAE'}'s there is linear",
+        )
     if isinstance(model, ViViT):
         return VIVIT, ""
     if isinstance(model, VJEPA):

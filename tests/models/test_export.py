@@ -609,6 +609,8 @@ def test_biases_that_transformers_does_not_read(tmp_path, monkeypatch):
     "name, options, reason",
     [
         (TINY, {"learned": True}, "its position table is learned"),
+        (TINY, {"head": "attentive"}, "its head is attentive, and VideoMAE's there is linear"),
+        ("vivit_tiny_patch16_64", {"head": "attentive"}, "its head is attentive, and ViViT's there is linear"),
         ("umt_vit_tiny_patch16_64", {}, "its position table is umt"),
         ("internvideo2_tiny_patch14_56", {}, "another architecture than VideoMAE, ViViT and V-JEPA 2"),
         ("vjepa21_vit_tiny_patch16_64", {}, "its rotations and modality embedding are V-JEPA 2.1's"),

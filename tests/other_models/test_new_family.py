@@ -60,6 +60,8 @@ def test_all_that_follows_from_one_file(family, tmp_path):
     assert len(twin.decoder.blocks) == 1 and twin.decoder.head.in_features == 64
 
     video = torch.randn(2, *model.input_shape)
+    probe = create_model(NAME, head="attentive")
+    assert "pooler.query_tokens" in load_pretrained(probe, path).missing and probe(video).shape == (2, 2)
     for one in (model, twin):
         save_weights(tmp_path / "ours.pth", one)
         again, spec = load(tmp_path / "ours.pth")

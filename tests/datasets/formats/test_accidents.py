@@ -214,7 +214,7 @@ def test_ccd_samples(put, read):
         (line("000001", [0] * 49 + [1], "000285,7,Dusk,Rainy,No"), "'Dusk' is not Day or Night"),
         (line("000001", [0] * 49 + [1]) * 2, "line 2: clip 000001 is listed twice"),
         (line("000002", [0] * 49 + [1]), "Crash-1500.txt: no line of clip 000001, which a list names"),
-        ("<html>quota\n", "line 1 is not of the form"),
+        ("<html>quota\n", "a web page, not the file itself"),
     ],
 )
 def test_faults_of_ccd_are_named(put, read, text, message):
@@ -392,3 +392,118 @@ def test_consensus_of_dota_counts_as_the_paper_does(put):
                           ("DAD", "dad_test_concensus.csv: no row is of a clip of DAD val")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             with_consensus(ClipTable(name, "val", clips), str(put.root), "consensus")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders as people have them
+
+
+@pytest.fixture
+def nexar(put):
+    """Nexar's train of a positive and a negative clip."""
+    put("train/positive/metadata.csv", HEADER + "00001.mp4,3.0,2.0,Normal,Clear,Urban,\n")
+    put("train/negative/metadata.csv", HEADER + "00002.mp4,,,,,,\n")
+    put("train/positive/00001.mp4", 40)
+    put("train/negative/00002.mp4", 40)
+    return put
+
+
+def test_the_folder_above_or_below_is_named(nexar, tmp_path):
+    nexar("ccd/videos/Crash-1500.txt", "")
+    nexar("dad/videos/training/positive/000001.mp4", 20)
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    for name, given, right in (
+        ("Nexar", "train", "."),
+        ("Nexar", "train/positive", "."),
+        ("Nexar", "..", "."),
+        ("CCD", ".", "ccd"),
+        ("CCD", "ccd/videos", "ccd"),
+        ("DAD", "dad/videos/training", "dad/videos"),
+    ):
+        expected = f"give the folder of {name} that holds .*, which is {(nexar.root / right).resolve()}$"
+        with pytest.raises(DataError, match=expected):
+            build_clips(name, str((nexar.root / given).resolve()), "train", scan)
+    with pytest.raises(
+        DataError, match="root/test-public: not there, and the split is in it: download it, or hold out"
+    ):
+        build_clips("Nexar", str(nexar.root), "val", scan)
+
+
+def test_what_stands_in_for_a_file_is_said(nexar, read, tmp_path, caplog):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    nexar("train/positive/00001.mp4", pointer)
+    assert "a pointer of Git LFS, not the file itself" in read("Nexar", "train").unreadable["00001"]
+    nexar("train/negative/00002.mp4", "<!DOCTYPE html><html><title>Quota exceeded")
+    with pytest.raises(DataError, match="00002.mp4: a web page, not the file itself"):
+        read("Nexar", "train")
+    nexar("train/positive/metadata.csv", pointer)
+    with pytest.raises(DataError, match="metadata.csv: a pointer of Git LFS, not the file itself; git lfs pull"):
+        read("Nexar", "train")
+
+
+def test_nexar_beside_kaggle_s_table_and_in_a_spreadsheet_s_words(nexar, read):
+    nexar("train.csv", "id,time_of_event,time_of_alert,target\n1,1.0,0.5,1\n")
+    nexar("train/positive/metadata.csv", HEADER.replace(",", ";") + "00001.mp4;3,0;2,0;Night;;;0,7\n")
+    positive, negative = read("Nexar", "train")
+    assert (runs(positive.labels), positive.night) == ([(0, 20), (1, 10), (2, 10)], True)  # times of train are its own
+    with pytest.raises(DataError, match="no clip is long enough for a window of 41 frames"):
+        index_clips(read("Nexar", "train"), num_frames=41, view_fps=10, stride=1)
+    for label in ("positive", "negative"):
+        nexar(f"train/{label}/metadata.csv", HEADER)
+    with pytest.raises(DataError, match="Nexar train: no clips; its annotation lists none that can be used"):
+        index_clips(read("Nexar", "train"), num_frames=4, view_fps=10, stride=1)
+
+
+def test_only_what_no_annotation_knows_is_called_so(nexar, read, caplog):
+    read("Nexar", "train", leave_out={"00002"})
+    nexar("videos/Crash-1500.txt", line("000001", [0] * 38 + [1] * 12) + line("000002", [0] * 38 + [1] * 12))
+    for name in ("Crash-1500/000001", "Crash-1500/000002", "Normal/000001", "Normal/000002"):
+        nexar(f"videos/{name}.mp4", 50)
+    nexar("vgg16_features/train.txt", "positive/000001.npz 1\nnegative/000001.npz 0\n")
+    read("CCD", "train")
+    assert "not annotated" not in caplog.text
+    nexar("videos/Crash-1500/000003.mp4", 50)
+    read("CCD", "train")
+    assert "1 videos are not annotated and go unused" in caplog.text and "000003.mp4" in caplog.text
+    shutil.rmtree(nexar.root / "videos" / "Normal")
+    assert len(read("CCD", "all")) == 2 and "Normal: no .mp4 in it, so all clips are of crashes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("456,,Collision,no,9,2.12,2.92,0.8,pos-not-ego", None),
+        (
+            "000456,,Collision,no,9,2.92,2.12,0.8,pos-not-ego",
+            "row 2: an alert at 2.92 s, after the collision at 2.12 s",
+        ),
+        ("000456,,Collision,no,9,,2.12,0.8,pos-not-ego", "row 2, column time-of-alert: empty"),
+        ("000456,,Collision,no,9,2,3,1,pos_ego", "column article_category: 'pos_ego' is not pos-ego, pos-not-ego"),
+        ("000456,,Crash,no,9,2,3,1,pos-ego", "column event-type: 'Crash' is not Collision or Near-collision"),
+        ("000456,,Collision,no,9,2,22,1,pos-ego", "a collision at 22 s, but clip testing/positive/000456 has 10 s"),
+        ("000457,,Collision,no,9,2,3,1,pos-ego", "no row is of a clip of DAD val; the labels are of the test split"),
+    ],
+)
+def test_faults_of_consensus_labels_are_named(put, read, row, message):
+    for label in ("positive", "negative"):
+        put(f"testing/{label}/000456.mp4", 100)
+    header = (
+        "id,batch,event-type,nexar-vehicle-involved,min_support,time-of-alert,time-of-collision,diff,article_category"
+    )
+    put("consensus/dad_test_concensus.csv", f"{header}\n{row}\n")
+    if message:
+        with pytest.raises(DataError, match=message):
+            read("DAD", "val", labels="consensus")
+    else:
+        assert runs(read("DAD", "val", labels="consensus")[0].labels) == [(0, 22), (1, 8), (2, 70)]
+
+
+def test_labels_by_the_number_of_a_picture_need_a_constant_rate(put, tmp_path):
+    put("videos/Crash-1500.txt", line("000001", [0] * 38 + [1] * 12))
+    put("videos/Crash-1500/000001.mp4", 50)
+    for label in ("positive", "negative"):
+        put(f"training/{label}/000001.mp4", 100)
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    for name, split in (("CCD", "all"), ("DAD", "train")):
+        with pytest.raises(DataError, match="000001.mp4: its frame rate is variable, and its label is by the number"):
+            build_clips(name, str(put.root), split, lambda paths: [replace(i, constant=False) for i in scan(paths)])

@@ -205,3 +205,59 @@ def test_seconds_sit_on_the_right_pictures_of_a_variable_rate(tmp_path):
     seconds = np.array(pictures) / 30  # at which the picture that a frame shows was taken
     assert (seconds[clip.labels == 1] >= 1.0 - step).all() and (seconds[clip.labels == 1] < 3.0 + step).all()
     assert ((seconds <= 1.0 + step) | (seconds >= 3.0 - step))[clip.labels == 0].all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "path,event_time\nb.mov,3\n".encode("utf-16"),
+        b"sep=;\npath;event_time\nb.mov;3,0\n",
+        "\ufeffPath ,Event Time\nb.mov,3\n".encode(),
+        b'path,note,event_time\r\nb.mov,"two\r\nlines",3\r\n',
+        b"path,label,event_time\nb.mov,1.0,3\n",  # as pandas writes a column that is empty somewhere
+        b"path\tevent-time\nb.mov\t3\n",
+    ],
+)
+def test_tables_as_programs_write_them(sources, content):
+    (sources / "train.csv").write_bytes(content)
+    (clip,) = build_clips("csv", str(sources), "train", VideoScan(sources / "scan.json", workers=1))
+    assert (runs(clip.labels), clip.event_time) == ([(0, 15), (1, 15), (2, 10)], 3.0)
+
+
+def test_a_table_of_another_name_and_a_path_of_windows(table, sources):
+    (sources / "sub").mkdir()
+    shutil.copy(sources / "b.mov", sources / "sub" / "c.mov")
+    assert table("path\nsub\\c.mov\n")[0].source == str(sources / "sub" / "c.mov")
+    (sources / "other.tsv").write_text("path\nb.mov\n")
+    with pytest.raises(DataError, match="other.csv: not found; .*; call .*other.tsv so, if it is the table"):
+        build_clips("csv", str(sources), "other", VideoScan(sources / "scan.json", workers=1))
+
+
+def test_a_negative_stretch_may_name_the_event_of_another(table, caplog):
+    rows = "b.mov,early,0,1.4,0,3\nb.mov,late,1.4,,1,3\nb.mov,after,3.2,,,3\n"
+    early, late, after = table("path,clip,clip_start,clip_end,label,event_time\n" + rows)
+    assert (runs(early.labels), early.event_time, early.is_positive) == ([(0, 14)], None, False)
+    assert (runs(late.labels), late.event_time) == ([(0, 1), (1, 15), (2, 10)], pytest.approx(1.6))
+    assert (runs(after.labels), after.event_time) == ([(2, 8)], None)
+    with pytest.raises(DataError, match="row 2, column label: 0, but the rows of clip early say when"):
+        table("path,clip,clip_start,clip_end,label,event_time\nb.mov,early,0,1.6,0,3\n")
+    with pytest.raises(
+        DataError, match="row 3, column clip_start: .*; two clips of one file have a name each, in colum"
+    ):
+        table("path,clip_start\nb.mov,0\nb.mov,2\n")
+    assert "no frame is anomalous" not in caplog.text
+    table("path,event_time\nb.mov,30\n")
+    assert "1 clips end so long before their event that no frame is anomalous; are the times in seconds?" in caplog.text
+
+
+def test_a_table_without_val_is_told_what_to_do(tmp_path):
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    (tmp_path / "train.csv").write_text("path\nb.mov\n")
+    with pytest.raises(
+        DataError, match=r"val.csv: not found; .*; --select_split 0.1 chooses the best checkpoint on a p"
+    ):
+        build_clips("csv", str(tmp_path), "val", scan)
+    with pytest.raises(
+        DataError, match=r"train.csv is one file, .*: python -m datasets.tools.prepare split csv \S+train"
+    ):
+        build_clips("csv", str(tmp_path / "train.csv"), "train", scan)
