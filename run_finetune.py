@@ -37,9 +37,11 @@ from utils.resolve import (
     keep_history,
     leave_gpus_alone,
     refuse_contradictions,
+    resolve_head,
     resolve_runtime,
     resolve_schedule,
     split_batch,
+    without_other_head,
 )
 from utils.signals import catch_signals, remove_marker
 
@@ -70,15 +72,17 @@ from datasets.augment.finetune import FinetuneTransform
 from datasets.augment.frames import EvalTransform
 from datasets.batches import BatchLoader
 from datasets.faults import CountedBatches, read_bad_clips, warn_unmatched
+from datasets.features import FeatureBatches
 from datasets.loader import EpochSampler, Source, WindowDataset
 from datasets.slots import reserve
 from datasets.splits import hold_out, require_both_classes
 from datasets.stream import SplitWindows
-from datasets.windows import index_clips
+from datasets.windows import WindowIndex, index_clips
 from engine import outputs
 from engine.checkpoint import CheckpointWriteError, Progress, RunState
 from engine.evaluate import EvaluationError, Scorer, coverage
 from engine.events import EventRule
+from engine.feature_cache import FeatureCache
 from engine.finetune import FinetuneObjective
 from engine.guard import TrainingError
 from engine.loop import Reporting, train_epochs
@@ -87,8 +91,8 @@ from engine.optim import DTYPES, Optimization, Schedule, build_optimization
 from engine.resume import agreed_state, recorded_arguments, require_same_selection
 from engine.session import start_session
 from engine.validation import keep_weights, validate
-from models import classifier_of, create_model, model_defaults
-from models.weights import CheckpointError, fetch, load_pretrained, read_hints, read_spec
+from models import create_model, head_of, model_defaults
+from models.weights import CheckpointError, classifier_spec, fetch, load_pretrained, read_hints, read_spec
 from utils.distributed import (
     Process,
     data_parallel,
@@ -103,7 +107,7 @@ from utils.logging import setup_logging
 
 ERRORS = (CheckpointError, CheckpointWriteError, ConfigError, DataError, EvaluationError, TrainingError)
 BEST = ("auroc", "auc_mcc")  # the metrics whose best weights are kept
-SPEC = ("model", *INPUT, "gelu", "final_reduction", "mean", "std")  # what a weights file answers
+SPEC = ("model", *INPUT, "gelu", "final_reduction", "head", "mean", "std")  # what a weights file answers
 logger = logging.getLogger("tad")
 
 
@@ -139,20 +143,14 @@ def resolve_spec(args: Namespace, process: Process) -> None:
     with local_main_first(process):  # one download per node
         path = fetch(args.finetune)
     if (spec := read_spec(path)) is None:
-        fill_from_config(args, read_hints(path), SPEC, args.finetune)
+        fill_from_config(args, without_other_head(args, read_hints(path)), SPEC, args.finetune)
         if args.eval:
             logger.warning(f"{args.finetune} has no spec: --model, --view_fps and the like, left out, are the defaults")
         return
-    try:
-        trained = spec | {"model": classifier_of(spec["model"])}
-    except ValueError as e:
-        raise CheckpointError(f"{args.finetune}: its spec is for another version of this code: {e}") from e
-    if trained["model"] != spec["model"]:
-        del trained["final_reduction"]  # a masked autoencoder pools nothing
-    trained["pos_embed"] = "learned" if spec["pos_embed"] == "learned" else "sincos"
-    compared = ("model", *INPUT, "gelu", *(("final_reduction", "pos_embed") if args.eval else ()))
+    trained = classifier_spec(spec, args.finetune)
+    compared = ("model", *INPUT, "gelu", *(("final_reduction", "head", "pos_embed") if args.eval else ()))
     refuse_contradictions(args, trained, compared, args.finetune)
-    fill_unset(args, trained, SPEC)
+    fill_unset(args, without_other_head(args, trained), SPEC)
 
 
 def resolve(args: Namespace, world_size: int) -> None:
@@ -169,10 +167,13 @@ def resolve(args: Namespace, world_size: int) -> None:
     if not data_set.labelled:
         what = "evaluate against; run_predict.py scores it" if args.eval else "fine-tune on; it is for run_dapt.py"
         raise ConfigError(f"{args.data_set} has no labels to {what}")
+    with config_errors():
+        args.head = head_of(args.model, args.head, args.final_reduction)
     args.scan_cache = args.scan_cache or str(Path(args.output_dir, "videos.json"))
     args.sampling_rate_val = args.sampling_rate_val or (1 if args.eval else data_set.val_stride)
     if args.eval:
         return
+    resolve_head(args)
     args.lr = defaults.finetune_lr if args.lr is None else args.lr
     resolve_schedule(args)
     args.batch_size, args.total_batch_size = split_batch(
@@ -191,11 +192,10 @@ def train(args: Namespace, process: Process) -> None:
     model = build_model(args, process, resumed=resumed)
     seed_everything(args.seed + process.rank)  # ranks share their weights, not their dropout
     clips, held_out = training_clips(args, resumed)
-    loader, sampler = training_data(args, process, clips)
-    augment = DeviceAugment(args.input_size, args.train_interpolation)
-    batches = CountedBatches(DeviceLoader(loader, process.device, augment), limit=args.max_bad_samples)
-    validation = None if args.disable_eval_during_finetuning else evaluation_windows(args, process, held_out)
-    warn_unmatched(read_bad_clips(args.bad_clips or ()), [p.clips for p in (*loader.dataset.sources, validation) if p])
+    loader, sampler = training_data(args, process, clips, model)
+    batches = CountedBatches(loader, limit=args.max_bad_samples)
+    validation = validation_windows(args, process, model, held_out)
+    warn_unmatched(read_bad_clips(args.bad_clips or ()), [clips, *([validation.clips] if validation else [])])
     ddp_model = data_parallel(model, process)
     progress = Progress(
         epoch=args.start_epoch,
@@ -311,33 +311,28 @@ def training_clips(args: Namespace, resumed: dict[str, Any] | None) -> tuple[Cli
     return clips, held_out
 
 
-def training_data(args: Namespace, process: Process, clips: ClipTable) -> tuple[BatchLoader, EpochSampler]:
-    """Return batches of augmented windows of clips, and the sampler that orders them."""
+def training_data(
+    args: Namespace, process: Process, clips: ClipTable, model: nn.Module
+) -> tuple[DeviceLoader | FeatureBatches, EpochSampler]:
+    """Return batches of windows of clips, and the sampler that orders them."""
     with config_errors():
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate)
         transform = FinetuneTransform(
-            args.input_size,
-            views=args.num_sample,
-            aa=args.aa,
-            interpolation=args.train_interpolation,
-            short_side=args.short_side,
-            erase_prob=args.reprob,
-            erase_count=args.recount,
-            erase_max_area=args.erase_max_area,
-            decoding=args.decoding,
-            here=args.augment_on == "worker",
-        )
+            args.input_size, views=args.num_sample, aa=args.aa, interpolation=args.train_interpolation,
+            short_side=args.short_side, erase_prob=args.reprob, erase_count=args.recount,
+            erase_max_area=args.erase_max_area, decoding=args.decoding, here=args.augment_on == "worker",
+        )  # fmt: skip
+    if not args.augment:
+        transform = FinetuneTransform.plain(args.input_size)
     if args.select_split is not None:
         require_both_classes(clips, index)
     sampler = EpochSampler(
-        [len(index)],
-        batch_sizes=[args.batch_size],
-        accumulate=args.update_freq,
-        rank=process.rank,
-        world_size=process.world_size,
-        samples_per_epoch=args.nb_samples_per_epoch,
-        seed=args.seed,
-    )
+        [len(index)], batch_sizes=[args.batch_size], accumulate=args.update_freq, rank=process.rank,
+        world_size=process.world_size, samples_per_epoch=args.nb_samples_per_epoch, seed=args.seed,
+    )  # fmt: skip
+    if args.cache_features:
+        cache = cached(args, process, model, split_windows(args, process, clips, index, allow_missing=True))
+        return FeatureBatches(clips, index, sampler, cache.read, cache.missing(), process.device), sampler
     loader = BatchLoader(
         WindowDataset([Source(clips, index, transform)], seed=args.seed, targets=True),
         sampler,
@@ -346,7 +341,23 @@ def training_data(args: Namespace, process: Process, clips: ClipTable) -> tuple[
         read_timeout=args.read_timeout,
     )
     reserve(loader.slots)
-    return loader, sampler
+    augment = DeviceAugment(args.input_size, args.train_interpolation)
+    return DeviceLoader(loader, process.device, augment), sampler
+
+
+def cached(args: Namespace, process: Process, model: nn.Module, windows: SplitWindows) -> FeatureCache:
+    """Return the features of windows, on disk."""
+    return FeatureCache(args.cache_features, windows, model, DTYPES[args.precision], process)
+
+
+def validation_windows(
+    args: Namespace, process: Process, model: nn.Module, held_out: ClipTable | None
+) -> SplitWindows | FeatureCache | None:
+    """Return the windows that the best weights are chosen on, or their features; None where nothing is evaluated."""
+    if args.disable_eval_during_finetuning:
+        return None
+    windows = evaluation_windows(args, process, held_out)
+    return cached(args, process, model, windows) if args.cache_features else windows
 
 
 def evaluation_windows(args: Namespace, process: Process, held_out: ClipTable | None = None) -> SplitWindows:
@@ -356,19 +367,18 @@ def evaluation_windows(args: Namespace, process: Process, held_out: ClipTable | 
         index = index_clips(clips, num_frames=args.num_frames, view_fps=args.view_fps, stride=args.sampling_rate_val)
     if held_out is not None:
         require_both_classes(clips, index)
+    return split_windows(args, process, clips, index, allow_missing=args.allow_missing)
+
+
+def split_windows(
+    args: Namespace, process: Process, clips: ClipTable, index: WindowIndex, *, allow_missing: bool
+) -> SplitWindows:
+    """Return windows as evaluation makes them."""
     windows = SplitWindows(
-        clips,
-        index,
-        EvalTransform(args.input_size),
-        device=process.device,
-        batch_size=args.eval_batch_size,
-        rank=process.rank,
-        world_size=process.world_size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-        allow_missing=args.allow_missing,
-        read_timeout=args.read_timeout,
-    )
+        clips, index, EvalTransform(args.input_size), device=process.device, batch_size=args.eval_batch_size,
+        rank=process.rank, world_size=process.world_size, num_workers=args.num_workers, pin_memory=args.pin_mem,
+        allow_missing=allow_missing, read_timeout=args.read_timeout,
+    )  # fmt: skip
     reserve(windows.slots)
     return windows
 
@@ -379,21 +389,11 @@ def build_model(
     """Return the model on its device, with --finetune loaded (if trained_head with its head) or ready to be resumed."""
     with config_errors():
         model = create_model(
-            args.model,
-            num_frames=args.num_frames,
-            view_fps=args.view_fps,
-            input_size=args.input_size,
-            tubelet_size=args.tubelet_size,
-            gelu=args.gelu,
-            final_reduction=args.final_reduction,
-            init_scale=args.init_scale,
-            drop_path_rate=args.drop_path,
-            drop_rate=args.drop,
-            attn_drop_rate=args.attn_drop_rate,
-            fc_drop_rate=args.fc_drop_rate,
-            mean=args.mean,
-            std=args.std,
-        )
+            args.model, num_frames=args.num_frames, view_fps=args.view_fps, input_size=args.input_size,
+            tubelet_size=args.tubelet_size, gelu=args.gelu, final_reduction=args.final_reduction, head=args.head,
+            init_scale=args.init_scale, drop_path_rate=args.drop_path, drop_rate=args.drop,
+            attn_drop_rate=args.attn_drop_rate, fc_drop_rate=args.fc_drop_rate, mean=args.mean, std=args.std,
+        )  # fmt: skip
     if args.pos_embed == "sincos" and model.pos_embed_kind == "learned":
         raise ConfigError(f"--pos_embed sincos: {args.model} has a learned position table alone")
     if args.finetune and not resumed:
@@ -412,6 +412,10 @@ def build_model(
             model.learn_pos_embed()
         if args.freeze_layers is not None:
             model.freeze_blocks(args.freeze_layers)
+    if args.freeze_encoder:
+        if resumed:
+            model.load_state_dict(resumed["model"])  # now, since features are made before the session restores the rest
+        model.freeze_encoder()
     model.set_grad_checkpointing(args.use_checkpoint)
     model.to(process.device)
     if args.compile:

@@ -3,8 +3,12 @@
 The device normalises each frame once and gathers the windows.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from datasets.augment.frames import EvalTransform
 from datasets.chunks import ClipStream, FrameChunk
-from datasets.clips import ClipTable
+from datasets.clips import Clip, ClipTable
 from datasets.faults import ClipEnd, Fault, agree_on_faults
 from datasets.slots import Slots
 from datasets.windows import WindowIndex
@@ -154,16 +158,8 @@ class SplitWindows:
         self.batch_size = batch_size
         self.across_clips = self.device.type != "cpu" if across_clips is None else across_clips
         self.allow_missing, self._show_progress = allow_missing, rank == 0
-        self.stream = ClipStream(
-            clips,
-            index,
-            transform,
-            chunk_frames=batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=num_workers,
-            **reading,
-        )
+        self._reading = {"chunk_frames": batch_size, "num_workers": num_workers, **reading}
+        self.stream = ClipStream(clips, index, transform, rank=rank, world_size=world_size, **self._reading)
         self.agree([])  # refuses now what is known to be unreadable
 
     def batches(self, normalize: Callable[[Tensor], Tensor]) -> Iterator[WindowBatch | Fault | ClipEnd]:
@@ -199,6 +195,24 @@ class SplitWindows:
         """The memory that reading takes."""
         return self.stream.slots
 
+    def only(self, clips: Collection[int]) -> "SplitWindows":
+        """Return the windows of some clips alone, whose numbers stay, all for this rank."""
+        other = copy.copy(self)
+        other.index = self.index.only(clips)
+        other.stream = ClipStream(self.clips, other.index, self.stream.transform, **self._reading)
+        return other
+
+    def identity(self, clip: int) -> str:
+        """Return a digest of what the windows of a clip are made of: it stays where the data is moved or labelled anew.
+
+        It is of the clip, of how frames make a window, and of the size in bytes of its source, of a folder that of the
+        pictures of its first, middle and last frame.
+        """
+        source, index = self.clips[clip], self.index
+        about = [source.name, source.num_frames, source.fps, source.frame_name, source.first_frame, source.offset]
+        about += [source.pack_step, source.aspect, index.num_frames, index.view_fps, self.stream.transform.size]
+        return hashlib.sha256(json.dumps([*about, _bytes_of(source)]).encode()).hexdigest()
+
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window of the split, over all ranks: two int64 (n,), sorted."""
         return self.index.locations()
@@ -206,3 +220,19 @@ class SplitWindows:
     def agree(self, faults: list[Fault]) -> list[Fault]:
         """Return the faults of all ranks on every rank; each calls it. Raises DataError as `agree_on_faults` does."""
         return agree_on_faults(faults, self.clips, allow_missing=self.allow_missing)
+
+
+def _bytes_of(clip: Clip) -> list[int]:
+    """Return the sizes in bytes by which the source of a clip is known again; -1 for what is not there."""
+    source = Path(clip.source)
+    frames = clip.stored_frames[[0, len(clip.stored_frames) // 2, -1]].tolist() if clip.num_frames else []
+    files = [source, source.with_name(f"{source.name}.zip")]
+    file = next((file for file in files if file.is_file()), None)
+    return [_size_of(path) for path in ([file] if file else [source / clip.picture(i) for i in frames])]
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

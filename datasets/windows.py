@@ -1,8 +1,9 @@
 """Which frames make sample i: window arithmetic in O(clips) memory, without lists of windows."""
 
+import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -127,6 +128,14 @@ class WindowIndex:
     def needed_frames(self, clip: int) -> np.ndarray:
         """Return the sorted source frames that at least one window of the clip uses."""
         return np.unique(self.frames(clip, self.last_frames(clip)))
+
+    def only(self, clips: Collection[int]) -> "WindowIndex":
+        """Return an index of the windows of some clips alone, whose numbers stay; the other clips have none."""
+        other = copy.copy(self)
+        other.counts = np.where(np.isin(np.arange(len(self.counts)), list(clips)), self.counts, 0)
+        other._kept = {clip: lasts for clip, lasts in self._kept.items() if clip in clips}
+        other._ends = np.cumsum(other.counts)
+        return other
 
     def locations(self) -> tuple[np.ndarray, np.ndarray]:
         """Return (clip, last frame) of every window in order: two int64 (len(self),)."""

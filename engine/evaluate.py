@@ -179,23 +179,37 @@ class Scorer:
             session.stop_if_asked("in an evaluation, which will be repeated")
         return (np.concatenate([np.zeros(0, np.int64), *clips]), *_joined(parts)), faults
 
-    @torch.inference_mode()
     def _outputs(self, model: nn.Module) -> Iterator[tuple[Any, Tensor | None]]:
-        """Yield what the windows yield, batches of videos with their logits (n, 2) float32, which stay on the device:
-        nothing waits for a batch.
-        """
-        model.eval()
+        """Yield what the windows yield, batches of videos with their logits (n, 2) float32."""
+        for item, output in window_outputs(self.windows, model, model, self.dtype):
+            yield item, None if output is None else output.float()
 
-        def normalize(video: Tensor) -> Tensor:
-            return model.normalize(video).to(self.dtype)  # which a first layer under autocast would do to each window
 
-        for item in self.windows.batches(normalize):
-            if not hasattr(item, "video"):
-                yield item, None
-                continue
-            with torch.autocast(item.video.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                output = torch.cat([model(part) for part in _passes(item.video)])
-            yield item, output[: len(item.last)].float()
+@torch.inference_mode()
+def window_outputs(
+    windows: Windows, model: nn.Module, run: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Iterator[tuple[Any, Tensor | None]]:
+    """Yield what windows.batches yields: batches of n videos with what `run` makes of them (n, ...), others with None.
+
+    The output stays on the device: nothing waits for a batch.
+
+    Args:
+        model: normalises uint8 video (`model.normalize`); it is put into evaluation mode.
+        run: the model, or a part of it: normalised video (m, 3, T, H, W) -> (m, ...).
+        dtype: of autocast; float32 turns it off.
+    """
+    model.eval()
+
+    def normalize(video: Tensor) -> Tensor:
+        return model.normalize(video).to(dtype)  # which a first layer under autocast would do to each window
+
+    for item in windows.batches(normalize):
+        if not hasattr(item, "video"):
+            yield item, None
+            continue
+        with torch.autocast(item.video.device.type, dtype, enabled=dtype != torch.float32):
+            output = torch.cat([run(part) for part in _passes(item.video)])
+        yield item, output[: len(item.last)]
 
 
 def require_finite(logits: np.ndarray, dtype: torch.dtype) -> None:

@@ -11,8 +11,8 @@ from engine.losses import Targets
 class FinetuneObjective:
     """Called by `engine.loop` as objective(model, batch) -> (loss, statistics).
 
-    The video of a batch, uint8, is where the model is. A batch of weight 0, of which nothing could be read, adds
-    nothing to gradients and statistics.
+    A batch has video, uint8, or features that a frozen encoder made of it, where the model is. A batch of weight 0, of
+    which nothing could be read, adds nothing to gradients and statistics.
 
     Args:
         loss: one of engine.losses.LOSSES.
@@ -23,9 +23,12 @@ class FinetuneObjective:
         self.loss, self.to_input = loss, to_input
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        video = self.to_input(batch["video"], batch["boxes"], batch["seed"])
-        targets = Targets(*(batch[k].to(video.device, non_blocking=True) for k in ("label", "soft_label", "ttc")))
-        logits = model(video).float()  # a half-precision exponential would saturate
+        if "features" in batch:
+            logits = model(batch["features"], encoded=True)
+        else:
+            logits = model(self.to_input(batch["video"], batch["boxes"], batch["seed"]))
+        logits = logits.float()  # a half-precision exponential would saturate
+        targets = Targets(*(batch[k].to(logits.device, non_blocking=True) for k in ("label", "soft_label", "ttc")))
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == targets.label).float().mean()
         loss = batch["weight"] * self.loss(logits, targets)

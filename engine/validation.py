@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.checkpoint import is_kept, save_weights
 from engine.evaluate import Scorer, coverage, summary
+from engine.feature_cache import FeatureCache, FromFeatures
 from engine.plots import evaluation_figures
 from engine.session import Session
 from utils.distributed import broadcast
@@ -20,9 +21,13 @@ logger = logging.getLogger("tad")
 def validate(windows: Any, model: nn.Module, session: Session, dtype: torch.dtype, name: str) -> dict[str, float]:
     """Return the metrics of a split, on every rank; scalars and figures go to TensorBoard.
 
-    windows: its SplitWindows. dtype: of autocast. name: of the model, for the figures.
+    Args:
+        windows: its SplitWindows, or a FeatureCache of the model's encoder.
+        dtype: of autocast.
+        name: of the model, for the figures.
     """
-    predictions = Scorer(windows, dtype).score(model, session)
+    scored = FromFeatures(model) if isinstance(windows, FeatureCache) else model
+    predictions = Scorer(windows, dtype).score(scored, session)
     metrics, step = None, session.progress.steps_done
     if predictions:
         metrics = predictions.metrics()

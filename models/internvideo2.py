@@ -111,13 +111,16 @@ class InternVideo2(VideoEncoder):
 
     Args:
         pool_dim: P of the pooling.
-        final_reduction: "attention" pools the class token and the others by attention, then norms; "none" = norm, all
-            tokens but the class token (B, N, D); the pooling is then kept with the weights, frozen and unused, so
-            that a masked autoencoder's checkpoint has all a classifier starts from.
+        final_reduction: "attention" pools the class token and the others by attention, then norms; "attentive" = norm,
+            all tokens but the class token to an attentive head; "none" = norm, the same tokens (B, N, D). The pooling
+            is kept with the weights all the same, frozen and unused, so that a masked autoencoder's checkpoint has all
+            a classifier starts from.
         The others: as VideoViT's. The position table is learned, from a 3-D sin-cos table.
 
     Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
+
+    reductions = {"attention": "linear", "attentive": "attentive"}
 
     def __init__(
         self,
@@ -132,8 +135,6 @@ class InternVideo2(VideoEncoder):
         final_reduction: str = "attention",
     ):
         super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind="learned")
-        if final_reduction not in ("attention", "none"):
-            raise ValueError(f"InternVideo2 pools by attention; final_reduction cannot be {final_reduction!r}")
         dim, pooled = size.embed_dim, final_reduction == "attention"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         table = F.pad(sincos_3d(self.grid, dim), (0, 0, 1, 0))  # the class token's position: zeros
@@ -162,9 +163,9 @@ class InternVideo2(VideoEncoder):
         return self.norm(self._with_class_token(x)[:, 1:])
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) to (B, P) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, P) pooled and normed, or to all tokens but the class token (B, N, D)."""
         x = self.embed(video)
-        if self.final_reduction == "none":
+        if self.final_reduction != "attention":
             return self.encode(x)
         return self.fc_norm(self.clip_projector(self._with_class_token(x)))
 

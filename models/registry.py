@@ -1,8 +1,8 @@
 """Named models: `create_model(name, **options)`, `list_models()`, and the clips that each name was trained on."""
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 from torch import nn
 
@@ -57,7 +57,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class _Registered:
-    build: Callable[..., nn.Module]
+    build: partial
     defaults: ModelDefaults | None  # None: those of its encoder
     encoder: str | None  # of a masked autoencoder
 
@@ -66,12 +66,12 @@ _MODELS: dict[str, _Registered] = {}
 
 
 def register_model(
-    name: str, build: Callable[..., nn.Module], defaults: ModelDefaults | None = None, *, encoder: str | None = None
+    name: str, build: partial, defaults: ModelDefaults | None = None, *, encoder: str | None = None
 ) -> None:
     """Put a model into the registry. Raises ValueError where the name is taken.
 
     Args:
-        build: (VideoInput, Dropout, **options) -> the model.
+        build: (VideoInput, Dropout, **options) -> the model; of a classifier a functools.partial of its class.
         defaults: of a classifier.
         encoder: the name of the classifier that a masked autoencoder trains; their defaults are the same.
     """
@@ -113,17 +113,35 @@ def model_defaults(name: str) -> ModelDefaults:
     return _find(classifier_of(name)).defaults
 
 
+def head_of(name: str, head: str | None, final_reduction: str | None) -> str | None:
+    """Return the kind of head that a classifier has with these options, None being left open: linear or attentive.
+
+    Raises ValueError where the name or an option is unknown, or they contradict each other.
+    """
+    family = _family(name)
+    return family.reductions.get(family.reduction_of(final_reduction, head))
+
+
+def _family(name: str) -> type:
+    """Return the class of a classifier. Raises ValueError for another model."""
+    if _find(name).encoder:
+        raise ValueError(f"{name} has no head")
+    return _find(name).build.func
+
+
 def create_model(name: str, **options) -> nn.Module:
     """Build a registered model. Its attribute `name` is the name, its `spec` all that `models.load` builds it from.
 
     Args:
         options: the fields of VideoInput and of Dropout, and the keywords of the model's class, over the defaults of
-            the name. A masked autoencoder takes its encoder's, decoder_depth and normalize_target. None stands for
-            the default.
+            the name. `head`, "linear" or "attentive", stands for the final_reduction before such a head. A masked
+            autoencoder takes its encoder's, decoder_depth and normalize_target. None stands for the default.
 
     Raises ValueError for an unknown name (with the list of known ones) or value, TypeError for an unknown option.
     """
     options = {option: value for option, value in options.items() if value is not None}
+    if head := options.pop("head", None):
+        options["final_reduction"] = _family(name).reduction_of(options.get("final_reduction"), head)
     video = _take(options, VideoInput, model_defaults(name))
     dropout = _take(options, Dropout, Dropout())
     return build_model(name, video, dropout, **options)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.heads import AttentivePooler, Headed
 from models.pos_embed import position_table
 from models.registry import SPEC_VERSION, Dropout, ModelDefaults, VideoInput, register_model
 
@@ -110,28 +111,30 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class VideoEncoder(nn.Module):
+class VideoEncoder(Headed):
     """What the Video ViTs share: (B, 3, T, H, W) to tokens, layers for learning-rate decay, freezing, a head in fp32.
 
-    A subclass adds `blocks`, calls `add_head` and `initialize`, and defines `forward_features(video)`: (B, features)
-    pooled and normed, or (B, N, D) where final_reduction is "none", as under a masked autoencoder. If it has a position
-    table, that is `pos_embed`, (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it;
-    else it defines `encode`, which recomputes blocks where self.grad_checkpointing and self.training, as `run_blocks`
-    does. Its constructor takes a VideoInput, a Dropout, and num_classes, gelu, init_scale and final_reduction.
+    A subclass adds `blocks`, calls `add_head` and `initialize`, and defines `forward_features(video)`, what the head
+    gets: (B, features) pooled and normed, or for an attentive head, and where final_reduction is "none", as under a
+    masked autoencoder, the normed tokens (B, N, D), without a class token. If it has a position table, that is
+    `pos_embed`, (1, N, D), or (1, 1 + N, D) with a class token before the others, and `embed` adds it; else it defines
+    `encode`, which recomputes blocks where self.grad_checkpointing and self.training, as `run_blocks` does. Its
+    constructor takes a VideoInput, a Dropout, and num_classes, gelu, init_scale and final_reduction.
 
     Args:
         size, video: the transformer's size, the clips it takes.
         gelu: "erf", or "tanh" for its approximation.
-        final_reduction: what becomes of the tokens before the head.
+        final_reduction: what becomes of the tokens before the head, one of `reductions` or "none".
         pos_embed_kind: a kind of `position_table`, "learned", or what stands in its place.
 
-    Raises ValueError where sizes do not divide.
+    Raises ValueError where sizes do not divide, or final_reduction is unknown.
     """
 
     name = ""  # where it is registered
 
     def __init__(self, size: Size, video: VideoInput, *, gelu: str, final_reduction: str, pos_embed_kind: str):
         super().__init__()
+        self.reduction_of(final_reduction, None)  # raises for an unknown one
         num_frames, input_size = video.num_frames, video.input_size
         tubelet_size, patch_size = video.tubelet_size, size.patch_size
         if input_size % patch_size or num_frames % tubelet_size:
@@ -142,24 +145,29 @@ class VideoEncoder(nn.Module):
         self.video, self.gelu, self.final_reduction = video, gelu, final_reduction
         self.input_shape = (3, num_frames, input_size, input_size)
         self.grid = (num_frames // tubelet_size, input_size // patch_size, input_size // patch_size)
-        self.embed_dim, self.pos_embed_kind = size.embed_dim, pos_embed_kind
-        self.grad_checkpointing = False
+        self.embed_dim, self.num_heads, self.pos_embed_kind = size.embed_dim, size.num_heads, pos_embed_kind
+        self.head_kind, self.grad_checkpointing = self.reductions.get(final_reduction), False
         self.register_buffer("pos_embed", None, persistent=False)
         self.register_buffer("mean", torch.tensor(video.mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(video.std, dtype=torch.float32), persistent=False)
         self.patch_embed = TubeletEmbed((tubelet_size, patch_size, patch_size), size.embed_dim)
 
-    def add_head(self, num_classes: int, *, fc_norm: nn.LayerNorm | None, drop_rate: float) -> None:
-        """Add `norm`, `fc_norm`, `fc_dropout` and `head`, which is left out for 0 classes.
+    def add_head(
+        self, num_classes: int, *, fc_norm: nn.LayerNorm | None, drop_rate: float, probe_heads: int | None = None
+    ) -> None:
+        """Add `norm`, `fc_norm`, `fc_dropout`, `head`, which is left out for 0 classes, and `pooler` if attentive.
 
         One of the two norms does something, under the name that its published checkpoints use: `fc_norm`, that of
-        pooled features, or where that is None `norm`, that of tokens.
+        pooled features, or where that is None `norm`, that of tokens. probe_heads: the heads of an attentive
+        probe, if not as many as the encoder's.
         """
         self.norm = nn.Identity() if fc_norm else LayerNorm(self.embed_dim)
         self.fc_norm = fc_norm or nn.Identity()
         self.fc_dropout = nn.Dropout(drop_rate)
         features = fc_norm.normalized_shape[0] if fc_norm else self.embed_dim
         self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
+        if self.head_kind == "attentive":
+            self.pooler = AttentivePooler(self.embed_dim, probe_heads or self.num_heads, depth=self.probe_depth)
 
     def initialize(self, init_scale: float) -> None:
         """Draw the weights; init_scale is a factor on the head's."""
@@ -179,6 +187,7 @@ class VideoEncoder(nn.Module):
             **{key: [*map(float, value)] if key in ("mean", "std") else value for key, value in video.items()},
             "gelu": self.gelu,
             "final_reduction": self.final_reduction,
+            **({"head": self.head_kind} if self.head_kind == "attentive" else {}),
             "pos_embed": "learned" if isinstance(self.pos_embed, nn.Parameter) else self.pos_embed_kind,
             "classes": ["safe", "risk"] if count == 2 else [f"class_{i}" for i in range(count)],
         }
@@ -213,12 +222,6 @@ class VideoEncoder(nn.Module):
         """
         return self.norm(self.run_blocks(x))
 
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) normalised to (B, K) logits; (B, N, K) where final_reduction is "none"."""
-        x = self.fc_dropout(self.forward_features(video))
-        with torch.autocast(x.device.type, enabled=False):  # logits in half precision would tie
-            return self.head(x.float())
-
     def learn_pos_embed(self) -> None:
         """Make the position table a parameter, trained and saved like the others; nothing where it is one.
 
@@ -240,8 +243,8 @@ class VideoEncoder(nn.Module):
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        """Recompute each block in the backward pass instead of keeping its activations; a frozen one needs neither."""
+        self.grad_checkpointing = enable and not self.encoder_frozen
 
     def freeze_blocks(self, num_blocks: int) -> None:
         """Stop the gradients of the embedding and of the first num_blocks blocks, their norms excepted.
@@ -267,11 +270,13 @@ class VideoViT(VideoEncoder):
         num_classes: K; 0 leaves the head out (`forward` then returns the features).
         gelu: "erf", or "tanh" for its approximation.
         init_scale: factor on the head's initial weights.
-        final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token;
-            "none" = norm, all tokens (B, N, D).
+        final_reduction: "fc_norm" = mean over tokens, then norm; "cls" = norm, then the first token; "attentive" =
+            norm, all tokens to an attentive head; "none" = norm, all tokens (B, N, D).
 
     Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
+
+    reductions = {"fc_norm": "linear", "cls": "linear", "attentive": "attentive"}
 
     def __init__(
         self,
@@ -286,8 +291,6 @@ class VideoViT(VideoEncoder):
         final_reduction: str = "fc_norm",
     ):
         super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind=pos_embed)
-        if final_reduction not in ("fc_norm", "cls", "none"):
-            raise ValueError(f"final_reduction must be fc_norm, cls or none, not {final_reduction!r}")
         table = position_table(pos_embed, self.grid, size.embed_dim)
         self.register_buffer("pos_embed", table[None], persistent=False)
         self.blocks = build_blocks(size, dropout, gelu)
@@ -296,7 +299,7 @@ class VideoViT(VideoEncoder):
         self.initialize(init_scale)
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) to (B, D) pooled and normed; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, D) pooled and normed, or to all tokens (B, N, D)."""
         x = self.encode(self.embed(video))
         if self.final_reduction == "fc_norm":
             return self.fc_norm(x.mean(dim=1))

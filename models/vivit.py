@@ -19,11 +19,14 @@ class ViViT(VideoEncoder):
     """ViViT: (B, 3, T, H, W) normalised RGB -> (B, K) logits.
 
     Args:
-        final_reduction: "cls" = norm, then the class token; "none" = norm, all tokens but the class token (B, N, D).
+        final_reduction: "cls" = norm, then the class token; "attentive" = norm, all tokens but the class token to an
+            attentive head; "none" = norm, the same tokens (B, N, D).
         The others: as VideoViT's.
 
     Raises ValueError where sizes do not divide or final_reduction or gelu is unknown.
     """
+
+    reductions = {"cls": "linear", "attentive": "attentive"}
 
     def __init__(
         self,
@@ -37,8 +40,6 @@ class ViViT(VideoEncoder):
         final_reduction: str = "cls",
     ):
         super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind="learned")
-        if final_reduction not in ("cls", "none"):
-            raise ValueError(f"ViViT classifies its class token; final_reduction cannot be {final_reduction!r}")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1] * self.grid[2], size.embed_dim))
         self.blocks = build_blocks(size, dropout, gelu)
@@ -52,9 +53,9 @@ class ViViT(VideoEncoder):
         return self._with_class_token(x)[:, 1:]
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) to (B, D), the class token; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to (B, D), the class token, or to all others (B, N, D)."""
         x = self._with_class_token(self.embed(video))
-        return x[:, 1:] if self.final_reduction == "none" else x[:, 0]
+        return x[:, 0] if self.final_reduction == "cls" else x[:, 1:]
 
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, n, D) to (B, 1 + n, D) through the blocks and `norm`."""

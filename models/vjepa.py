@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.heads import AttentivePooler
 from models.pos_embed import Grid
 from models.registry import Dropout, ModelDefaults, VideoInput, register_model
 from models.vit import LayerNorm, Size, TubeletEmbed, VideoEncoder, drop_path_rates, gelu_layer, init_weights
@@ -97,13 +96,16 @@ class VJEPA(VideoEncoder):
     Args:
         version: "2.0" or "2.1".
         pool_heads: the heads of the attentive probe.
-        final_reduction: "attention" = norm, then the attentive probe; "mean" = norm, then the mean over tokens; "none"
-            = norm, all tokens (B, N, D).
+        final_reduction: "attention" = norm, all tokens to an attentive head; "mean" = norm, then the mean over tokens;
+            "none" = norm, all tokens (B, N, D).
         The others: as VideoViT's. Positions are rotations, so there is no table.
 
     What only pictures and the inner levels need is kept with the weights, frozen. Raises ValueError where sizes do not
     divide, or version, final_reduction or gelu is unknown.
     """
+
+    reductions = {"attention": "attentive", "mean": "linear"}
+    probe_depth = 4
 
     def __init__(
         self,
@@ -120,8 +122,6 @@ class VJEPA(VideoEncoder):
     ):
         kind = f"rotary {version}"
         super().__init__(size, video, gelu=gelu, final_reduction=final_reduction, pos_embed_kind=kind)
-        if final_reduction not in ("attention", "mean", "none"):
-            raise ValueError(f"V-JEPA's final_reduction must be attention, mean or none, not {final_reduction!r}")
         dim = size.embed_dim
         self.version, self.head_dim = version, dim // size.num_heads
         rotary_table(torch.zeros(1, dtype=torch.int64), self.grid, self.head_dim, version)  # raises where it cannot be
@@ -129,9 +129,7 @@ class VJEPA(VideoEncoder):
             Block(dim, size.num_heads, dropout, gelu=gelu, drop_path=drop_path)
             for drop_path in drop_path_rates(dropout.drop_path_rate, size.depth)
         )
-        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate)
-        if final_reduction == "attention":
-            self.pooler = AttentivePooler(dim, pool_heads)
+        self.add_head(num_classes, fc_norm=None, drop_rate=dropout.fc_drop_rate, probe_heads=pool_heads)
         if version == "2.1":
             self.norm = nn.Identity()
             self.norms_block = nn.ModuleList(LayerNorm(dim) for _ in range(_LEVELS))
@@ -158,8 +156,6 @@ class VJEPA(VideoEncoder):
         for name, parameter in self.named_parameters():
             if name.endswith("_mod_embed"):
                 nn.init.normal_(parameter, std=1e-6)
-            elif name.endswith("query_tokens"):
-                trunc_normal_(parameter, std=0.02)
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
         """Map (B, 3, T, H, W) to (B, N, D): tokens, in version 2.1 with what marks them as a video's.
@@ -199,10 +195,8 @@ class VJEPA(VideoEncoder):
         return torch.cat([found[level] for level in levels], dim=-1)
 
     def forward_features(self, video: torch.Tensor) -> torch.Tensor:
-        """Map (B, 3, T, H, W) to (B, D) pooled; (B, N, D) where final_reduction is "none"."""
+        """Map (B, 3, T, H, W) to all normed tokens (B, N, D), or to their mean (B, D)."""
         x = self.encode(self.embed(video))
-        if self.final_reduction == "attention":
-            return self.pooler(x)
         return x.mean(dim=1) if self.final_reduction == "mean" else x
 
     def no_weight_decay(self) -> set[str]:

@@ -739,7 +739,7 @@ def test_bad_checkpoints_end_the_run(dota_root, weights, tmp_path):
     ("options", "message"),
     [
         (["--model", "vit_tini"], "unknown model 'vit_tini'"),
-        (["--data_set", "DOTA"], "unknown data set 'DOTA'; known: A3D, BDD100K, CAP-DATA, .*, did you mean DoTA"),
+        (["--data_set", "DOTA"], "DoTA_half, Kinetics, Nexar, csv, videos, did you mean DoTA?"),
         (["--aa", "rand-q3"], "--aa 'rand-q3'"),
         (["--input_size", "60"], "input_size 60 must be a multiple of the patch size 16"),
         (["--freeze_layers", "9"], "cannot freeze 9 of 4 blocks"),

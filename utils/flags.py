@@ -26,6 +26,7 @@ from utils.cli import (
     wait,
 )
 from utils.event_rule import seconds
+from utils.head_flags import add_augment_flag, add_head_flags
 from utils.probe_flags import add_probe_flags
 
 ASSUME_FPS = "frame rate of clips whose annotations have none: DADA2K, CAP-DATA (default: 30), pictures of csv"
@@ -285,18 +286,18 @@ def _add_finetune_model_flags(parser: Parser) -> None:
         "pools by attention alone)"
     )
     group.fixed("final_reduction", None, help, choices=["fc_norm", "cls"])
+    add_head_flags(FlagGroup(parser, "head and frozen encoder"))
     group.fixed("init_scale", 0.001, "factor on the head's initial weights", type=rate)
     help = "stochastic depth: probability of the last block, growing linearly from 0 at the first"
     group.overridable("drop_path", 0.2, help, type=share_below_1)
     group.overridable("drop", 0.0, "dropout after projections", type=share_below_1)
     group.overridable("attn_drop_rate", 0.0, "dropout of attention weights", type=share_below_1)
     group.overridable("fc_drop_rate", 0.0, "dropout before the head", type=share_below_1)
-    help = "freeze the embedding and the first N blocks, norms excepted"
-    group.fixed("freeze_layers", None, help, metavar="N", type=natural)
 
 
 def _add_finetune_augmentation_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "augmentation")
+    add_augment_flag(group)
     group.overridable(
         "aa", "rand-m6-n3-mstd0.5-inc1", "RandAugment policy over the driving operations, or none", metavar="POLICY"
     )

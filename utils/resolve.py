@@ -120,6 +120,35 @@ def resolve_schedule(args: argparse.Namespace) -> None:
         )
 
 
+def resolve_head(args: argparse.Namespace) -> None:
+    """Fill `augment` in place, and say what has no effect then. Raises ConfigError for flags that contradict."""
+    if args.freeze_encoder and args.freeze_layers is not None:
+        raise ConfigError("give --freeze_encoder, which freezes all layers, or --freeze_layers, not both")
+    if args.cache_features is not None and not args.freeze_encoder:
+        raise ConfigError("--cache_features keeps what a frozen encoder makes of windows: add --freeze_encoder")
+    if args.cache_features is not None and args.augment:
+        raise ConfigError(
+            "--cache_features keeps one view of each window: leave out --augment, or train without a cache"
+        )
+    args.augment = args.cache_features is None if args.augment is None else args.augment
+    if not args.augment and args.num_sample > 1:
+        raise ConfigError(f"--num_sample {args.num_sample}: windows that are not augmented have one view")
+    if not args.augment:
+        logger.info("training windows are not augmented: they are made as in evaluation, --aa, --reprob, --short_side, "
+                    "--decoding and their like have no effect")  # fmt: skip
+    if args.freeze_encoder and not args.finetune:
+        logger.warning("--freeze_encoder without --finetune: the encoder keeps its random weights")
+
+
+def without_other_head(args: argparse.Namespace, said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is said of a classifier that training starts from, less its head where a flag asks for another."""
+    flags = {"head": args.head, "final_reduction": args.final_reduction}
+    its = {"head": "linear"} | said
+    if all(value in (None, its.get(name)) for name, value in flags.items()):
+        return said
+    return {name: value for name, value in said.items() if name not in flags}
+
+
 def split_batch(
     total: int | None, per_process: int | None, *, default: int, world_size: int, update_freq: int
 ) -> tuple[int, int]:

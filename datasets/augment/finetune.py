@@ -6,7 +6,7 @@ from torch import Tensor
 
 from datasets.augment.draws import Draws, finished
 from datasets.augment.erasing import draw_erasing
-from datasets.augment.frames import Read, draw_padding, fit_of, padded, resize, sized_frames
+from datasets.augment.frames import Padding, Read, draw_padding, fit_of, padded, resize, sized_frames
 from datasets.augment.randaugment import RandAugment
 
 
@@ -24,6 +24,7 @@ class FinetuneTransform:
         erase_max_area: max_area of `draw_erasing`.
         decoding: how JPEGs are decoded, one of names.DECODINGS.
         here: whether RandAugment is done right here, instead of by `DeviceAugment`.
+        pad: whether frames are padded at random.
 
     Raises ValueError for a policy that does not parse.
     """
@@ -41,11 +42,17 @@ class FinetuneTransform:
         erase_max_area: float = 0.1,
         decoding: str = "small",
         here: bool = True,
+        pad: bool = True,
     ):
         self.size, self.views, self.short_side, self.interpolation = size, views, short_side, interpolation
         self.erase_prob, self.erase_count, self.erase_max_area = erase_prob, erase_count, erase_max_area
-        self.decoding, self.here = decoding, here
+        self.decoding, self.here, self.pad = decoding, here, pad
         self.rand_augment = None if aa == "none" else RandAugment(aa)
+
+    @classmethod
+    def plain(cls, size: int) -> "FinetuneTransform":
+        """Return what leaves nothing to chance: windows as an EvalTransform makes them, to the bit."""
+        return cls(size, aa="none", erase_prob=0, decoding="exact", pad=False)
 
     def shape(self, frames: int) -> tuple[int, ...]:
         """Return the shape of "video" of a clip of so many frames: (V, frames, size, size, 3)."""
@@ -71,7 +78,7 @@ class FinetuneTransform:
                 frame = resize(frame, height, width)
             if t == 0:
                 for _ in range(self.views):
-                    paddings.append(draw_padding(height, filmed, rng))
+                    paddings.append(draw_padding(height, filmed, rng) if self.pad else Padding())
                     drawn.append(Draws.of(self.rand_augment, self.size, rng))
                     boxes.append(draw_erasing(self.size, rng, prob=self.erase_prob, count=self.erase_count,
                                               max_area=self.erase_max_area))  # fmt: skip

@@ -34,7 +34,7 @@ class Dialect:
     prefix: str = r"encoder\."
     final_norm: str = r"(fc_)?norm"
     ignored: tuple[str, ...] = ()
-    fresh: str = r"head\..+"
+    fresh: str = r"(head|pooler)\..+"
     own_target: bool = False
     models: str = r"(pretrain_videomae|vit)_.+"
     pos_embed: str | None = "sinusoid"
@@ -60,7 +60,6 @@ DIALECTS = (
         marks=r".+",
         family="vjepa2",
         ignored=_PROBE,
-        fresh=r"(head|pooler)\..+",
         models=r"(pretrain_)?vjepa2_.+",
         pos_embed="rotary 2.0",
     ),
@@ -86,7 +85,6 @@ DIALECTS = (
         prefix=r"(encoder|backbone)\.",
         final_norm="norm",
         ignored=(*_PIXEL_DECODER, *_PROBE),
-        fresh=r"(head|pooler)\..+",
         models=r"(pretrain_)?vjepa21_.+",
         pos_embed="rotary 2.1",
     ),
@@ -97,7 +95,6 @@ DIALECTS = (
         prefix=r"(encoder|backbone)\.",
         final_norm="norm",
         ignored=(*_PIXEL_DECODER, *_PROBE, r"backbone\.pos_embed"),  # frozen and unused
-        fresh=r"(head|pooler)\..+",
         models=r"(pretrain_)?vjepa2_.+",
         pos_embed="rotary 2.0",
     ),
@@ -114,7 +111,7 @@ DIALECTS = (
             r"encoder\.norm\.(weight|bias)",
             r"(fc_norm|head)\.(weight|bias)",
         ),
-        fresh=r"(head|fc_norm|norm)\..+",
+        fresh=r"(head|pooler|fc_norm|norm)\..+",
         models=r"(pretrain_)?internvideo2_.+",
         pos_embed="learned",
         stored_table=True,

@@ -306,6 +306,8 @@ def _checked_spec(content: dict, path: str) -> dict | None:
         )
         if not right:
             raise CheckpointError(f"{path}: its spec says {key} = {value!r}; {remedy}")
+    if spec.get("head", "linear") not in ("linear", "attentive"):
+        raise CheckpointError(f"{path}: its spec says head = {spec['head']!r}, not linear or attentive; {remedy}")
     if "operating_point" in spec:
         try:
             check_operating_point(spec["operating_point"])

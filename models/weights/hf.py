@@ -44,6 +44,8 @@ def check_architecture(model: nn.Module, path: str) -> None:
     """Raise CheckpointError where transformers' VideoMAE cannot be this model, whose weights file is `path`."""
     if not isinstance(model, VideoViT):
         reason = "it is of another architecture than VideoMAE"
+    elif model.head_kind == "attentive":
+        reason = "its head is attentive, and VideoMAE's there is linear"
     elif isinstance(model.pos_embed, nn.Parameter):
         reason = "its position table is learned, and VideoMAE's there is fixed"
     elif model.pos_embed_kind != "sinusoid":

@@ -26,6 +26,7 @@ from utils.text import first_few
 
 _ENCODER_PREFIX = r"encoder\."  # of a masked autoencoder of ours; a classifier has none
 SPLIT = "qkv.bias split into q_bias and v_bias; its key part changes no attention, and is left out"
+_PROBE = ("pooler.query_tokens", "pooler.cross_attention_block.", "pooler.blocks.")  # of an attentive head
 _DECODER = re.compile(r"(decoder|encoder_to_decoder)\..+|mask_token")
 
 
@@ -114,6 +115,7 @@ def fill_model(
     matching.check_architecture()
     matching.check_config()
     matching.ignore_head_of_other_classes()
+    matching.ignore_head_of_other_kind()
     matching.fit_class_token()
     matching.check_pooling()
     matching.ignore_by_rules()
@@ -221,6 +223,17 @@ class Matching:
         if all(len(s) == len(wanted[c]) and s[1:] == wanted[c][1:] and s[0] != wanted[c][0] for c, s in head.items()):
             for c, (classes, *_) in head.items():
                 self.ignore(c, f"head.* of {classes} classes")
+
+    def ignore_head_of_other_kind(self) -> None:
+        """Ignore a head that is attentive where the model's is linear, or the other way round."""
+        in_file, in_model = (any(c.startswith(_PROBE) for c in side) for side in (self.source, self.target))
+        if in_file == in_model:
+            return
+        kind = "an attentive head" if in_file else "a linear head"
+        for c in list(self.source):
+            module = c.partition(".")[0]
+            if module in ("head", "pooler") or (in_file and module == "norm" and c not in self.target):
+                self.ignore(c, f"{module}.* of {kind}")
 
     def check_pooling(self) -> None:
         """Refuse a trained head that stands behind another pooling than the model's."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.registry import VideoInput, classifier_of, create_model
+from models.registry import VideoInput, classifier_of, create_model, head_of
 from models.weights.container import ONNX, PROGRAM, kind_of
 from models.weights.file import CheckpointError, fetch, read_checkpoint
 from models.weights.pretrained import fill_model
@@ -51,7 +51,8 @@ def build_from_spec(spec: dict) -> nn.Module:
     """Return the model of a spec, with new weights. Raises ValueError or TypeError where there is none."""
     options = {key: spec[key] for key in _COMMON}
     if classifier_of(spec["model"]) == spec["model"]:
-        options |= {"final_reduction": spec["final_reduction"], "num_classes": len(spec["classes"])}
+        options |= {"final_reduction": spec["final_reduction"], "head": spec.get("head")}
+        options["num_classes"] = len(spec["classes"])
     elif "decoder_depth" in spec:
         options |= {key: spec[key] for key in ("decoder_depth", "normalize_target")}
     else:
@@ -60,3 +61,19 @@ def build_from_spec(spec: dict) -> nn.Module:
     if spec["pos_embed"] == "learned":
         getattr(model, "encoder", model).learn_pos_embed()
     return model
+
+
+def classifier_spec(spec: dict, path: str) -> dict:
+    """Return what a spec says of the classifier with its encoder, for the flags of run_finetune.py.
+
+    "head" is there in any case, "final_reduction" not of a masked autoencoder, which pools nothing; "pos_embed" is
+    learned or sincos. Raises CheckpointError for a model that this version of the code does not know.
+    """
+    try:
+        said = spec | {"model": classifier_of(spec["model"])}
+        if said["model"] != spec["model"]:
+            del said["final_reduction"]
+        said["head"] = spec.get("head", head_of(said["model"], None, said.get("final_reduction")))
+    except ValueError as e:
+        raise CheckpointError(f"{path}: its spec is for another version of this code: {e}") from e
+    return said | {"pos_embed": "learned" if spec["pos_embed"] == "learned" else "sincos"}

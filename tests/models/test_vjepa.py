@@ -111,7 +111,7 @@ def test_the_probe_gives_the_reference_logits(tmp_path):
     probe, model = fixture["probe"], model_of("vjepa2_0_tiny")
     load_pretrained(model, published(tmp_path / "file.pt", "vjepa2_0_tiny"))
     state = {key: recipe(key, shape, probe["scale"]) for key, shape in probe["keys"]}
-    pooler, linear = AttentivePooler(96, 3).eval(), torch.nn.Linear(96, 5)
+    pooler, linear = AttentivePooler(96, 3, depth=4).eval(), torch.nn.Linear(96, 5)
     pooler.load_state_dict({k.removeprefix("pooler."): v for k, v in state.items() if k.startswith("pooler.")})
     linear.load_state_dict({k.removeprefix("linear."): v for k, v in state.items() if k.startswith("linear.")})
     with torch.no_grad():

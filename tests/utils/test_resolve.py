@@ -5,7 +5,7 @@ import pytest
 
 from utils.cli import ConfigError
 from utils.flags import dapt_parser, finetune_parser
-from utils.resolve import fill_unset, refuse_contradictions, resolve_runtime, split_batch
+from utils.resolve import fill_unset, refuse_contradictions, resolve_runtime, split_batch, without_other_head
 
 
 @pytest.mark.parametrize("parser", [dapt_parser, finetune_parser])
@@ -64,3 +64,21 @@ def test_a_contradiction_that_is_meant_is_logged(caplog):
         args.num_frames == 4
         and "--num_frames 4 contradicts w.pth, which was made with 8; going on with 4" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("head", "final_reduction", "said", "kept"),
+    [
+        (None, None, {"head": "attentive", "final_reduction": "attentive"}, True),
+        ("linear", None, {"head": "attentive", "final_reduction": "attentive"}, False),
+        ("attentive", None, {"final_reduction": "cls"}, False),
+        ("linear", None, {"final_reduction": "cls"}, True),
+        (None, "cls", {"head": "linear", "final_reduction": "fc_norm"}, False),
+        ("attentive", None, {"head": "linear"}, False),
+        (None, None, {}, True),
+    ],
+)
+def test_training_takes_the_head_of_the_file_it_starts_from_unless_asked_for_another(head, final_reduction, said, kept):
+    args = Namespace(head=head, final_reduction=final_reduction)
+    said = {"model": "m"} | said
+    assert without_other_head(args, said) == (said if kept else {"model": "m"})
