@@ -95,8 +95,7 @@ def converted(source, output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [0.02, 0.05])
-@pytest.mark.parametrize("fixture", [HF, SCENIC], ids=["hf", "scenic"])
+@pytest.mark.parametrize(("fixture", "scale"), [(HF, 0.02), (SCENIC, 0.05)], ids=["hf", "scenic"])
 def test_both_sources_give_the_reference_logits(fixture, scale, tmp_path):
     source, output = tmp_path / "source.bin", tmp_path / "vivit.pth"
     write = write_hf if fixture is HF else write_scenic
