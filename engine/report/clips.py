@@ -212,9 +212,11 @@ def _figures(clips: list[ant.ScoredClip], threshold: float, gap: int) -> dict[st
 
 def _of_clips(clips: list[ant.ScoredClip]) -> dict[str, Any]:
     """Return the figures of one score a clip, whose chance levels are known: no baseline stands beside them."""
+    cut = any(clip.time_to_accident is not None for clip in clips)
     return {
         "clip_level": {reduction: ant.clip_level(clips, reduction) for reduction in REDUCTIONS},
         "nexar_map_shared_negatives": ant.nexar_map_shared_negatives(clips)["map"],
+        "nexar_map": ant.nexar_map_grouped(clips) if cut else None,
     }
 
 

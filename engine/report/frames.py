@@ -86,10 +86,12 @@ class ScoredFrames:
         A clip holds an event as is_positive says, else where it has an event_time or a ttc or a frame is anomalous. Its
         time E is the event_time; else that of the first anomalous frame, or of the first frame before it minus its ttc;
         in a clip that begins in its anomaly, or after it, that of the first scored frame: it is missed. E is unknown
-        where the file says no more than is_positive.
+        where the file says no more than is_positive. A column time_to_accident, as Nexar's test clips have, says how
+        long before its event a clip was cut.
         """
         clips = []
         stated, known = self.stated("is_positive"), self.stated("event_time")
+        cut = [_seconds(cell) for cell in self.columns.get("time_to_accident", [""] * len(self.names))]
         for number, name in enumerate(self.names):
             rows = slice(self.bounds[number], self.bounds[number + 1])
             time, label, ttc = self.time[rows], self.label[rows], self.ttc[rows]
@@ -106,7 +108,7 @@ class ScoredFrames:
             runs = zip(time[np.flatnonzero(edges == 1)], time[np.flatnonzero(edges == -1) - 1] + step, strict=True)
             intervals = tuple((float(start), float(end)) for start, end in runs)
             event = event if positive else None
-            clips.append(ScoredClip(name, time, self.score[rows], step, positive, event, intervals))
+            clips.append(ScoredClip(name, time, self.score[rows], step, positive, event, intervals, cut[number]))
         return clips
 
     def stated(self, column: str) -> list[float | None]:
@@ -240,6 +242,14 @@ def _check_of_clips(column: str, cells: Sequence[str]) -> None:
         for cell in filter(None, cells):
             if not np.isfinite(float(cell)):
                 raise ValueError(f"{column} {cell!r}, which is no time in seconds")
+
+
+def _seconds(cell: str) -> float | None:
+    """Return a number of seconds; None of anything else, since a user's group may have any name."""
+    try:
+        return float(cell) if np.isfinite(float(cell)) else None
+    except ValueError:
+        return None
 
 
 def _floats(texts: Sequence[str]) -> np.ndarray:

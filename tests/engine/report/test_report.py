@@ -160,6 +160,25 @@ def test_anticipation_of_the_golden_clips(tmp_path):
     assert first_crossing(list(clips.values()), 0.5)["n_neg"] >= first_crossing(CLIPS, 0.5)["n_neg"]
 
 
+def test_nexar_s_map_stands_beside_its_groups_of_clips(tmp_path):
+    """The golden clips by their time_to_accident; a group of that name which is no number counts for nothing."""
+    header, tables = ["clip", "frame", "time", "score", "label", "is_positive", "event_time", "time_to_accident"], {}
+    for name, cut in (("nexar", "{:.1f}".format), ("own", "by the {:.0f}th".format)):
+        tables[name] = [
+            {"clip": c.name, "frame": frame, "time": time, "score": score, "label": 0, "is_positive": int(c.positive)}
+            | {"time_to_accident": cut(c.time_to_accident), "event_time": "" if c.event is None else c.event}
+            for c in CLIPS
+            for frame, (time, score) in enumerate(zip(c.time, c.score, strict=True))
+        ]
+    made = {name: make_report({name: [read_frames(write(tmp_path / f"{name}.csv", rows, header))]}, Options(20))
+            for name, rows in tables.items()}  # fmt: skip
+    expected = GOLDEN["expected"]["nexar_map_grouped"]["formula"]["last_all"]
+    assert made["nexar"]["models"][0]["anticipation"]["model"]["nexar_map"] == pytest.approx(expected)
+    assert "Nexar's mAP, clips cut 0.5, 1, 1.5 s before the event" in report_text(made["nexar"])
+    assert made["own"]["models"][0]["anticipation"]["model"]["nexar_map"] is None
+    assert "Nexar's mAP" not in report_text(made["own"])
+
+
 def test_an_event_is_where_ttc_or_the_labels_say(tmp_path):
     def clip(name, labels, ttc):
         columns = zip(labels, ttc, strict=True)
