@@ -38,7 +38,6 @@ to_open = [
     (predicted / "report.html", "all scored videos, the riskiest first"),
     *((video / "overlay.mp4", "a video with its risk") for video in videos),
     *((video / "curve.png", "its risk over time") for video in videos),
-    (folder / "fine-tuned" / "report.html", "the evaluation, with intervals and baselines"),
     (folder / "fine-tuned" / "plots", "ROC, precision and recall, MCC, confusion"),
     (folder / "dapt" / "pictures", "what DAPT reconstructs after each epoch"),
 ]
