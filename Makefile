@@ -2,7 +2,7 @@ VENV   := .venv
 PYTHON ?= python3
 RUN    := $(VENV)/bin
 DEMO   := build/demo
-TINY   := --num_workers 1 --clip_grad 1 --aa none
+TINY   := --clip_grad 1 --aa none
 DOTA   := --model vit_tiny_patch16_64 --data_set DoTA --data_path $(DEMO)/data --num_workers 1
 LAUNCH := OMP_NUM_THREADS=1 $(RUN)/torchrun --standalone --nproc_per_node=2
 
@@ -19,11 +19,11 @@ endef
 # the model is tiny and new.
 demo: $(VENV)/installed
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	@echo 'From unlabelled videos to the risk of a new one, in six parts: about 3 minutes on two quiet CPU cores.'
+	@echo 'From unlabelled videos to the risk of a new one, in six parts: 3 to 4 minutes on two quiet CPU cores.'
 	$(call part,1/6 rendering,25 s,Roads with and without crashes: 60 videos without labels; 200 labelled clips to train on; 32 to test on.)
 	$(RUN)/python -m datasets.tools.synthetic $(DEMO)/data --train 200 --val 32 --videos 60
 	$(call part,2/6 DAPT,40 s,A masked autoencoder fills in what is hidden of the videos without labels: two processes share its batches.)
-	$(LAUNCH) run_dapt.py $(TINY) --model pretrain_videomae_tiny_patch16_64 --data_set videos \
+	$(LAUNCH) run_dapt.py $(TINY) --num_workers 1 --model pretrain_videomae_tiny_patch16_64 --data_set videos \
 	    --data_path $(DEMO)/data/videos --output_dir $(DEMO)/dapt --epochs 4 --nb_samples_per_epoch 2048 \
 	    --sampling_rate 3 --total_batch_size 64 --lr 4e-3 --min_lr 1e-4
 	$(call part,3/6 fine-tuning,70 s,Its encoder learns the risk of each frame from the labelled clips and is tested after each epoch.)

@@ -19,6 +19,7 @@ CRC-32 of each part, by which damage is found when they are read.
 """
 
 import logging
+import math
 import os
 import random
 import shutil
@@ -288,7 +289,8 @@ def restore(saved: Mapping[str, Any], state: RunState, process: Process) -> None
         part.load_state_dicts([ranks[r][name] for r in range(process.rank, len(ranks), process.world_size)])
     if process.rank < len(ranks):
         _restore_rng(ranks[process.rank]["rng"])
-    best = f"; best so far: {progress.best}" if progress.best else ""
+    best = ", ".join(f"{name} {100 * value:.2f}" for name, value in progress.best.items() if value > -math.inf)
+    best = f"; best so far: {best or 'none yet'}" if progress.best else ""
     logger.info(f"resuming at epoch {progress.epoch}, step {progress.step}{best}")
     if len(ranks) != process.world_size:
         logger.info(

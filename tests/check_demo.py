@@ -34,7 +34,7 @@ print(f"  {evaluation['baselines']['verdict']}")
 predicted = folder / "predicted"
 videos = sorted(path.parent for path in predicted.rglob("overlay.mp4"))
 to_open = [
-    (folder / "fine-tuned" / "report.html", "the figures, how sure they are, best and worst clips"),
+    (folder / "fine-tuned" / "report.html", "the evaluation: intervals, baselines, best and worst clips"),
     (predicted / "report.html", "all scored videos, the riskiest first"),
     *((video / "overlay.mp4", "a video with its risk") for video in videos),
     *((video / "curve.png", "its risk over time") for video in videos),

@@ -36,7 +36,7 @@ FOREIGN = set(  # of torchrun, sbatch, scancel, TensorBoard, ruff and tests/kill
     re.split(
         " ",
         "--standalone --nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --signals-to-handle --shutdown-timeout "
-        "--nodes --gpus-per-node --time --signal --logdir --check --kills --signals --processes --help",
+        "--nodes --gpus-per-node --cpus-per-task --time --signal --logdir --check --kills --signals --processes --help",
     )
 )
 

@@ -128,7 +128,7 @@ def anticipation_rows(found: Mapping[str, Any]) -> list[list[str]]:
         add(f"{at}: recall (%)", "at_false_alarm_rate", rate, "recall", scale=100)
         add(f"{at}: median lead (s)", "at_false_alarm_rate", rate, "median_lead_detected")
     threshold = f"{found['threshold']:g}"
-    add(f"first alarm at {threshold}: recall (%)", "first_crossing", "recall", scale=100)
+    add(f"first alarm at {threshold}, before the event: recall (%)", "first_crossing", "recall", scale=100)
     add("  mean lead of the detected (s)", "first_crossing", "mean_lead_detected")
     if negatives:
         add("  safe clips alarmed (%)", "first_crossing", "false_alarm_rate", scale=100)
