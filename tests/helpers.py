@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -78,16 +79,20 @@ def published_file(path: Path, fixture: dict) -> Path:
 def run(
     *command: str, processes: int = 0, timeout: float = 300, env: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository with this Python, under torchrun where processes > 0.
-
-    Too late, all of its processes are killed: one that is left would hold the pipes open, and this would wait for ever.
-    """
+    """Run a script of the repository with this Python, under torchrun where processes > 0."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    words, pipes = launcher + [str(c) for c in command], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    with subprocess.Popen(words, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes) as process:
+    return complete([*launcher, *command], timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+
+
+def complete(words: Sequence, *, timeout: float, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Run a command at the repository's root to its end, as subprocess.run does, for one that starts others.
+
+    Too late, all of its processes are killed: one that is left would hold the pipes open, and this would wait for ever.
+    """
+    words, pipes = [str(word) for word in words], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=ROOT, env=env, text=True, start_new_session=True, **pipes) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from helpers import ROOT
+from helpers import complete
 
 CONF = """
 ClusterName=test
@@ -120,7 +120,7 @@ class Slurm:
             | {"RDZV_PORT": str(free_ports(1)[0])}
             | {name: str(value) for name, value in environment.items()}
         )
-        done = subprocess.run([str(w) for w in words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        done = complete(words, env=env, timeout=600)
         assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 

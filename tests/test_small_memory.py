@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import complete
 
 import run_dapt
 import run_finetune
@@ -28,9 +28,7 @@ def test_training_and_evaluation_need_no_dev_shm(dota_root, tmp_path):
     """Batches and chunks of frames are larger than it is."""
     command = [sys.executable, "run_finetune.py", *FINETUNE, "--data_path", dota_root, "--output_dir", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*SMALL_SHM, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = complete([*SMALL_SHM, *command], env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "a batch has 1.57 MB, 3 in the making: 4.72 MB of memory per process" in done.stdout
     assert "128 frames in evaluation have 1.57 MB, 4 in the making: 6.29 MB of memory per process" in done.stdout

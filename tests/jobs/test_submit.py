@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from background import assert_same_run, finetune, log
-from helpers import ROOT, run, tree
+from helpers import ROOT, complete, run, tree
 
 from jobs.submit import main, minutes, option, submit_parser
 from utils.cli import ConfigError
@@ -131,7 +131,7 @@ def test_a_local_job_that_is_stopped_again_and_again(tmp_path):
     torchrun.chmod(0o755)
     words = ["--cluster", "local", "run_finetune.py", "--", "--data_path", "x", "--output_dir", output_dir]
     words = [tmp_path / "bin" / "python", "jobs/submit.py", *words]
-    done = subprocess.run([str(w) for w in words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = complete(words, timeout=200)
     assert done.returncode == 1 and Path(done.stdout.split("its log: ")[1].strip()).read_text().count("stopped\n") == 6
     assert done.stderr == "error: interrupted six times; the state is saved, the same command continues\n"
 
