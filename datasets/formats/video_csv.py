@@ -6,7 +6,7 @@ semicolons or tabs separate the cells; a comma may stand for the point in second
 path            video file, folder of pictures or zip of pictures; absolute, or relative to the csv's folder. A video
                 may be named without its suffix, and one called by a number without the zeros in front: 822
 clip            name of the clip (default: its path); a clip with several anomalies has several rows
-fps             frames per second of the source; videos know it themselves
+fps             frames per second of pictures; videos know theirs, and one stated instead is warned of
 step            of the numbers of pictures where every step-th was kept (default: 1)
 start_frame     first and last anomalous frame, counted from 0, both included; empty: none
 end_frame
@@ -112,7 +112,19 @@ def load_csv(root: str, split: str, scan: VideoScan, selection: Selection, fps: 
     if far := [c.name for c in clips if c.event_time is not None and c.labels is not None and not c.labels.any()]:
         problem = "end so long before their event that no frame is anomalous; are the times in seconds?"
         logger.warning(f"{path}: {len(far)} clips {problem} {first_few(far)}")
+    _warn_of_rates(path, clips, frames)
     return clips
+
+
+def _warn_of_rates(path: Path, clips: ClipTable, frames: dict[str, _Frames]) -> None:
+    """Name the videos whose row states another rate than theirs, by more than the 30 that stand for 29.97."""
+    own = {clip.name: frames[clip.name].fps or clip.fps for clip in clips}
+    if far := [clip for clip in clips if abs(clip.fps - own[clip.name]) > 0.01 * own[clip.name]]:
+        named = first_few([f"{clip.name} (fps {clip.fps:.5g}, shown at {own[clip.name]:.5g})" for clip in far])
+        logger.warning(
+            f"{path}: column fps contradicts {len(far)} videos, and windows are laid out by it: {named}; empty cells "
+            "take the videos' own rates"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

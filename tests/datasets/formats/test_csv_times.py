@@ -64,6 +64,12 @@ def test_seconds_become_frames_by_the_stated_rules(table, caplog):
     assert {name: runs(clip.labels) for name, clip in clips.items()} == expected
     assert (clips["cut"].event_time, clips["cut"].alert_time, clips["safe"].event_time) == (5.0, None, None)
     assert "3 from alert to event, 2 as the table has them, 2 from 1.5 s before the event" in caplog.text
+    assert "contradicts 1 videos, and windows are laid out by it: nominal (fps 30, shown at 10)" in caplog.text
+
+
+def test_a_rate_that_stands_for_the_true_one_is_no_contradiction(table, caplog):
+    assert [clip.fps for clip in table("path,fps\nb.mov,10.05\n822,9.95\nf,25\n")] == [10.05, 9.95, 25]
+    assert "contradicts" not in caplog.text
 
 
 def test_a_label_is_of_a_clip_without_times(table, sources):
