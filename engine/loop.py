@@ -192,7 +192,7 @@ def _report(
     }
     session.tensorboard.scalars("train", means | {"weight_decay": weight_decay}, progress.steps_done)
     session.tensorboard.scalars("perf", performance, progress.steps_done)
-    left = seconds / clock.steps * (progress.steps_per_epoch - progress.step)
+    left = seconds / clock.steps * (progress.steps_per_epoch - progress.step) / 60
     numbers = "  ".join(f"{k} {v:.4g}" for k, v in (means | performance).items())
     place = f"epoch {progress.epoch}  step {progress.step}/{progress.steps_per_epoch}"
-    logger.info(f"{place}  {left / 60:.1f} min to its end  {numbers}")
+    logger.info(f"{place}  {f'{left:.1f} min to its end  ' * bool(left)}{numbers}")

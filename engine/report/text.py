@@ -193,13 +193,13 @@ def published_line(published: Mapping[str, Any]) -> str:
         )
     else:
         line += f"; as published n/a: {published['why_undefined']}"
-    return line + ". GAMEABLE: a constant score has the longest; for tables beside published numbers alone"
+    return line + ". Gameable: a constant score has the longest; for tables beside published numbers alone"
 
 
 def calibration_line(found: Mapping[str, Any]) -> str:
     """Return the calibration in one line."""
     return (
-        f"ECE {percent(found['ece'])}, Brier {number(found['brier'], 4)} "
+        f"expected calibration error (ECE) {percent(found['ece'])} %, Brier score {number(found['brier'], 4)} "
         f"(always the base rate: {number(found['brier_of_base_rate'], 4)})"
     )
 
