@@ -74,11 +74,12 @@ class LiveSource:
     which may refer to them; where none comes within 5 seconds of pictures, the rest is handed on.
 
     Times are those of the source. The first picture after a break, or after the source's clock was set, comes as much
-    later than the one before as it does by our clock. Where the source has no timestamps, so does every picture of a
-    camera or URL, and those of a pipe or file are 1 / fps apart.
+    later than the one before as it does by our clock. Where the source has no timestamps, as raw H.264 has none, so does
+    every picture of a camera or URL, and those of a pipe or file are 1 / fps apart.
 
     Args:
         url: the source.
+        fps: frames per second, in place of what the source states; None: that.
         timeout: seconds in which a source must open, and in which something must come from a camera or URL.
         reconnect: seconds before it is opened again, doubled after each failure up to 30; 0: never, it ends or fails.
         outage: seconds without a picture, or of a pipe without a byte, after which the source is given up.
@@ -88,14 +89,21 @@ class LiveSource:
         name: the source, without a password.
         kind: "camera", "url", "pipe" or "file".
         live: whether pictures come at a pace of their own, a camera's; else at that of whoever takes them.
-        fps: frames per second that the container states, None where it does not; of a file, as in `datasets.video`.
+        fps: frames per second, None where they are unknown; of a file, as in `datasets.video`.
         counts: what happened so far.
 
     Raises DataError where the source cannot be opened.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 10.0, reconnect: float = 1.0, outage: float = 600.0, paced: bool = False
+        self,
+        url: str,
+        *,
+        fps: float | None = None,
+        timeout: float = 10.0,
+        reconnect: float = 1.0,
+        outage: float = 600.0,
+        paced: bool = False,
     ):
         self.url, self.timeout, self.reconnect, self.outage, self.paced = url, timeout, reconnect, outage, paced
         self.name, self.kind, self.counts = _without_password(url), _kind(url), LiveCounts()
@@ -104,10 +112,10 @@ class LiveSource:
         self._to_rgb, self._stopped, self._sign = ToRGB(), threading.Event(), time.monotonic()
         self._container: av.container.InputContainer | None = None
         self._pipe: Pipe | None = None
-        fps, timed = None, True
+        known, timed = None, True
         try:
             if self.kind == "file":
-                fps, timed = _known_of_file(url)
+                known, timed = _known_of_file(url)
             self._pipe = Pipe(url, limit=timeout, on_wait=self._look) if self.kind == "pipe" else None
             self._open()
         except _ERRORS as e:
@@ -119,10 +127,13 @@ class LiveSource:
         recording = url.startswith(("http:", "https:")) and bool(self._container.duration)
         self.live = paced or self.kind == "camera" or (self.kind == "url" and not recording)
         self._opens_again = reconnect > 0 and not recording and self.kind != "file" and url != "-"
-        no_timestamps = bool(self._container.format.flags & av.format.Flags.no_timestamps.value)
-        self._untimed = not timed or (self.live and no_timestamps)  # where FFmpeg makes times up, 1 / 25 s apart
-        self.fps = fps or (None if self._untimed else _stated_rate(self._stream))
-        self._clock = Clock(self.fps, live=self.live)
+        raw = bool(self._container.format.flags & av.format.Flags.no_timestamps.value)
+        self._untimed = raw or not timed  # FFmpeg makes times up, often 1 / 25 s apart
+        self.fps = fps or known or (None if raw and self.live else _stated_rate(self._stream, raw=raw))
+        if raw and not (self.live or fps or self._stream.codec_context.framerate):
+            logger.warning(f"{self.name}: says neither times nor a frame rate, so {self.fps:g} pictures per second are "
+                           "assumed; give the right rate (--stream_fps)")  # fmt: skip
+        self._clock = Clock(self.fps, live=self.live and not paced)
         self._seen = time.monotonic()  # when the last picture came
         self._broke: float | None = None  # when the last picture before a break came
         self._pause = reconnect
@@ -143,7 +154,7 @@ class LiveSource:
                 self._close_container()
                 if not self._opens_again:
                     if reason:
-                        raise DataError(f"{self.name}: {reason}")
+                        raise DataError(f"{self.name}: it broke off ({reason})")
                     return
                 self._wait_to_open(reason or "it ended")
         except Stopped:
@@ -339,9 +350,10 @@ def _known_of_file(path: str) -> tuple[float, bool]:
     return index.fps, index.method == "timestamps"
 
 
-def _stated_rate(stream: av.VideoStream) -> float | None:
-    """Return the pictures per second that a container states, None where it states none that can be."""
-    rates = [float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r]
+def _stated_rate(stream: av.VideoStream, *, raw: bool) -> float | None:
+    """Return the pictures per second that a container states, or the codec of a raw stream; None where none can be."""
+    stated = (stream.guessed_rate,) if raw else (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    rates = [float(r) for r in stated if r]
     return next((r for r in rates if 0 < r <= _HIGHEST_RATE), None)
 
 

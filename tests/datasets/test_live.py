@@ -223,6 +223,35 @@ def test_standard_input(folder, monkeypatch):
         assert numbers(source) == list(range(FRAMES)) and source.counts.reconnects == 0
 
 
+@pytest.mark.parametrize(("given", "fps"), [(None, FPS), (12, 12)])
+def test_a_raw_stream_has_the_times_of_its_rate(tmp_path, fifo, given, fps):
+    """FFmpeg makes up times of 25 per second for it."""
+    path = tmp_path / "a.h264"
+    write_video(path, map(burned, range(FRAMES)), size=SIZE, fps=FPS, g="10", bf="2", preset="veryfast")
+    with working(feed, fifo, path.read_bytes()):
+        source = LiveSource(str(fifo), fps=given, reconnect=0)
+        pictures = list(source)
+    assert numbers(pictures) == list(range(FRAMES)) and source.fps == fps
+    assert Video(str(path)).fps == FPS and times(pictures) == pytest.approx(np.arange(FRAMES) / fps)
+    paced = take(LiveSource(str(path), paced=True), 10)
+    assert times(paced) == pytest.approx(np.arange(10) / FPS)
+
+
+def test_a_rate_that_nobody_states_is_said_to_be_assumed(tmp_path, caplog):
+    with av.open(str(tmp_path / "a.mjpeg"), "w") as output:
+        stream = output.add_stream("mjpeg", rate=FPS, options={"q": "2"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuvj420p"
+        for number in range(5):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(burned(number), format="rgb24")))
+        output.mux(stream.encode(None))
+    os.mkfifo(tmp_path / "pipe")
+    for given in (None, FPS):
+        with working(feed, tmp_path / "pipe", (tmp_path / "a.mjpeg").read_bytes()):
+            assert len(list(LiveSource(str(tmp_path / "pipe"), fps=given, reconnect=0))) == 5
+    (message,) = (record.message for record in caplog.records)
+    assert "25 pictures per second are assumed; give the right rate (--stream_fps)" in message
+
+
 def test_stopping_ends_the_wait_for_a_silent_pipe(folder, monkeypatch):
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
