@@ -74,7 +74,7 @@ class LiveSource:
     which may refer to them; where none comes within 5 seconds of pictures, the rest is handed on.
 
     Times are those of the source. The first picture after a break, or after the source's clock was set, comes as much
-    later than the one before as it does by our clock. Where the source has no timestamps, as raw H.264 has none, so does
+    later than the one before as it does by our clock. Where there are no timestamps, as in raw H.264, so does
     every picture of a camera or URL, and those of a pipe or file are 1 / fps apart.
 
     Args:
