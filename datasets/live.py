@@ -26,6 +26,8 @@ logger = logging.getLogger("tad")
 _LONGEST_PAUSE = 30.0  # seconds between two attempts to open a source again
 _HIGHEST_RATE = 240.0  # of what containers of streams state; some state the rate of their clock
 _RECOVERY = 5.0  # seconds of pictures after damage that a key frame is waited for; some encoders send none
+_AT_ONCE = 5e-3  # seconds within which a packet comes that FFmpeg has read already, to see what it opens
+_CATCH_UP = 5.0  # seconds that these may take to decode
 _THREADS = 4  # that decode, at most
 _ERRORS = (Unreadable, av.FFmpegError, OSError, ValueError)  # of a source that cannot be opened, or breaks
 _REMEDY = {
@@ -56,10 +58,13 @@ class LiveCounts:
     reconnects: how often it was opened again.
     corrupt: pictures and packets that are damaged, cannot be decoded, come out of order or may refer to such; they are
         not handed on.
+    early: pictures that came while a live source was opened, whose times nobody knows: it has neither timestamps nor a
+        rate; they are not handed on.
     """
 
     reconnects: int = 0
     corrupt: int = 0
+    early: int = 0
 
 
 class LiveSource:
@@ -127,10 +132,12 @@ class LiveSource:
         recording = url.startswith(("http:", "https:")) and bool(self._container.duration)
         self.live = paced or self.kind == "camera" or (self.kind == "url" and not recording)
         self._opens_again = reconnect > 0 and not recording and self.kind != "file" and url != "-"
-        raw = bool(self._container.format.flags & av.format.Flags.no_timestamps.value)
+        form = self._container.format  # such as jpeg_pipe is one JPEG after another
+        raw = bool(form.flags & av.format.Flags.no_timestamps.value) or form.name.endswith("_pipe")
         self._untimed = raw or not timed  # FFmpeg makes times up, often 1 / 25 s apart
-        self.fps = fps or known or (None if raw and self.live else _stated_rate(self._stream, raw=raw))
-        if raw and not (self.live or fps or self._stream.codec_context.framerate):
+        self.fps = fps or known or _stated_rate(self._stream, raw=raw)
+        if raw and not (self.fps or self.live):
+            self.fps = float(self._stream.guessed_rate)
             logger.warning(f"{self.name}: says neither times nor a frame rate, so {self.fps:g} pictures per second are "
                            "assumed; give the right rate (--stream_fps)")  # fmt: skip
         self._clock = Clock(self.fps, live=self.live and not paced)
@@ -244,9 +251,15 @@ class LiveSource:
         """Yield the pictures of a connection."""
         self._unsound_for = 0.0  # how many pictures more
         self._intra_only = self._stream.codec_context.codec.intra_only
+        early = self.live and self._untimed and not self.fps
+        opened = asked = time.monotonic()
         for packet in self._packets():
             arrived = time.monotonic()
+            early = early and arrived - asked < _AT_ONCE and arrived - opened < _CATCH_UP
             for frame in self._decoded(packet):
+                if early:
+                    self.counts.early += 1
+                    continue
                 try:
                     pixels = self._to_rgb(frame).numpy()
                 except (av.FFmpegError, OSError, ValueError):
@@ -260,6 +273,7 @@ class LiveSource:
                     arrived = self._pace(at)
                 yield Picture(pixels, at, arrived)
                 self._look()
+            asked = time.monotonic()
 
     def _packets(self) -> Iterator[av.Packet | None]:
         """Yield the packets of a connection, then one None."""
@@ -351,8 +365,11 @@ def _known_of_file(path: str) -> tuple[float, bool]:
 
 
 def _stated_rate(stream: av.VideoStream, *, raw: bool) -> float | None:
-    """Return the pictures per second that a container states, or the codec of a raw stream; None where none can be."""
-    stated = (stream.guessed_rate,) if raw else (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    """Return the pictures per second that a container states, the codec of a raw stream; None where neither does."""
+    if raw:  # of which FFmpeg guesses 25 where the codec does not say
+        stated = (stream.guessed_rate,) if stream.codec_context.framerate else ()
+    else:
+        stated = (stream.average_rate, stream.guessed_rate, stream.base_rate)
     rates = [float(r) for r in stated if r]
     return next((r for r in rates if 0 < r <= _HIGHEST_RATE), None)
 
