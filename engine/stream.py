@@ -185,6 +185,11 @@ class RiskStream:
         at = self._begin + frame / self.fps
         return Score(at, self._number + frame, float(np.float32(probability)), warming_up, self.counts.stretches - 1)
 
+    def finish(self) -> None:
+        """Count the frames that a score is due for and that will have none as skipped; no picture comes any more."""
+        self._skip_rest()
+        self._scored = max(self._scored, self._last)
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def _set_rate(self, fps: float) -> None:
