@@ -48,6 +48,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class VideoScorer:
             clips,
             index,
             EvalTransform(self.spec["input_size"]),
-            device=next(self.model.buffers()).device,
+            device=next(chain(self.model.parameters(), self.model.buffers())).device,  # a program has but buffers
             batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,

@@ -1,6 +1,6 @@
 """Scores per second of a recorded video, ours beside two ways people write by hand.
 
-    python -m benchmarks.predict [--json] [--video FILE] [--model vit_small_patch16_224] [--seconds 2] [--strides 1 3]
+    python -m benchmarks.predict [--json] [--video FILE] [--model vit_small_patch16_224] [--seconds 3] [--strides 1 3]
 
 "each window" decodes, shrinks and normalises the frames of every window for itself. "window by window" decodes each
 frame once, keeps the frames of a window, and runs the model on one window at a time. All three score the same windows

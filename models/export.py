@@ -151,7 +151,7 @@ def _write_folder(target: Path, model: nn.Module, spec: dict, kind: hf.Kind, pro
         version = f"transformers {written.transformers.__version__}"
         named = f"biases named {biases}, as {version} reads them" if biases else f"read by {version}"
         return [f"  to hf: {target}, for {kind.name}, {named}", result, *hf.lines_on(kind)]
-    raise ProofError("; ".join(failures))
+    raise ProofError("; ".join(failures) + hf.known_difference(kind, model))
 
 
 @contextmanager

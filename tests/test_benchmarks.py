@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import write_video
 
-from benchmarks import _common, _data_sets, _yardstick, data, evaluate, risk_picture, step
+from benchmarks import _common, _data_sets, _yardstick, data, evaluate, predict, risk_picture, step
 from datasets import open_clip
 from datasets.augment.frames import EvalTransform
 from datasets.parallel import Child
@@ -134,6 +134,12 @@ def test_every_window_is_scored(roots):
     ways = data.evaluation_ways(roots, windows=2)
     assert ways["evaluation"](0) == 5 and ways["yardstick"](0) == 2
     assert evaluate.scoring(roots, evaluate.NoModel(), "cpu")(0) == 10
+
+
+def test_the_ways_of_prediction_score_the_same(tmp_path):
+    write_video(tmp_path / "a.mp4", frames=20, fps=10)
+    ways = predict.ways_of(str(tmp_path / "a.mp4"), "none", 2)  # which raises where they do not agree
+    assert {name: way(0) for name, way in ways.items()} == {"ours": 3, "each window": 3, "window by window": 3}
 
 
 def test_workers(roots):

@@ -32,6 +32,7 @@ from utils.text import first_few, short_reason
 HF = "hf"
 PUBLISHED, LINEAR = "q_bias and v_bias", "query.bias and value.bias"  # how VideoMAE's biases are named
 _BICUBIC = 3  # of Pillow
+_FC_NORM_EPS = 1e-5  # PyTorch's own, which transformers leaves as it is
 _QKV = ("query", "key", "value")
 
 
@@ -298,6 +299,17 @@ def lines_on(kind: Kind) -> list[str]:
     lines = ["  it has no predictor (of 0 layers, all zeros): VJEPA2Model needs skip_predictor=True"]
     head = "  the head is not in it: transformers has none on the mean of V-JEPA 2's tokens"
     return [*lines, head] if kind is VJEPA2_ENCODER else lines
+
+
+def known_difference(kind: Kind, model: nn.Module) -> str:
+    """Return what transformers does otherwise that nothing in a folder can change; "" where there is nothing."""
+    norm = getattr(model, "fc_norm", None)
+    if kind is not VIDEOMAE or not isinstance(norm, nn.LayerNorm) or norm.eps == _FC_NORM_EPS:
+        return ""
+    return (
+        f"; its last norm adds {_FC_NORM_EPS:g} to the variance there, and {norm.eps:g} here, which tells where "
+        "features vary little: a larger --tolerance accepts that"
+    )
 
 
 class Features(nn.Module):

@@ -602,6 +602,8 @@ def test_biases_that_transformers_does_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "hf_state", functools.partial(unread, also=(hf.LINEAR,)))
     with pytest.raises(CheckpointError, match=f"with {hf.PUBLISHED}: nothing was written: .*with {hf.LINEAR}: nothing"):
         export.export(path, "hf", str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match="its last norm adds 1e-05 .* and 1e-06 here, .*a larger --tolerance"):
+        export.export(path, "hf", str(tmp_path / "other"))
     assert not (tmp_path / "other").exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
