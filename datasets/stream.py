@@ -68,7 +68,8 @@ class _Gatherer:
         """Yield the batches that the windows which end in a chunk complete."""
         lasts, ids, frames = self._windows(chunk)
         if self._video is None and len(lasts):
-            self._video = frames.new_zeros(len(self._last), self.index.num_frames, *frames.shape[1:])
+            new = frames.new_zeros if self.across_clips else frames.new_empty  # padding is scored; other rows are not
+            self._video = new(len(self._last), self.index.num_frames, *frames.shape[1:])
         while len(lasts):
             rows = slice(self._count, min(self._count + len(lasts), len(self._last)))
             now, lasts = np.split(lasts, [rows.stop - rows.start])

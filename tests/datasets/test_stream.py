@@ -112,6 +112,20 @@ def test_each_frame_is_normalised_once_and_no_more_are_kept_than_later_windows_n
     assert sum(shape[2] for shape in seen) == sum(len(whole.index.needed_frames(c)) for c in range(5))
 
 
+def test_rows_that_no_window_needs_take_no_memory(dota_root):
+    """Room for 300 MB of windows, of which some are used."""
+    batches = split(dota_root, batch_size=6000).batches(lambda frames: frames.float())
+    before = resident()
+    batch = next(batches)
+    assert len(batch.last) < 200 and resident() - before < 100e6
+    batches.close()
+
+
+def resident():
+    """Bytes of this process's memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 @pytest.mark.parametrize("across_clips", [True, False])
 def test_a_clip_that_breaks_off_takes_no_window_of_another_with_it(dota_root, tmp_path, across_clips):
     shutil.copytree(dota_root, tmp_path, dirs_exist_ok=True)
