@@ -101,11 +101,12 @@ SOURCES = {  # name: commands, seconds by which the pictures come late beside th
     "late.mov": ([f"-itsoffset 0.75 -i video.mp4 {BEEPS}5 {INTO} -c:a pcm_mulaw -ar 8000 late.mov"], 0.75),
     "vorbis.mkv": ([f"-i video.mp4 -itsoffset 0.5 {BEEPS}3 {INTO} -c:a libvorbis vorbis.mkv"], -0.5),
     "motion.avi": ([f"-i video.mp4 {BEEPS}4 -map 0:v -map 1:a -c:v mjpeg -q:v 2 -c:a adpcm_ms motion.avi"], 0),
+    "mp2.ts": ([f"-i video.mp4 {BEEPS}4 {INTO} -c:a mp2 mp2.ts"], 0),  # decoded to another form than it states
     "holes.mkv": ([f"-i video.mp4 {BEEPS}4 {INTO} -af {HOLE} -c:a pcm_s16le holes.mkv"], 0),
     "short.mkv": ([f"-i video.mp4 {BEEPS}1.5 {INTO} -c:a libopus short.mkv"], 0),
     "long.mp4": ([f"-i video.mp4 {BEEPS}9 {INTO} -c:a aac long.mp4"], 0),
 }
-ENCODED = {"shifted.mkv", "late.mov", "vorbis.mkv", "motion.avi", "holes.mkv"}
+ENCODED = {"shifted.mkv", "late.mov", "vorbis.mkv", "motion.avi", "mp2.ts", "holes.mkv"}
 
 
 @pytest.fixture(scope="module")
