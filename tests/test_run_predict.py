@@ -169,7 +169,7 @@ def test_outputs_do_not_come_among_the_videos(videos, weights, tmp_path):
     root = shutil.copytree(videos, tmp_path / "trips")
     shutil.unpack_archive(next(render_small(tmp_path / "dota").glob("frames/*/images.zip")), root / "day" / "pictures")
     (tmp_path / "link").symlink_to(root)
-    before = {path for path in root.rglob("*")}
+    before = set(root.rglob("*"))
     pictures = next(path.parent for path in root.rglob("*.jpg"))
     for inputs, folder in ((root, root), (root, root / "day"), (tmp_path / "link", root), (pictures, pictures)):
         with pytest.raises(ConfigError, match=f"--output_dir {folder}: .* is in it, which is to be scored"):
