@@ -320,7 +320,7 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
 
     A rate is constant where each picture is within half a frame of its place. The last few may come late: a cut without
     encoding leaves out pictures between them. Of a variable rate, frame i is the picture nearest to i / fps, of two the
-    earlier.
+    earlier, but none from more than a frame later: until then a player shows the one before.
     """
     count, span = len(shown), float(shown[-1] - shown[0]) * seconds
     if count < 2:
@@ -335,5 +335,6 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
     fps = close[0]
     grid = shown[0] + np.arange(count) / (fps * seconds)
     right = np.searchsorted(shown, grid).clip(1, count - 1)
-    earlier = grid - shown[right - 1] <= shown[right] - grid + 1e-6
+    behind, ahead = grid - shown[right - 1], shown[right] - grid
+    earlier = (behind <= ahead + 1e-6) | (ahead > 1 / (fps * seconds) + 1e-6)
     return fps, False, np.where(earlier, shown[right - 1], shown[right])
