@@ -13,7 +13,7 @@ from curves import bumpy
 from datasets.video import Video
 from engine.curve import Gap, read_scores
 from engine.overlay import NARROWEST, OverlayError, write_overlay
-from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, frame_states
+from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, Panel, frame_states
 from tests.datasets.video_files import FFMPEG, SIZE, X264, burned, ffmpeg, number_of
 
 FPS, FRAMES = 30, 105
@@ -222,6 +222,15 @@ def test_panel_shows_the_state(tmp_path):
     bar = shown[:, 360 + tall // 12 : 360 + tall - tall // 12, int(2.5 * tall) + 4]
     filled = (np.abs(bar.astype(int) - 46).max(axis=2) > 25).mean(axis=1)
     assert np.allclose(filled, np.nan_to_num(score), atol=0.06)
+
+
+@pytest.mark.parametrize(("width", "height"), [(480, 72), (480, 138), (960, 86), (1080, 160), (1920, 160)])
+def test_score_and_time_stand_apart(width, height):
+    """The panel of a portrait video is tall and narrow."""
+    panel = Panel(bumpy(100), width, height)
+    nothing, score, time = (panel._draw_words(BELOW, *words) for words in (("", ""), ("0.88", ""), ("", "59.99 s")))
+    columns = [np.flatnonzero((words != nothing).any(axis=(0, 2))) for words in (score, time)]
+    assert columns[0].max() + 2 < columns[1].min() and np.ptp(columns[0]) > 50
 
 
 # ----------------------------------------------------------------------------------------------------------------------
