@@ -230,6 +230,11 @@ def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
         ([0, 100, 200, 300, 1100, 1200, 1300], [], (4.615385, False, [0, 200, 300, 300, 300, 1100, 1300])),  # 867: 300
         ([0, 100, 300, 400], [], (7.5, True, [0, 100, 300, 400])),  # within half a frame
         ([*range(0, 3900, 100), 4000], [10.0], (10.0, True, [*range(0, 3900, 100), 4000])),  # the cut end
+        (  # of 10 per second four are lost: the frame before the next picture shows that
+            [*range(0, 2000, 100), *range(2400, 4500, 100)],
+            [10.0],
+            (10.0, False, [*range(0, 2000, 100), 1900, 1900, 1900, *[2400] * 2, *range(2500, 4500, 100)]),
+        ),
     ],
 )
 def test_frame_times(shown, rates, expected):
