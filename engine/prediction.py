@@ -32,7 +32,9 @@ from utils.damage import parse_json
 from utils.record import write_json
 
 SCORES, EVENTS = "scores.csv", "events.json"
-DRAWN = ("curve.png", "overlay.mp4", "explain-*.png")
+_FILES = {"curve": "curve.png", "overlay": "overlay.mp4"}  # which a person may remove, to have them drawn again
+DRAWN = (*_FILES.values(), "explain-*.png")
+_HALF = ".*.tmp"  # what a run that was killed left of a file
 BYTES_OF_A_SCORE = 40  # of scores.csv, about
 
 
@@ -115,7 +117,8 @@ def load_result(folder: Path, name: str, of: Mapping[str, Any], rule: EventRule 
         gaps = tuple(Gap(**gap) for gap in known["gaps"])
         curve = RiskCurve(name, known["fps"], known["num_frames"], frame, score, warming_up, rule, gaps)
         same = known["rule"] == (rule and asdict(rule))
-        return VideoResult(name, curve, written=frozenset(known["written"] if same else ["scores"]))
+        gone = {output for output, file in _FILES.items() if not (folder / file).exists()}
+        return VideoResult(name, curve, written=frozenset(known["written"] if same else ["scores"]) - gone)
     except (OSError, ValueError, KeyError, TypeError, EvaluationError):
         return None  # never written, or damaged: it is scored again
 
@@ -193,9 +196,9 @@ class Outputs:
         missing = () if result.problem else sorted(self.draw.keys() - result.written)
         if {"scores", "events"} <= result.written and not missing:
             return
-        if "events" not in result.written:  # what was drawn of other events is not to stand beside these
-            for stale in [path for pattern in DRAWN for path in folder.glob(pattern)]:
-                stale.unlink()
+        drawn = DRAWN if "events" not in result.written else ()  # what was of other events is not to stand beside these
+        for stale in [path for pattern in (_HALF, *drawn) for path in folder.glob(pattern)]:
+            stale.unlink()
         save_result(folder, result, self._of(clip))
         for name in missing:
             self.draw[name](clip, result.curve, folder)

@@ -129,12 +129,15 @@ def test_what_is_there_is_not_scored_again(predicted, videos, weights, tmp_path,
     folder = shutil.copytree(predicted, tmp_path / "run")
     shutil.rmtree(folder / "day" / "b.mp4")
     (folder / "a.mp4" / "overlay.mp4").touch()
+    (folder / "a.mp4" / "curve.png").unlink()
+    (folder / "a.mp4" / ".overlay.mp4.1.tmp").touch()  # of a run that was killed
     before = {path: path.stat().st_mtime_ns for path in folder.glob("a.mp4/*")}
     predict(videos, "--weights", weights, "--output_dir", folder, "--threshold", 0.5)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("a.mp4/*")}[folder / "a.mp4/scores.csv"] == before[
         folder / "a.mp4/scores.csv"
     ]
     assert scores(folder / "day" / "b.mp4") == scores(predicted / "day" / "b.mp4")
+    assert {p.name for p in (folder / "a.mp4").iterdir()} == {p.name for p in (predicted / "a.mp4").iterdir()}
 
 
 def test_other_settings_need_another_folder(predicted, videos, weights):
