@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from engine.evaluate import EvaluationError
 from engine.events import EventRule
 from engine.overlay import write_overlay
 from engine.summary import peak_frames
+from utils.cli import ConfigError
 from utils.damage import parse_json
 from utils.record import write_json
 
@@ -136,6 +137,19 @@ def rule_by(spec: Mapping[str, Any], given: Mapping[str, float | None]) -> Event
     rule = EventRule.from_spec(stored)
     changed = ", ".join(given)
     return replace(rule, **given, source=f"{rule.source}, but for {changed}") if given else rule
+
+
+def require_apart(folder: Path, sources: Iterable[str]) -> None:
+    """Raise ConfigError where one of the absolute paths that are scored is in the folder of outputs, or is that.
+
+    Its outputs would come among what is scored, and the folder would count as one of predictions from then on.
+    """
+    own = os.path.realpath(folder)
+    for source in sources:
+        where, name = os.path.split(source)
+        path = os.path.join(os.path.realpath(where), name)
+        if path == own or path.startswith(os.path.join(own, "")):
+            raise ConfigError(f"--output_dir {folder}: {source} is in it, which is to be scored; choose another folder")
 
 
 class Pictures(Protocol):

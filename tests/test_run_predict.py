@@ -164,6 +164,21 @@ def test_the_same_weights_fed_otherwise_need_another_folder(predicted, videos, w
         predict(*words, tmp_path / "other.pth")
 
 
+def test_outputs_do_not_come_among_the_videos(videos, weights, tmp_path):
+    """Of which the folder would be passed over afterwards, as one of predictions."""
+    root = shutil.copytree(videos, tmp_path / "trips")
+    shutil.unpack_archive(next(render_small(tmp_path / "dota").glob("frames/*/images.zip")), root / "day" / "pictures")
+    (tmp_path / "link").symlink_to(root)
+    before = set(root.rglob("*"))
+    pictures = next(path.parent for path in root.rglob("*.jpg"))
+    for inputs, folder in ((root, root), (root, root / "day"), (tmp_path / "link", root), (pictures, pictures)):
+        with pytest.raises(ConfigError, match=f"--output_dir {folder}: .* is in it, which is to be scored"):
+            predict(inputs, "--weights", weights, "--output_dir", folder)
+    assert {path.name for path in root.rglob("*") if path not in before} <= {"videos.json", ".lock"}
+    predict(root / "a.mp4", "--weights", weights, "--output_dir", root / "risk", "--write", "scores")
+    assert scores(root / "risk" / "a.mp4")
+
+
 def test_a_video_that_cannot_be_drawn_stops_no_other(videos, weights, tmp_path, monkeypatch):
     def fail(path, *_):
         raise OverlayError(f"{path}: not written")
