@@ -348,14 +348,19 @@ def watch_source(args: Namespace, process: Process) -> None:
         notifiers += [webhook_notifier(args.webhook)] if args.webhook else []
     transform, spec = EvalTransform(scorer.spec["input_size"]), scorer.spec
     source = LiveSource(
-        args.stream, timeout=args.stream_timeout, reconnect=args.reconnect, outage=args.outage, paced=args.paced
+        args.stream,
+        fps=args.stream_fps,
+        timeout=args.stream_timeout,
+        reconnect=args.reconnect,
+        outage=args.outage,
+        paced=args.paced,
     )
     stream = RiskStream(
         scorer.model,
         lambda picture: transform([picture])[0],
         num_frames=spec["num_frames"],
         view_fps=spec["view_fps"],
-        fps=args.stream_fps or source.fps,
+        fps=source.fps,
         stride=args.stride,
         warm_up=scorer.warm_up,
         dtype=scorer.dtype,

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from engine.fonts import fitting, font
+from utils.text import label_of
 
 SHOWN = 4  # frames of a picture
 _SIDE = 224  # pixels of a frame's width at least
@@ -80,7 +81,7 @@ def explain_picture(
     whole = (pairs * (pair_width + 2 * _EDGE), 2 * line + rows * (height + line + _EDGE))
     image = Image.new("RGB", whole, _PAPER)
     draw = ImageDraw.Draw(image)
-    for row, words in enumerate((caption, _METHOD)):
+    for row, words in enumerate((label_of(caption, 120), _METHOD)):
         room = whole[0] - 2 * _EDGE
         draw.text((_EDGE, row * line + line // 2), words, _INK, fitting(words, size, room), anchor="lm")
     for place, number in enumerate(shown):

@@ -23,6 +23,7 @@ from datasets.tools.pack_clip import pack_clip
 from engine.checkpoint import CheckpointWriteError, save_weights
 from engine.evaluate import EvaluationError
 from engine.plots import FIGURES
+from engine.report import Options, write_report
 from models import create_model
 from models.weights import CheckpointError, fetch
 from utils.cli import ConfigError
@@ -130,6 +131,18 @@ def test_a_report_that_cannot_be_written_loses_nothing(dota_root, weights, evalu
     assert re.search("The model .* a prior that knows nothing but where in its clip", said)
     assert f"report: {page}" in said and files(tmp_path) == files(evaluated)
     assert page.read_text().count("<img") == (evaluated / "report.html").read_text().count("<img")
+
+
+def test_a_report_of_scores_with_another_digit_says_so(evaluated, tmp_path):
+    """As after a flipped bit: it is a score like any other."""
+    scores = shutil.copytree(evaluated, tmp_path / "run") / "predictions.csv"
+    whole, said = scores.read_bytes(), []
+    at = re.search(rb"\n[^,]+,[^,]+,\d+,[^,]+,[^,]+,[^,]+,0\.\d\d(\d)", whole).start(1)
+    for damaged in (whole, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+        scores.write_bytes(damaged)
+        text, _ = write_report({"a": [scores]}, tmp_path, Options(replicates=20))
+        said.append(f"note: {scores} is not as the evaluation wrote it" in text)
+    assert said == [False, True]
 
 
 def test_a_report_without_the_data_at_hand_says_so(dota_root, weights, evaluated, tmp_path, no_scoring, capsys):

@@ -27,7 +27,7 @@ from datasets.parallel import in_processes
 from datasets.readers import OTHER_PICTURE_SUFFIXES, PICTURE_SUFFIXES, UNREADABLE, is_hidden
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
-from utils.text import first_few, unicode_name
+from utils.text import first_few, one_line
 
 logger = logging.getLogger("tad")
 
@@ -144,7 +144,7 @@ def _listed(path: str) -> list[_Found]:
         else:
             found.append(_Found(target, 1, "video", "no such file or folder"))
     if not any(os.path.exists(item.path) for item in found):
-        what = f"none of its lines names a file, the first is {unicode_name(lines[0][:80])!r}" if lines else "empty"
+        what = f"none of its lines names a file, the first is {one_line(lines[0][:80])!r}" if lines else "empty"
         raise DataError(f"{path}: a text file, {what}; expected is {_KINDS}")
     inside = os.path.join(folder, "")
     return [
@@ -256,7 +256,7 @@ def _apart(name: str, taken: set[str]) -> str:
 
 def _fit(name: str) -> str:
     """Return a relative path as one that can be written below any folder."""
-    name = unicode_name(name)
+    name = one_line(name)
     if len(name.encode()) > _LONGEST:
         folder, _, name = name.rpartition("/")
         name = f"{zlib.crc32(folder.encode()):08x}/{name}"

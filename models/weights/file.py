@@ -121,9 +121,14 @@ def _load(file: Path, *, mapped: bool) -> object:
         record = container.read_record(file, kind, check=not mapped)
         if kind != container.SAFETENSORS:
             return {"spec": record, "program": kind}
-        if record is None or mapped:
-            return load_file(file) if record is None else {"spec": record}
-        return {"model": load_file(file), "spec": record}
+        if mapped and record is not None:
+            return {"spec": record}
+        tensors = load_file(file)
+        if record is not None:
+            return {"model": tensors, "spec": record}
+        if not mapped:
+            container.check_folder(file, tensors)
+        return tensors
     with file.open("rb") as f:
         is_zip = f.read(2) == b"PK"
     if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):

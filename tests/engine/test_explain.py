@@ -93,6 +93,7 @@ def test_picture_is_hot_where_the_heat_is(frames):
     assert len(places) == columns
     first = changed[changed[:, 1] < hot.shape[1] // min(columns, 2)]
     assert first[:, 1].min() > 256 + 100  # right part of the second of the pair
+    explain_picture(pictures, heat, "odd \udcff\r\n\u202e" * 40)
     other = explain_picture(pictures, heat, "another caption", [f"{i} s" for i in range(frames)])
     assert other.shape == hot.shape and (other != hot).any()
 
