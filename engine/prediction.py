@@ -106,7 +106,7 @@ def load_result(folder: Path, name: str, of: Mapping[str, Any], rule: EventRule 
     of: what the scores must be of. Where the rule was another, only scores count as written.
     """
     try:
-        known = parse_json((folder / EVENTS).read_bytes())
+        known = parse_json((folder / EVENTS).read_bytes(), summed=True)
         if known["video"] != name or known["of"] != dict(of):
             return None
         if known["problem"]:
