@@ -179,9 +179,10 @@ class Outputs:
         missing = () if result.problem else sorted(self.draw.keys() - result.written)
         if {"scores", "events"} <= result.written and not missing:
             return
-        if "events" not in result.written:  # what was drawn of other events is not to stand beside these
-            for stale in [path for pattern in DRAWN for path in folder.glob(pattern)]:
-                stale.unlink()
+        # What a killed run was writing is not to stay, nor what was drawn of other events to stand beside these.
+        patterns = (".*.tmp", *(DRAWN if "events" not in result.written else ()))
+        for stale in [path for pattern in patterns for path in folder.glob(pattern)]:
+            stale.unlink()
         save_result(folder, result, self._of(clip))
         for name in missing:
             self.draw[name](clip, result.curve, folder)
