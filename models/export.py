@@ -40,7 +40,7 @@ from models.weights.rebuild import load
 from models.weights.write import INPUT, WRITERS
 from utils.cli import ConfigError, Number, Parser
 from utils.exits import fail
-from utils.files import replaced, sync
+from utils.files import replaced, sync, temporary_beside
 
 PACKAGES = {ONNX: ("onnx", "onnxscript", "onnxruntime"), hf.HF: ("transformers",)}  # beyond requirements.txt
 BATCHES = (1, 2, 3)  # that are compared where the number of clips is free
@@ -163,7 +163,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already; give another --output, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     temporary.mkdir()
     try:
         yield temporary

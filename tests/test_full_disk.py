@@ -27,7 +27,7 @@ from engine.report import Options, write_report
 from models import create_model
 from models.weights import CheckpointError, fetch
 from utils.cli import ConfigError
-from utils.files import check_writable, replaced
+from utils.files import check_writable, replaced, temporary_beside
 from utils.flags import dapt_parser, finetune_parser
 from utils.logging import TensorBoard, append_json_line
 
@@ -43,7 +43,7 @@ def finetune(root, output, *more):
 def fill_up(path):
     """Let what this process writes to `path`, in one rename, find the disk full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_beside(path).symlink_to("/dev/full")
 
 
 def files(folder):
@@ -280,6 +280,17 @@ def test_a_pack_goes_on_once_there_is_room(dota_root, tmp_path, monkeypatch):
     assert 0 < done < len((tmp_path / "pack" / "clips.jsonl").read_text().splitlines()) == 13
 
 
+def test_processes_of_one_id_on_two_hosts_write_files_of_their_own(tmp_path, monkeypatch):
+    """As in containers of one image, where each first process is number 1, say."""
+    with replaced(tmp_path / "features.pth") as one:
+        one.write_text("one")
+        monkeypatch.setattr("utils.files._STARTED", b"another", raising=False)
+        with replaced(tmp_path / "features.pth") as other:
+            other.write_text("other, longer")
+        assert (tmp_path / "features.pth").read_text() == "other, longer"
+    assert (tmp_path / "features.pth").read_text() == "one" and files(tmp_path) == ["features.pth"]
+
+
 def test_a_download_that_finds_no_room_is_no_failed_download(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("models.weights.file.urlopen", lambda *_, **__: weights.open("rb"))
@@ -288,7 +299,7 @@ def test_a_download_that_finds_no_room_is_no_failed_download(weights, tmp_path, 
             path.unlink()
             path.mkdir()
             digest = hashlib.sha256(b"http://host/w.pth").hexdigest()[:8]
-            (path / f"{digest}-w.pth.{os.getpid()}.partial").symlink_to("/dev/full")
+            fill_up(path / f"{digest}-w.pth")
         else:
             path.touch()
         with pytest.raises(CheckpointError, match=rf"w.pth: cannot be written \({reason}\); set TORCH_HOME to another"):

@@ -34,6 +34,7 @@ from models.weights.plain import is_harmless, read_plain
 from utils.damage import zip_damage
 from utils.event_rule import check_operating_point
 from utils.exits import explain
+from utils.files import temporary_beside
 from utils.text import first_few
 
 _LARGE = 1 << 30  # bytes of a file whose tensors stay in it until they are used: it may hold more than one model
@@ -82,7 +83,7 @@ def fetch(path_or_url: str) -> str:
     target = _downloads() / f"{digest}-{name}"
     if target.exists():
         return str(target)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(path_or_url, timeout=60) as response, partial.open("wb") as f:

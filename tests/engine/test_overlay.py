@@ -15,6 +15,7 @@ from engine.curve import Gap, read_scores
 from engine.overlay import NARROWEST, OverlayError, write_overlay
 from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, Panel, frame_states
 from tests.datasets.video_files import FFMPEG, SIZE, X264, burned, ffmpeg, number_of
+from utils.files import temporary_beside
 
 FPS, FRAMES = 30, 105
 
@@ -258,7 +259,7 @@ def test_an_error_of_the_reader_passes_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("frames", [10, 400])
 def test_full_disk(tmp_path, frames):
     rng = np.random.default_rng(0)
-    (tmp_path / f".o.mp4.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_beside(tmp_path / "o.mp4").symlink_to("/dev/full")
     noise = (rng.integers(0, 255, (240, 480, 3), np.uint8) for _ in range(frames))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/o.mp4'"):
         write_overlay(tmp_path / "o.mp4", curve_for(frames), None, noise, preset="ultrafast")
