@@ -1,6 +1,8 @@
 """What every data set boils down to: clips with a source of frames, a frame count, a frame rate and labels."""
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from datasets.labels import ANOMALOUS, IGNORED, time_to_anomaly
-from utils.text import first_few
+from utils.text import first_few, one_line
 
 logger = logging.getLogger("tad")
 
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}  # a video's name may leave no room for ".zip" behind it
 MOST_FRAMES = 10**7  # of a clip: 46 hours at 60 per second; a number beyond is damage
 
 
@@ -37,7 +40,19 @@ def data_errors(path: str | Path, what: str = "read") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as e:
-        raise DataError(f"{path}: cannot be {what} ({getattr(e, 'strerror', None) or e})") from e
+        raise DataError(f"{one_line(str(path))}: cannot be {what} ({getattr(e, 'strerror', None) or e})") from e
+
+
+def is_there(path: str | Path) -> bool:
+    """Return whether there is a file or folder of a name. Raises DataError where the system does not say."""
+    with data_errors(path):
+        try:
+            os.stat(path)
+        except OSError as e:
+            if e.errno not in _ABSENT:
+                raise
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.clips import ClipTable, DataError
-from datasets.formats.text import read_lines
+from datasets.formats.text import read_text
 from utils.distributed import broadcast, gather
 from utils.text import first_few
 
@@ -173,8 +173,10 @@ def read_bad_clips(paths: Iterable[str | Path]) -> frozenset[str]:
     for path in map(Path, paths):
         if not path.is_file():
             raise DataError(f"{path}: no such list of bad clips; python -m datasets.tools.check writes one")
-        names |= {line.split("\t")[0].strip() for line in read_lines(path)}
-    return frozenset(names)
+        for line in read_text(path).splitlines():
+            name, tab, _ = line.partition("\t")
+            names.add(name.rstrip() if tab else name.strip())  # a name may begin with a space
+    return frozenset(names - {""})
 
 
 def warn_unmatched(bad_clips: Iterable[str], tables: Iterable[ClipTable]) -> None:

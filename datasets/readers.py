@@ -5,12 +5,10 @@
 
 JPEGs are decoded by libjpeg-turbo itself and all else by Pillow: the same pixels as OpenCV's, at full size unless less
 is asked for. Of 16 bit, grey or colour, the upper 8 count (65535 becomes 255); 32-bit integer and float pictures are
-refused, since nothing says which of their values is white.
-Palettes, grey and alpha become RGB, and a picture is turned as its EXIF orientation asks, as players turn videos.
-Hidden files (see `is_hidden`) are no part of a folder or zip.
+refused: nothing says which value is white. Palettes, grey and alpha become RGB, and a picture is turned as its EXIF
+orientation asks, as players turn videos. Hidden files (see `is_hidden`) are no part of a folder or zip.
 
-A reader is opened where it is used, inside the worker process, and closed after the item, since a video's decoder must
-not live through a fork (see datasets/video.py).
+A reader is opened and closed where it is used, in the worker: a decoder must not live through a fork (see video.py).
 """
 
 import io
@@ -30,7 +28,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from datasets.clips import Clip, DataError, data_errors
+from datasets.clips import Clip, DataError, data_errors, is_there
 from datasets.parallel import alive
 from datasets.video_sound import SoundVideo, jpeg_damage
 from datasets.zips import read_stored, stored_members
@@ -85,8 +83,10 @@ class Reader:
     def read(self, frame_ids: Sequence[int]) -> Tensor:
         """Return uint8 (len(frame_ids), H, W, 3) RGB. Raises DataError naming file and frame."""
         frames = list(self.frames(frame_ids))
-        if len({f.shape for f in frames}) > 1:
-            raise DataError(f"{self.path}: frames of different sizes: {sorted({tuple(f.shape[:2]) for f in frames})}")
+        sizes = {f.shape[:2]: self.clip.picture(int(i)) for i, f in zip(frame_ids, frames, strict=True)}
+        if len(sizes) > 1:
+            named = first_few(f"{height} x {width} of {name}" for (height, width), name in sizes.items())
+            raise DataError(f"{self.path}: frames of different sizes: {named}")
         return torch.stack(frames)
 
     def sound_frames(self, frame_ids: Sequence[int], every: Sequence[int]) -> Iterator[Tensor | str]:
@@ -373,7 +373,7 @@ def _reason(error: Exception) -> str:
         return str(error.args[0]) if error.args else "KeyError"
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return f"{type(error).__name__}: {short_reason(error, 160)}"
+    return f"{type(error).__name__}: {short_reason(error, 160).partition(' <_io.')[0]}"  # Pillow says an address
 
 
 def find_source(clip: Clip) -> str:
@@ -383,8 +383,7 @@ def find_source(clip: Clip) -> str:
     """
     packed = f"{clip.source}.zip"
     for path in (packed, clip.source):
-        with data_errors(path), suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(path)
+        if is_there(path):
             return path
     if os.path.exists(f"{clip.source}.ZIP"):
         raise DataError(f"clip {clip.name}: no frames: {clip.source}.ZIP is not read: rename it to {packed}")

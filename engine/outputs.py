@@ -140,11 +140,14 @@ def unfinished_evaluation(
         record = parse_json((folder / RECORD).read_bytes())
         known, before, then = record["scores"], record["args"], record["weights"]
         _ = known["about"]["coverage"], known["windows"], known["crc32"]
+        of = [then, *record.get("amended", [])]
+        if not isinstance(before, dict):
+            raise TypeError("its arguments are no dictionary")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{refusal} ({RECORD} does not tell what it is of)") from e
     if changes := differing(before, arguments, free):
         raise ConfigError(f"{refusal} (it is of an evaluation with other arguments: {'; '.join(changes)})")
-    if _stamp(weights) not in (then, *record.get("amended", [])):
+    if _stamp(weights) not in of:
         raise ConfigError(f"{refusal} (it is of weights that have changed since)")
     logger.info(f"{path} is there: nothing is scored, metrics, plots and the report are made of it")
     return known

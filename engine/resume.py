@@ -170,7 +170,7 @@ def _find(where: Mapping[str, Any]) -> tuple[Path | None, str | None]:
     try:
         with zipfile.ZipFile(folder / STATE) as z:
             sums = [(item.filename, item.file_size, item.CRC) for item in z.infolist()]
-    except (OSError, zipfile.BadZipFile):  # not all of it is here yet, or it is damaged
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # it is not all here yet, or damaged
         return folder, None
     return folder, hashlib.sha256(repr(sums).encode()).hexdigest()
 

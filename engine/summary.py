@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.curve import RiskCurve
 from utils.files import replaced
-from utils.text import unicode_name
+from utils.text import one_line
 
 
 class Result(Protocol):
@@ -103,14 +103,14 @@ def write_summary(path: str | Path, results: Iterable[Result]) -> None:
         for _, row in riskiest_first(results):
             writer.writerow([*(_cell(getattr(row, name)) for name in names), ""])
         for name, reason in unscored(results):
-            writer.writerow([unicode_name(name), *[""] * (len(names) - 1), unicode_name(reason)])
+            writer.writerow([one_line(name), *[""] * (len(names) - 1), one_line(reason)])
 
 
 def _cell(value: object) -> object:
     if isinstance(value, float):
         return f"{value:.9g}"
     if isinstance(value, str):
-        return unicode_name(value)
+        return one_line(value)
     return "" if value is None else int(value)
 
 

@@ -20,13 +20,14 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from helpers import write_video
+from curves import RULE, bumpy
+from helpers import golden, write_video
 from mutations import BYTES, TEXT, mutated
 from PIL import Image
 from safetensors.torch import save_file
 
 from datasets import DataError, VideoScan, build_clips, open_clip
-from datasets.clips import Clip
+from datasets.clips import Clip, ClipTable
 from datasets.faults import read_bad_clips
 from datasets.scan import probe
 from datasets.tools.pack import pack
@@ -34,8 +35,16 @@ from datasets.tools.pack_clip import Settings
 from datasets.video import Video
 from datasets.windows import index_clips
 from engine.checkpoint import Progress, load_last, save_weights
+from engine.curve import Gap
+from engine.evaluate import EvaluationError, Predictions
+from engine.outputs import WantedPoint, begin_evaluation, finish_evaluation, keep_scores, unfinished_evaluation
+from engine.prediction import VideoResult, load_result, save_result
+from engine.report import Options, ScoresError, write_report
 from models import create_model, load
-from models.weights import CheckpointError, load_pretrained
+from models.export import export
+from models.registry import Dropout, VideoInput
+from models.vit import Size, VideoViT
+from models.weights import CheckpointError, load_pretrained, read_hints
 from other_models.ViViT.ckpt_vivit import read_source
 from utils.cli import ConfigError
 from utils.logging import drop_records_from
@@ -43,7 +52,7 @@ from utils.record import differing, read_run_record, write_run_record
 
 CASES = int(os.environ.get("FUZZ_CASES", 2000))
 LIMIT = 20.0  # seconds for a case; a hang in native code ends the tests after six times that
-ERRORS = (DataError, ConfigError, CheckpointError)
+ERRORS = (DataError, ConfigError, CheckpointError, EvaluationError, ScoresError)
 
 
 @dataclass
@@ -322,6 +331,70 @@ def make_accidents(root):
     yield "split list", Kind(root / "own" / "splits" / "mine.txt", reads("csv", "own", "mine"), TEXT, names=" ")
 
 
+def make_scores(root):
+    """Kinds of what evaluations and predictions leave, from which they go on and reports are made."""
+    scored, half, video = (root / "scores" / name for name in ("scored", "half", "video"))
+    labels = np.repeat([0, 1, 0], 10).astype(np.uint8)
+    clips = ClipTable("DoTA", "val", [Clip(f"c{i}", "", 30, 10.0, labels=labels * (i > 0)) for i in range(3)])
+    clip, frame = np.repeat(np.arange(3), 15), np.tile(np.arange(15, 30), 3)
+    logits = np.random.default_rng(0).standard_normal((45, 2)).astype(np.float32)
+    label = np.concatenate([c.labels[15:] for c in clips]).astype(np.int64)
+    about = {"coverage": "3 of 3 clips", "data_set": "DoTA", "split": "val"}
+    for folder in (scored, half):
+        record = begin_evaluation(folder, {"seed": 1, "data_set": "DoTA"}, None, 1)
+        keep_scores(folder, Predictions(clip, frame, label, logits, time=frame / 10), clips, about, record)
+
+    def read_half(_):
+        known = unfinished_evaluation(half, {"seed": 1, "data_set": "DoTA"}, set(), None)
+        made = finish_evaluation(half, known, WantedPoint("none", None, RULE, None, as_trained=True))
+        (half / "metrics.json").unlink()
+        return made
+
+    def report_on(path):
+        text, _ = write_report({"one": [path]}, root / "scores", Options(replicates=100))
+        return text
+
+    yield "scores of a report", Kind(scored / "predictions.csv", report_on, TEXT, share=2)
+    yield "scores", Kind(half / "predictions.csv", read_half, TEXT, exact=True)
+    yield "eval_args.json", Kind(half / "eval_args.json", read_half, TEXT, names=str(half))
+    curve = bumpy(200, step=3, gaps=(Gap(4.0, 4.8, "damaged"),))
+    save_result(video, VideoResult("v", curve), {"source": "v.mp4"})
+    expected = curve.events()
+
+    def read_video_scores(_):
+        """What is damaged is as if it were not there."""
+        result = load_result(video, "v", {"source": "v.mp4"}, curve.rule)
+        return True if result is None else result.curve.events() == expected and result.curve.gaps == curve.gaps
+
+    yield "events.json", Kind(video / "events.json", read_video_scores, TEXT, exact=True)
+    yield "scores.csv", Kind(video / "scores.csv", read_video_scores, TEXT, exact=True)
+
+
+def make_folders(root):
+    """Kinds of a folder of transformers, and of a program that was exported."""
+    fixture = next(f for f in golden("models_hf")["fixtures"] if f["name"] == "videomae_classification")
+    folder, state = root / "hf", {key: torch.ones(shape) for key, shape in fixture["keys"]}
+    folder.mkdir()
+    parts = {f"model-{number}.safetensors": sorted(state)[number::2] for number in range(2)}
+    for name, keys in parts.items():
+        save_file({key: state[key] for key in keys}, folder / name)
+    places = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text(fixture["config.json"])
+    processor = {"rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.2] * 3, "offset": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+    def read_folder(_):
+        model = VideoViT(Size(96, 2, 3), "sinusoid", VideoInput(4, 64), Dropout(), num_classes=3)
+        load_pretrained(model, str(folder))
+        return read_hints(str(folder))
+
+    for name in ("config.json", "model.safetensors.index.json", "preprocessor_config.json"):
+        yield name, Kind(folder / name, read_folder, TEXT, names=str(folder))
+    export(str(root / "own.pth"), "torch_export", str(root / "own.pt2"))
+    yield "program", Kind(root / "own.pt2", lambda path: load(str(path))[0].weights(), exact=True)
+
+
 @pytest.fixture(scope="module")
 def kinds(dota_root, tmp_path_factory):
     root = tmp_path_factory.mktemp("fuzz")
@@ -332,6 +405,8 @@ def kinds(dota_root, tmp_path_factory):
         make_frames(root),
         make_run(root),
         make_weights(root),
+        make_scores(root),
+        make_folders(root),
     )
     return {name: kind for group in made for name, kind in group}
 
@@ -343,6 +418,8 @@ NAMES = (
     *("nexar", "ccd", "consensus", "a3d", "csv of seconds", "split list"),
     *("scan", "bad clips", "pack.json", "clips.jsonl", "pack frames", ".mp4", ".mkv", ".ts", ".avi"),
     *(f"{what} of {suffix}" for what in ("folder", "zip", "deflated zip") for suffix in (".jpg", ".png")),
+    *("scores of a report", "scores", "eval_args.json", "events.json", "scores.csv", "program"),
+    *("config.json", "model.safetensors.index.json", "preprocessor_config.json"),
     *("args.json", "log.txt", "nonfinite.jsonl", "state", "weights", "legacy weights", "safetensors", "flax"),
 )
 

@@ -181,6 +181,8 @@ def test_windows_come_in_another_order_only_at_the_start_of_an_epoch(halfway, go
         (["--lr", "0.1", "--epochs", "9", "--override", "lr"], r"\(epochs: 2 -> 9\): .* --override epochs lr$"),
         (["--epochs", "1", "--warmup_epochs", "0"], r"of 2 epochs after 1, --epochs 2 --stop_epoch 1; or go on"),
         (["--gelu", "tanh", "--lr", ".1"], "no run is continued with another gelu: start one from the weights of this"),
+        (["--view_fps", "2"], r"from the weights of .* its checkpoint-<epoch>.pth with --override_spec$"),
+        (["--tubelet_size", "1"], "tubelet_size, nor are its weights of that: start one from others, in another"),
         (
             ["--override", "gelu"],
             "--override gelu: not among what it can change, which is aa, assume_fps, .* --finetune",

@@ -56,13 +56,17 @@ def with_sum(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, _SUM: _sum(record)}
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, summed: bool = False) -> Any:
     """Return what a text in JSON says, less its sum, which must be right where there is one.
+
+    summed: whether there must be one.
 
     Raises ValueError: no JSON, not in UTF-8, nested too deeply, another sum.
     """
     try:
         value = json.loads(text)
+        if summed and not (isinstance(value, dict) and _SUM in value):
+            raise ValueError(f"no object with a {_SUM}")
         if isinstance(value, dict) and _SUM in value and value.pop(_SUM) != _sum(value):
             raise ValueError(f"its content is not what its {_SUM} was made of")
     except RecursionError as e:

@@ -13,9 +13,11 @@ from typing import Any
 from utils.cli import ConfigError, Parser
 from utils.damage import parse_json, with_sum
 from utils.files import replaced
+from utils.resolve import OVERRIDABLE
 
 # Arguments that --override changes together with another: by default they follow it.
 _FOLLOWING = {"weight_decay": ("weight_decay_end",), "data_set": ("data_split", "sampling_rate", "sampling_rate_val")}
+_IN_SHAPES = {"model", "tubelet_size", "decoder_depth"}  # arguments that the shapes of weights depend on
 
 
 def changed(saved: Mapping[str, Any], current: Mapping[str, Any], free: Set[str]) -> dict[str, list[Any]]:
@@ -105,9 +107,13 @@ class Changeable:
     def _way_on(self, changes: Mapping[str, Any], state: Path | None) -> str:
         """Say how a run goes on with other arguments, if it can."""
         if lasting := [name for name in changes if name not in self.overridable]:
+            refusal = f"; no run is continued with another {', '.join(lasting)}"
+            if set(lasting) & _IN_SHAPES:
+                return f"{refusal}, nor are its weights of that: start one from others, in another --output_dir"
+            meant = " with --override_spec" if set(lasting) & set(OVERRIDABLE) else ""
             return (
-                f"; no run is continued with another {', '.join(lasting)}: start one from the weights of this one, "
-                "--finetune or --from_ckpt its checkpoint-<epoch>.pth"
+                f"{refusal}: start one from the weights of this one, --finetune or --from_ckpt its "
+                f"checkpoint-<epoch>.pth{meant}"
             )
         words, sooner = " ".join(changes), ""
         if "epochs" in changes and changes["epochs"][1] < changes["epochs"][0]:

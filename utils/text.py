@@ -1,8 +1,10 @@
 """Pieces of messages: the first few of many names, the short reason of an error, names to write or show."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
+_BREAKING = ("Cc", "Zl", "Zp")  # categories of characters: control characters and line breaks
 _LONGEST = 400  # characters of an item: a damaged file may have a name of megabytes
 
 
@@ -11,7 +13,7 @@ def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
 
     Long ones lose their middle: a reason stands at the end.
     """
-    half, items = _LONGEST // 2, [unicode_name(str(item)) for item in items]
+    half, items = _LONGEST // 2, [one_line(str(item)) for item in items]
     items = [text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}" for text in items]
     return sep.join(items[:limit]) + (f"{sep}... ({len(items)} in all)" if len(items) > limit else "")
 
@@ -19,6 +21,15 @@ def first_few(items: Iterable[object], limit: int = 5, sep: str = ", ") -> str:
 def unicode_name(name: str) -> str:
     """Return a name with escapes for what is not Unicode, as the names of files may have: "a\\udcff.mp4"."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def one_line(name: str) -> str:
+    """Return a name with escapes for what is not Unicode, and for control characters, line breaks and tabs among them.
+
+    So it can stand in a log and in a list of names. Letters of any language stay.
+    """
+    letters = unicode_name(name)
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _BREAKING else c for c in letters)
 
 
 def short_reason(error: BaseException, limit: int = 120) -> str:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from datasets.clips import DataError
 from datasets.formats.text import decimal, filled, read_csv, whole_number
 from datasets.labels import IGNORED
-from utils.text import first_few
+from utils.text import first_few, one_line
 
 logger = logging.getLogger("tad")
 
@@ -151,6 +151,9 @@ def _add_row(table: Table, row: dict[str, str], number: int, mixed: set[str]) ->
         return any(filled(row.get(column, "")) for column in columns)
 
     name = row.get("clip") or row.get("path") or table.fail(number, "path", "empty")
+    if one_line(name) != name:
+        problem = f"{name!r} has a line break or another control character in it, which no name has"
+        table.fail(number, "clip" if row.get("clip") else "path", problem)
     per_frame = "frame" in row
     values = {c: row[c] for c in OF_CLIP if filled(row.get(c, "")) and not (c == "label" and per_frame)}
     entry = table.entries.setdefault(name, Entry(number))

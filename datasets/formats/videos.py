@@ -18,7 +18,7 @@ from datasets.clips import Clip, ClipTable, DataError, Selection, Unreadable, da
 from datasets.formats.text import first_repeated, read_csv, read_lines
 from datasets.scan import VideoScan, log_notes
 from datasets.video import VIDEO_SUFFIXES
-from utils.text import first_few, unicode_name
+from utils.text import first_few, one_line
 
 logger = logging.getLogger("tad")
 
@@ -143,8 +143,8 @@ def _table(
     The others are counted and named in the log. options: of ClipTable. Raises DataError where none is readable.
     """
     folder = os.path.abspath(root)
-    sources = {unicode_name(video): os.path.join(folder, video) for video in videos}
-    other_names = sources.keys() - set(videos)
+    sources = {one_line(video): os.path.join(folder, video) for video in videos}
+    other_names = {one_line(video) for video in videos if one_line(video) != video}
     left_out = other_names.union(selection.leave_out)
     to_scan = [source for video, source in sources.items() if video not in left_out]
     found = dict(zip(to_scan, scan(to_scan), strict=True))
@@ -152,7 +152,8 @@ def _table(
 
     def clip(video: str) -> Clip:
         if video in other_names:
-            raise Unreadable(f"{video}: its name is not in UTF-8, so no list can hold it: rename the file")
+            reason = "its name is not in UTF-8, or has a line break or another control character in it"
+            raise Unreadable(f"{video}: {reason}, so no list can hold it: rename the file")
         info = found[sources[video]]
         if info.problem:
             raise Unreadable(info.problem)

@@ -50,7 +50,7 @@ from utils.files import check_writable, replaced
 from utils.flags import ASSUME_FPS
 from utils.logging import setup_logging
 from utils.names import LABELS
-from utils.text import first_few
+from utils.text import first_few, one_line
 
 WARNINGS = ("extra_frames", "short", "rate", "truncated")
 NOT_OF_THE_CLIP = (*WARNINGS, "in_two_splits")  # leaving out the clip is no remedy
@@ -310,7 +310,7 @@ def report(findings: Sequence[Finding], numbers: Mapping[str, Mapping[str, Any]]
         by_kind[finding.kind].append(finding)
     for kind, found in sorted(by_kind.items(), key=lambda pair: (pair[0] in WARNINGS, pair[0])):
         lines.append(f"{'error' if found[0].is_error else 'warning'}: {kind}, {len(found)}")
-        lines += [f"    {f.split} {f.clip}: {f.message}" for f in found[:SHOWN]]
+        lines += ["    " + one_line(f"{f.split} {f.clip}: {f.message}") for f in found[:SHOWN]]
         lines += ["    ..."] * (len(found) > SHOWN)
     errors = sum(f.is_error for f in findings)
     return "\n".join([*lines, f"{errors} errors, {len(findings) - errors} warnings"])
@@ -352,8 +352,8 @@ def write_report(
     with replaced(paths[0]) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     with replaced(paths[1]) as temporary:
-        lines = [f"{clip}\t{f.kind}: {f.message}\n" for clip, f in reversed(bad.items())]
-        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        lines = [f"{one_line(clip)}\t{one_line(f'{f.kind}: {f.message}')}\n" for clip, f in reversed(bad.items())]
+        temporary.write_text("".join(lines), encoding="utf-8")
     return paths
 
 

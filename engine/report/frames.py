@@ -18,6 +18,7 @@ from utils.damage import parse_json
 FRAME_COLUMNS = {"clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc"}
 CLIP_COLUMNS = ("source", "is_positive", "event_time", "alert_time")  # what the report knows of them; others are groups
 FAR = -100.0  # ttc of a frame that is far from any anomaly
+_MOST = 10**7  # frames of a clip, and seconds; a number beyond is damage
 _ROWS = 500  # that are read at a time: more fall out of the processor's cache
 _OF_DOTA = re.compile(r".+_\d{6}")  # <YouTube video>_<number>: the video is what a clip was cut from
 
@@ -219,12 +220,14 @@ class _Parts:
         if not ((score >= 0) & (score <= 1)).all():
             raise ValueError("a score that is not in [0, 1]")
         time, ttc = (_optional(column.get(name), len(clip)) for name in ("time", "ttc"))
+        if (np.abs(time) > _MOST).any():
+            raise ValueError(f"a time of more than {_MOST} seconds")
         kept = label >= 0
         self.unlabelled += int((~kept).sum())
         self.arrays.append(tuple(a[kept] for a in (clip, _frames(column), score, label, time, ttc)))
 
     def whole(self, path: Path) -> ScoredFrames:
-        """Return all of them, sorted. Raises ScoresError where there are none, or a frame twice."""
+        """Return all of them, sorted. Raises ScoresError: there are none, a frame twice, a time before the last."""
         if not sum(len(part[0]) for part in self.arrays):
             raise ScoresError(f"{path}: no labelled row: figures need labels")
         clip, frame, score, label, time, ttc = (np.concatenate(part) for part in zip(*self.arrays, strict=True))
@@ -237,6 +240,9 @@ class _Parts:
             if len(twice := np.flatnonzero(np.diff(key) == 0)):
                 row = twice[0]
                 raise ScoresError(f"{path}: frame {frame[row]} of clip {names[clip[row]]} is there twice: keep one row")
+        if len(back := np.flatnonzero((np.diff(time) < 0) & (np.diff(clip) == 0))):
+            where = f"from frame {frame[back[0]]} to {frame[back[0] + 1]} of clip {names[clip[back[0]]]}"
+            raise ScoresError(f"{path}: the column time goes back {where}: correct it, or leave the column out")
         notes: tuple[str, ...] = ()
         if np.isnan(time).any():
             time, notes = _times(clip, frame, ttc)
@@ -286,10 +292,12 @@ def _scores(column: Mapping[str, Sequence[str]]) -> np.ndarray:
 def _frames(column: Mapping[str, Sequence[str]]) -> np.ndarray:
     if "frame" not in column:
         column = {"frame": [re.findall(r"\d+", name)[-1] for name in column["filename"]]}
-    frame = np.fromiter(map(int, column["frame"]), np.int64, len(column["frame"]))
-    if (frame < 0).any():
+    frame = list(map(int, column["frame"]))
+    if min(frame) < 0:
         raise ValueError("a frame below 0")
-    return frame
+    if max(frame) > _MOST:
+        raise ValueError(f"a frame beyond {_MOST}")
+    return np.array(frame, np.int64)
 
 
 def _why(path: Path, line: int, rows: Sequence[Sequence[str]], header: Sequence[str], scores: bool) -> str:

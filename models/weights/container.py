@@ -75,7 +75,7 @@ def _is_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as z:
             return any(re.fullmatch(r"[^/]+/models/[^/]+|serialized_exported_program\.json", n) for n in z.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return False
 
 

@@ -8,6 +8,7 @@ preprocessor_config.json         how pictures are made ready; V-JEPA 2 has a vid
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def parts_of(index: Path) -> dict[Path, set[str]]:
         raise CheckpointError(f"{index}: has no weight_map of keys to files; it is no index of weights")
     parts: dict[Path, set[str]] = {}
     for key, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise CheckpointError(f"{index}: {key} is said to be in {name!r}, which is no file beside it")
         parts.setdefault(index.with_name(name), set()).add(key)
-    if absent := [part.name for part in parts if not part.is_file()]:
+    if absent := [part.name for part in parts if not os.path.isfile(part)]:
         raise CheckpointError(f"{index}: names {first_few(absent)}, which is not there; copy all parts beside it")
     return parts
 
@@ -96,7 +97,8 @@ def folder_hints(path: Path) -> dict[str, Any]:
         if value is not None and (type(value) is not int or value <= 0):
             raise CheckpointError(f"{file}: {key} is {value!r}, not a whole number; copy config.json again")
     hints = {key: value for key, value in counts.items() if value is not None} | _gelu(config, file)
-    architecture = str((config.get("architectures") or [""])[0])
+    architectures = config.get("architectures")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if config["model_type"] == "videomae" and architecture.endswith("Classification"):
         hints["final_reduction"] = "fc_norm" if config.get("use_mean_pooling", True) else "cls"
     if architecture.endswith("PreTraining"):
@@ -106,7 +108,7 @@ def folder_hints(path: Path) -> dict[str, Any]:
 
 def _gelu(content: dict[str, Any], file: Path) -> dict[str, str]:
     activation = content.get("hidden_act", "gelu_fast" if content["model_type"] == "vivit" else "gelu")
-    if activation not in _GELU:
+    if not isinstance(activation, str) or activation not in _GELU:
         raise CheckpointError(f"{file}: hidden_act is {activation!r}; the models here have {' or '.join(_GELU)}")
     return {"gelu": _GELU[activation]}
 
@@ -130,7 +132,7 @@ def _pixels(folder: Path) -> dict[str, list[float]]:
         mean, std = ([value / (255 * scale) for value in values] for values in ([m + offset for m in mean], std))
         if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise ValueError("a deviation of 0, or no finite number")
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise CheckpointError(f"{file}: says no mean and deviation of pixels ({short_reason(e)}); copy it again") from e
     return {"mean": mean, "std": std}
 

@@ -129,8 +129,15 @@ def test_a_file_larger_than_a_picture_is_refused(tmp_path, monkeypatch):
 
 def test_frames_of_different_sizes_are_refused(tmp_path):
     write_zip(tmp_path / "images.zip", {"000000.jpg": encoded(0), "000001.jpg": encoded(1, size=(16, 18))})
-    with open_clip(clip(tmp_path / "images")) as reader, pytest.raises(DataError, match="different sizes"):
+    with open_clip(clip(tmp_path / "images")) as reader, pytest.raises(DataError, match=" x .* of 000001.jpg$"):
         reader.read([0, 1])
+
+
+def test_a_picture_that_is_none_is_said_without_an_address(tmp_path):
+    write_zip(tmp_path / "images.zip", {"000000.jpg": b"no picture"})
+    with open_clip(clip(tmp_path / "images")) as reader, pytest.raises(DataError) as caught:
+        reader.read([0])
+    assert str(caught.value).endswith("frame 000000.jpg: UnidentifiedImageError: cannot identify image file")
 
 
 def write_grey_video(path):

@@ -93,6 +93,7 @@ def test_picture_is_hot_where_the_heat_is(frames):
     assert len(places) == columns
     first = changed[changed[:, 1] < hot.shape[1] // min(columns, 2)]
     assert first[:, 1].min() > 256 + 100  # right part of the second of the pair
+    explain_picture(pictures, heat, "odd \udcff\r\n\u202e" * 40)
     other = explain_picture(pictures, heat, "another caption", [f"{i} s" for i in range(frames)])
     assert other.shape == hot.shape and (other != hot).any()
 
@@ -108,3 +109,9 @@ def test_picture_follows_time():
         colourful[y : y + rows // 2, x : x + columns // 2].mean() for y in (0, rows // 2) for x in (0, columns // 2)
     ]
     assert quarter[0] > 0.2 and quarter[3] > 0.2 and quarter[1] < 0.01 and quarter[2] < 0.01
+
+
+@pytest.mark.parametrize("size", [(2160, 3840), (3840, 2160), (540, 960), (1, 1), (4000, 2)], ids=str)
+def test_picture_of_any_size_of_frames_can_be_looked_at(size):
+    picture = explain_picture(np.full((2, *size, 3), 90, np.uint8), np.ones((1, 4, 4), np.float32), "clip", ["", ""])
+    assert max(picture.shape) < 3000 and picture.shape[1] >= (4 * 224 if size[1] > 2 or size[0] == 1 else 0)

@@ -235,6 +235,15 @@ def test_folders_of_other_files(kind, tmp_path):
         load(CLASSIFIER, path)
 
 
+@pytest.mark.parametrize(
+    ("name", "match"), [("", "'', which is no file beside it"), ("x" * 300, "names x{300}, which is not there")]
+)
+def test_an_index_of_impossible_names(name, match, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=match):
+        load_pretrained(vit(), str(tmp_path))
+
+
 def test_folders_of_something_else(tmp_path):
     for name, match in (
         ("adapter_config.json", "an adapter, not a model"),
@@ -280,9 +289,10 @@ def test_hints_of_videomae(tmp_path):
     assert read_hints(str(folder(tmp_path, CLASSIFIER))) == about | {"final_reduction": "fc_norm"}
     assert read_hints(str(folder(tmp_path, FIRST))) == about | {"final_reduction": "cls"}
     assert read_hints(str(folder(tmp_path, PRETRAINING))) == about | {"normalize_target": True}
-    for key, value in (("num_frames", "many"), ("hidden_act", "relu")):
-        with pytest.raises(CheckpointError, match=f"config.json: {key} is '{value}'"):
+    for key, value in (("num_frames", "many"), ("hidden_act", "relu"), ("hidden_act", {})):
+        with pytest.raises(CheckpointError, match=f"config.json: {key} is {value!r}"):
             read_hints(str(folder(tmp_path, CLASSIFIER, config={key: value})))
+    assert "final_reduction" not in read_hints(str(folder(tmp_path, CLASSIFIER, config={"architectures": 1.5})))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

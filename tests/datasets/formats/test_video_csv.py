@@ -168,6 +168,8 @@ def test_clips_without_readable_frames_are_named_and_kept_apart(table, caplog):
         ("path,fps\na.mp4,1e400\n", "row 2, column fps: '1e400' is not a frame rate"),
         ('path,category\na.mp4,x\nb.mov,"side\nf,x\n', "train.csv: in the row that begins in line 3: unexpected end"),
         ('path,category\na.mp4,"x\nb.mov,"side"\n', "in the row that begins in line 2: ',' expected after"),
+        ('path\n"a\nb.mp4"\n', r"row 3, column path: 'a\nb.mp4' has a line break or another control character in it"),
+        ("path,clip\na.mp4,\x1b[1m\n", r"row 2, column clip: '\x1b[1m' has a line break or another control"),
         ("path\na.mp4,1\n", "row 2 has 2 cells, the header 1"),
         ("path,start_frame,end_frame\na.mp4,1,x\n", "row 2, column end_frame: 'x' is not a whole number, 0 or above"),
         ("path,start_frame,end_frame\na.mp4,-1,3\n", "row 2, column start_frame: '-1' is not a whole number"),

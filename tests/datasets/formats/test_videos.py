@@ -14,6 +14,7 @@ from helpers import SHARED, run, write_video
 
 from datasets import VideoScan, build_clips
 from datasets.clips import DataError
+from datasets.faults import read_bad_clips
 from datasets.readers import open_clip
 from datasets.scan import VERSION, VideoInfo, probe
 from datasets.windows import RandomClipIndex, index_clips
@@ -71,7 +72,8 @@ def test_a_file_whose_name_is_not_utf8_is_one_that_cannot_be_read(tmp_path, capl
     """Wherever its name is printed or written, on a terminal that is strict about it too."""
     write_video(tmp_path / "v" / "a.mp4", frames=30, fps=10)
     odd = tmp_path / "v" / os.fsdecode(b"b\xff.mp4")
-    shutil.copy(tmp_path / "v" / "a.mp4", odd)
+    for other in (odd, tmp_path / "v" / "b\\udcff.mp4"):  # which is called as the first is written
+        shutil.copy(tmp_path / "v" / "a.mp4", other)
     table = build_clips("videos", str(tmp_path / "v"), "all", VideoScan(tmp_path / "scan.json", workers=1))
     assert [clip.name for clip in table] == ["a.mp4"] and list(table.unreadable) == ["b\\udcff.mp4"]
     assert "its name is not in UTF-8" in caplog.text
@@ -83,6 +85,28 @@ def test_a_file_whose_name_is_not_utf8_is_one_that_cannot_be_read(tmp_path, capl
     odd = tmp_path / os.fsdecode(b"v\xff")
     words[3] = os.fsencode(odd)
     assert len(build_clips("videos", str(odd), "all", VideoScan(tmp_path / "scan.json", workers=1))) == 1
+
+
+def test_names_that_break_lines_stand_in_no_list_and_all_others_do(tmp_path):
+    """Of the clips with errors; a space before a name and the longest name that a file can have do no harm."""
+    good = [" a.mp4", "\u3000b.mp4", "c" * 251 + ".mp4", "\u0645\u06cc\u200c.mp4"]
+    breaking = ["a\nb.mp4", "a\tb.mp4", "a\r.mp4", "a\u2028b.mp4", "\x1b[31m.mp4"]
+    write_video(tmp_path / "v" / "x.mp4", frames=30, fps=10)
+    for name in good + breaking:
+        shutil.copy(tmp_path / "v" / "x.mp4", tmp_path / "v" / name)
+    (tmp_path / "v" / " damaged.mp4").write_bytes(b"nothing")
+    words = ["-m", "datasets.tools.check", "videos", tmp_path / "v", "--output_dir", tmp_path / "out"]
+    done = run(*words)
+    assert "error: unreadable, 6\n" in done.stdout and done.stdout.count("\n    all ") == 6, done.stdout
+    assert "all a\\nb.mp4: a\\nb.mp4: its name is not in UTF-8, or has a line break or" in done.stdout
+    bad = tmp_path / "out" / "videos_bad_clips.txt"
+    assert len(bad.read_text().splitlines()) == 6
+    scan = VideoScan(tmp_path / "scan.json", workers=1)
+    table = build_clips("videos", str(tmp_path / "v"), "all", scan, leave_out=read_bad_clips([bad]))
+    assert {clip.name for clip in table} == {"x.mp4", *good} and not table.unreadable and len(table.left_out) == 6
+    for clip in table:
+        with open_clip(clip) as reader:
+            assert len(reader.read([0])) == 1
 
 
 def test_a_second_scan_opens_nothing_and_a_changed_video_is_opened_alone(videos, tmp_path, opened):
@@ -287,12 +311,14 @@ def test_what_an_earlier_version_kept_is_found_out_anew(videos, tmp_path):
     path = str(videos / "a.mp4")
     status = os.stat(path)
     entry = [[status.st_size, status.st_mtime_ns], 99, 30.0, ""]
-    for content in ({path: entry}, {}, {"version": 1, "videos": {path: entry}}):
+    for content in ({path: entry}, {}, {"version": VERSION - 1, "videos": {path: entry}}):
         (tmp_path / "scan.json").write_text(json.dumps(content))
         assert VideoScan(tmp_path / "scan.json", workers=1)([path])[0].frames == 30
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"a": 3}', '{"a": [1]}', '{"version": 2, "videos": {"a": [1]}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"a": 3}', '{"a": [1]}', f'{{"version": {VERSION}, "videos": {{"a": [1]}}}}']
+)
 def test_a_damaged_cache_is_named(videos, tmp_path, content):
     (tmp_path / "scan.json").write_text(content)
     with pytest.raises(DataError, match="scan.json: not a scan of videos .* remove it to scan again"):
