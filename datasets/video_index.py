@@ -19,7 +19,7 @@ _KEPT: dict[tuple[str, int, int], "Index"] = {}  # by path, size and time, the l
 _KEEP = 2_000_000  # packets of all of them, 8 to 60 bytes each: 1,600 videos of 40 seconds at 30 fps
 _RATE = 5e-4  # a rate so close to the container's is the container's; 29.97 and 30 are twice as far apart
 STEADY = 0.95  # share of pictures as far apart as usual where the rate was constant before some were lost
-LONG_HOLE = 1.0  # seconds without a picture, for which a video of a variable rate stands still
+_STILL = 0.5  # seconds without a picture, for which a video of a variable rate stands still; less is bridged
 _ON_GRID = 0.25  # of a frame, by which pictures of a constant rate may be off
 _TAIL = 16  # pictures at the end that may come late, and by how many frames
 _MOST_PIXELS = 8192 * 8192  # of a picture, 200 MB as RGB; a damaged or hostile file may claim any size
@@ -323,7 +323,7 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
 
     A rate is constant where each picture is within half a frame of its place. The last few may come late: a cut without
     encoding leaves out pictures between them. Where some of a stated rate were lost on the way, frames go on at that
-    rate. Of a variable rate, frame i is the picture nearest to i / fps, of two the earlier. In a hole of over LONG_HOLE
+    rate. Of a variable rate, frame i is the picture nearest to i / fps, of two the earlier. In a hole of over _STILL
     it is the one before, which a player shows there, but for the hole's last frame.
     """
     count, span = len(shown), float(shown[-1] - shown[0]) * seconds
@@ -340,7 +340,7 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
     grid = shown[0] + np.arange(round(span * fps) + 1) / (fps * seconds)
     right = np.searchsorted(shown, grid).clip(1, count - 1)
     behind, ahead = grid - shown[right - 1], shown[right] - grid
-    still = (ahead + behind > LONG_HOLE / seconds) & (ahead > 1 / (fps * seconds) + 1e-6)
+    still = (ahead + behind > _STILL / seconds) & (ahead > 1 / (fps * seconds) + 1e-6)
     earlier = (behind <= ahead + 1e-6) | still
     return fps, False, np.where(earlier, shown[right - 1], shown[right])
 

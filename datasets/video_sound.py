@@ -22,7 +22,7 @@ from av.video.frame import PictureType
 from torch import Tensor
 
 from datasets.video import Video
-from datasets.video_index import LONG_HOLE, STEADY, first_key
+from datasets.video_index import STEADY, first_key
 
 REFUSED = "the decoder refuses the data of a picture"
 MISSING = "a picture is missing"
@@ -37,6 +37,7 @@ _UNNUMBERED = "; pictures after it are counted from the beginning, so that their
 _LONGEST = 80  # characters of a complaint
 _HELD = 64  # pictures at most that wait for one decoded before them
 _REORDERED = 16  # pictures at most that are shown before one decoded earlier
+_LONG_HOLE = 1.0  # seconds without a picture, in a video of a variable rate, where nothing else tells of damage
 _PADDING = 64  # zeros behind the data of a picture that some encoders add
 # Emulation prevention (H.264 and HEVC, 7.4.1) keeps these out of the data of a picture. In a byte stream, three bytes
 # 0, 0, 1 begin the next unit, and zeros may stand before them.
@@ -101,7 +102,7 @@ class SoundVideo(Video):
         usual, ends = np.median(apart), index.shown[1:]
         steady = np.mean(np.abs(apart - usual) < usual / 4) > STEADY
         lost = (apart > 1.5 * usual) & (np.isin(ends, index.damaged) | np.isin(index.shown[:-1], index.damaged))
-        lost |= (apart > 2.5 * usual) & (steady | (apart * index.seconds > LONG_HOLE))
+        lost |= (apart > 2.5 * usual) & (steady | (apart * index.seconds > _LONG_HOLE))
         times = index.shown[0] + frame_ids / (index.fps * index.seconds)
         within = np.searchsorted(index.shown, times, side="right").clip(1, len(ends)) - 1
         away = np.abs(index.times[frame_ids] - times) * (index.seconds * index.fps)
