@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else args
-        answers = [self._answer(*pair) for pair in zip(words, [*words[1:], ""], strict=True)]
+        answers = [self._answer(*pair) for pair in zip(words, [*words[1:], ""], strict=False)]  # of no words, too
         if answers := list(dict.fromkeys(filter(None, answers))):
             self.error(answers[0] if len(answers) == 1 else "\n  ".join(["flags that are not known here:", *answers]))
         return super().parse_args(args, namespace)

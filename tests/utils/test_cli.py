@@ -53,6 +53,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
+        ([], "required: --data_path, --output_dir\n(--help lists every flag)"),
         (["--layer_deca", "0.6"], "unknown flag --layer_deca, did you mean --layer_decay?"),
         (["--data-path=x"], "unknown flag --data-path, did you mean --data_path?"),
         (["--zzz"], "unknown flag --zzz\n"),
