@@ -139,6 +139,13 @@ def from_to(low: float, high: float) -> Number:
     return Number(low, high, whole=True)
 
 
+def folder(text: str) -> str:
+    """Return the name of a folder. Raises argparse's error for none, as of a variable of a shell that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a folder; . is the current one")
+    return text
+
+
 positive = Number(whole=True, above=True)
 natural = Number(whole=True)
 positive_float = Number(above=True)
