@@ -153,7 +153,7 @@ rate = Number(0, 1000)  # of learning or decay, or a scale: larger ones make NaN
 positive_rate = Number(0, 1000, above=True)
 share = Number(0, 1)
 share_below_1 = Number(0, 1, below=True)
-frame_rate = Number(0, 1000, above=True)
+frame_rate = Number(0, 1000, above=True, below=True)
 frame_rate_or_0 = Number(0, 1000)
 pixels = from_to(1, 4096)
 pixels_or_0 = from_to(0, 4096)
