@@ -77,6 +77,7 @@ from engine.prediction import (
     draw_curve,
     draw_overlay,
     fingerprint,
+    require_apart,
     rule_by,
     thumbnails,
 )
@@ -88,7 +89,7 @@ from models.weights import CheckpointError, fetch
 from models.weights.programs import ExportedModel
 from utils.distributed import Process, ended_together, from_main, local_main_first, process_group, require_same
 from utils.logging import setup_logging
-from utils.text import first_few
+from utils.text import first_few, label_of
 
 ERRORS = (CheckpointError, ConfigError, DataError, EvaluationError, OverlayError)
 SCORED_WITH = ("fingerprint", "stride", "warm_up", "assume_fps", "precision")  # what scores depend on
@@ -330,7 +331,7 @@ def explain(scorer: VideoScorer, clip: Clip, curve: RiskCurve, folder: Path) -> 
         with open_clip(clip) as reader:
             pictures = reader.read(frames)
         heat = saliency(scorer.model, EvalTransform(scorer.spec["input_size"])(pictures).transpose(0, 1))
-        caption = f"{clip.name}, event {number}: score {event.peak_score:.3f} at {event.peak:.2f} s"
+        caption = f"{label_of(clip.name)}, event {number}: score {event.peak_score:.3f} at {event.peak:.2f} s"
         labels = [f"{frame / curve.fps:.2f} s" for frame in frames.tolist()]
         with replaced(folder / f"explain-{number}.png") as temporary:
             Image.fromarray(explain_picture(pictures.numpy(), heat, caption, labels)).save(temporary, "PNG")
@@ -347,14 +348,19 @@ def watch_source(args: Namespace, process: Process) -> None:
         notifiers += [webhook_notifier(args.webhook)] if args.webhook else []
     transform, spec = EvalTransform(scorer.spec["input_size"]), scorer.spec
     source = LiveSource(
-        args.stream, timeout=args.stream_timeout, reconnect=args.reconnect, outage=args.outage, paced=args.paced
+        args.stream,
+        fps=args.stream_fps,
+        timeout=args.stream_timeout,
+        reconnect=args.reconnect,
+        outage=args.outage,
+        paced=args.paced,
     )
     stream = RiskStream(
         scorer.model,
         lambda picture: transform([picture])[0],
         num_frames=spec["num_frames"],
         view_fps=spec["view_fps"],
-        fps=args.stream_fps or source.fps,
+        fps=source.fps,
         stride=args.stride,
         warm_up=scorer.warm_up,
         dtype=scorer.dtype,
@@ -388,7 +394,7 @@ def marked_if_stopped(output_dir: Path) -> Iterator[None]:
 def begin(args: Namespace, scorer: VideoScorer, process: Process) -> ClipTable:
     """Return the videos of the command line; for rank 0, which says what there is and writes predict_args.json.
 
-    Raises ConfigError where the folder holds scores of other settings.
+    Raises ConfigError where the folder holds scores of other settings, or one of the videos.
     """
     output_dir, record = Path(args.output_dir), Path(args.output_dir, "predict_args.json")
     if record.exists():
@@ -397,6 +403,7 @@ def begin(args: Namespace, scorer: VideoScorer, process: Process) -> ClipTable:
             what = f"{output_dir} holds scores of other settings ({'; '.join(changes)})"
             raise ConfigError(f"{what}: use those, or another --output_dir")
     clips = scorer.find(args.inputs, args.scan_cache)
+    require_apart(output_dir, [clip.source for clip in clips])
     hours = float((clips.frame_counts / clips.fps).sum()) / 3600
     length = f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.3g} minutes"
     logger.info(f"{len(clips)} videos of {length}, {len(scorer.index(clips))} scores")

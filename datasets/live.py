@@ -26,6 +26,8 @@ logger = logging.getLogger("tad")
 _LONGEST_PAUSE = 30.0  # seconds between two attempts to open a source again
 _HIGHEST_RATE = 240.0  # of what containers of streams state; some state the rate of their clock
 _RECOVERY = 5.0  # seconds of pictures after damage that a key frame is waited for; some encoders send none
+_AT_ONCE = 5e-3  # seconds within which a packet comes that FFmpeg has read already, to see what it opens
+_CATCH_UP = 5.0  # seconds that these may take to decode
 _THREADS = 4  # that decode, at most
 _ERRORS = (Unreadable, av.FFmpegError, OSError, ValueError)  # of a source that cannot be opened, or breaks
 _REMEDY = {
@@ -56,10 +58,13 @@ class LiveCounts:
     reconnects: how often it was opened again.
     corrupt: pictures and packets that are damaged, cannot be decoded, come out of order or may refer to such; they are
         not handed on.
+    early: pictures that came while a live source was opened, whose times nobody knows: it has neither timestamps nor a
+        rate; they are not handed on.
     """
 
     reconnects: int = 0
     corrupt: int = 0
+    early: int = 0
 
 
 class LiveSource:
@@ -74,11 +79,12 @@ class LiveSource:
     which may refer to them; where none comes within 5 seconds of pictures, the rest is handed on.
 
     Times are those of the source. The first picture after a break, or after the source's clock was set, comes as much
-    later than the one before as it does by our clock. Where the source has no timestamps, so does every picture of a
-    camera or URL, and those of a pipe or file are 1 / fps apart.
+    later than the one before as it does by our clock. Where there are no timestamps, as in raw H.264, so does
+    every picture of a camera or URL, and those of a pipe or file are 1 / fps apart.
 
     Args:
         url: the source.
+        fps: frames per second, in place of what the source states; None: that.
         timeout: seconds in which a source must open, and in which something must come from a camera or URL.
         reconnect: seconds before it is opened again, doubled after each failure up to 30; 0: never, it ends or fails.
         outage: seconds without a picture, or of a pipe without a byte, after which the source is given up.
@@ -88,14 +94,21 @@ class LiveSource:
         name: the source, without a password.
         kind: "camera", "url", "pipe" or "file".
         live: whether pictures come at a pace of their own, a camera's; else at that of whoever takes them.
-        fps: frames per second that the container states, None where it does not; of a file, as in `datasets.video`.
+        fps: frames per second, None where they are unknown; of a file, as in `datasets.video`.
         counts: what happened so far.
 
     Raises DataError where the source cannot be opened.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 10.0, reconnect: float = 1.0, outage: float = 600.0, paced: bool = False
+        self,
+        url: str,
+        *,
+        fps: float | None = None,
+        timeout: float = 10.0,
+        reconnect: float = 1.0,
+        outage: float = 600.0,
+        paced: bool = False,
     ):
         self.url, self.timeout, self.reconnect, self.outage, self.paced = url, timeout, reconnect, outage, paced
         self.name, self.kind, self.counts = _without_password(url), _kind(url), LiveCounts()
@@ -104,10 +117,10 @@ class LiveSource:
         self._to_rgb, self._stopped, self._sign = ToRGB(), threading.Event(), time.monotonic()
         self._container: av.container.InputContainer | None = None
         self._pipe: Pipe | None = None
-        fps, timed = None, True
+        known, timed = None, True
         try:
             if self.kind == "file":
-                fps, timed = _known_of_file(url)
+                known, timed = _known_of_file(url)
             self._pipe = Pipe(url, limit=timeout, on_wait=self._look) if self.kind == "pipe" else None
             self._open()
         except _ERRORS as e:
@@ -119,10 +132,15 @@ class LiveSource:
         recording = url.startswith(("http:", "https:")) and bool(self._container.duration)
         self.live = paced or self.kind == "camera" or (self.kind == "url" and not recording)
         self._opens_again = reconnect > 0 and not recording and self.kind != "file" and url != "-"
-        no_timestamps = bool(self._container.format.flags & av.format.Flags.no_timestamps.value)
-        self._untimed = not timed or (self.live and no_timestamps)  # where FFmpeg makes times up, 1 / 25 s apart
-        self.fps = fps or (None if self._untimed else _stated_rate(self._stream))
-        self._clock = Clock(self.fps, live=self.live)
+        form = self._container.format  # such as jpeg_pipe is one JPEG after another
+        raw = bool(form.flags & av.format.Flags.no_timestamps.value) or form.name.endswith("_pipe")
+        self._untimed = raw or not timed  # FFmpeg makes times up, often 1 / 25 s apart
+        self.fps = fps or known or _stated_rate(self._stream, raw=raw)
+        if raw and not (self.fps or self.live):
+            self.fps = float(self._stream.guessed_rate)
+            logger.warning(f"{self.name}: says neither times nor a frame rate, so {self.fps:g} pictures per second are "
+                           "assumed; give the right rate (--stream_fps)")  # fmt: skip
+        self._clock = Clock(self.fps, live=self.live and not paced)
         self._seen = time.monotonic()  # when the last picture came
         self._broke: float | None = None  # when the last picture before a break came
         self._pause = reconnect
@@ -143,7 +161,7 @@ class LiveSource:
                 self._close_container()
                 if not self._opens_again:
                     if reason:
-                        raise DataError(f"{self.name}: {reason}")
+                        raise DataError(f"{self.name}: it broke off ({reason})")
                     return
                 self._wait_to_open(reason or "it ended")
         except Stopped:
@@ -233,9 +251,15 @@ class LiveSource:
         """Yield the pictures of a connection."""
         self._unsound_for = 0.0  # how many pictures more
         self._intra_only = self._stream.codec_context.codec.intra_only
+        early = self.live and self._untimed and not self.fps
+        opened = asked = time.monotonic()
         for packet in self._packets():
             arrived = time.monotonic()
+            early = early and arrived - asked < _AT_ONCE and arrived - opened < _CATCH_UP
             for frame in self._decoded(packet):
+                if early:
+                    self.counts.early += 1
+                    continue
                 try:
                     pixels = self._to_rgb(frame).numpy()
                 except (av.FFmpegError, OSError, ValueError):
@@ -249,6 +273,7 @@ class LiveSource:
                     arrived = self._pace(at)
                 yield Picture(pixels, at, arrived)
                 self._look()
+            asked = time.monotonic()
 
     def _packets(self) -> Iterator[av.Packet | None]:
         """Yield the packets of a connection, then one None."""
@@ -339,9 +364,13 @@ def _known_of_file(path: str) -> tuple[float, bool]:
     return index.fps, index.method == "timestamps"
 
 
-def _stated_rate(stream: av.VideoStream) -> float | None:
-    """Return the pictures per second that a container states, None where it states none that can be."""
-    rates = [float(r) for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r]
+def _stated_rate(stream: av.VideoStream, *, raw: bool) -> float | None:
+    """Return the pictures per second that a container states, the codec of a raw stream; None where neither does."""
+    if raw:  # of which FFmpeg guesses 25 where the codec does not say
+        stated = (stream.guessed_rate,) if stream.codec_context.framerate else ()
+    else:
+        stated = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    rates = [float(r) for r in stated if r]
     return next((r for r in rates if 0 < r <= _HIGHEST_RATE), None)
 
 

@@ -15,6 +15,7 @@ class Clock:
         self._period, self._live = 1 / fps if fps else 0.0, live
         self.began = 0.0  # when the first picture arrived
         self._last: tuple[float | None, float, float] | None = None  # stamp, arrival and time of the last picture
+        self._lead = 0.0  # seconds by which our time is ahead of arrivals
         self._offset, self._broke = 0.0, False
 
     def broke(self) -> None:
@@ -28,7 +29,7 @@ class Clock:
         """
         if self._last is None:
             self.began, at = arrived, 0.0
-            self._offset = -(stamp or 0.0)
+            self._offset, self._lead = -(stamp or 0.0), -arrived
         else:
             last_stamp, last_arrived, last = self._last
             passed = arrived - last_arrived
@@ -38,9 +39,13 @@ class Clock:
                 return None
             set_anew = none or step < 0 or (self._live and step > passed + _JUMP)
             if self._broke or set_anew:
-                at = last + (max(passed, self._period) if self._live or self._broke else self._period)
+                at = last + self._period
+                if self._live or self._broke:
+                    at = max(at, arrived + self._lead)
                 self._offset = at - (stamp or 0.0)
             else:
                 at = stamp + self._offset
+            if stamp is not None or not self._live:  # else those that come late would add up
+                self._lead = at - arrived
         self._last, self._broke = (stamp, arrived, at), False
         return at

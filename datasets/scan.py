@@ -25,7 +25,7 @@ from utils.text import first_few
 logger = logging.getLogger("tad")
 
 SAVE_EVERY = 60.0  # seconds between saves of a scan in progress
-VERSION = 2  # of what an entry means; entries of others are found out anew
+VERSION = 3  # of what an entry means; entries of others are found out anew
 _TYPES = tuple(map(type, astuple(VideoInfo(0, 0.0))))
 
 
@@ -123,7 +123,7 @@ def log_notes(name: str, found: Mapping[str, VideoInfo]) -> None:
     slow = [f"{video} ({info.note})" for video, info in usable.items() if info.method == "sequence"]
     short = [f"{video} ({info.short})" for video, info in usable.items() if info.short]
     for videos, note in (
-        (variable, "have a variable frame rate; their frames are the nearest pictures on a grid of the average rate"),
+        (variable, "have a variable frame rate or lost pictures; their frames are the nearest pictures on a grid"),
         (slow, "are decoded from the beginning at each read, which is slow; encode them anew, as H.264 in mp4"),
         (short, "are shorter than they claim; what is there is used"),
     ):

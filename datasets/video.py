@@ -4,8 +4,9 @@ Others use Video (len, counted, fps, codec, frames, read, close; for checking ma
 VIDEO_SUFFIXES. Where another decoder counts frames in another way, VERSION in scan.py is raised.
 
 A player shows the pictures of a video by their timestamps. Frame i of a constant rate is the i-th picture shown; of a
-variable rate, the picture nearest to i / fps on a regular grid. Pictures that an edit list hides are none (a clip cut
-without encoding holds them), and so are those that do not decode at either end.
+variable rate, the picture nearest to i / fps on a regular grid, or the one before while the video stands still.
+Pictures that an edit list hides are none (a clip cut without encoding holds them), and so are those that do not decode
+at either end.
 
 The packets of a file tell all that without decoding it. Where their timestamps cannot be trusted (B frames in AVI, raw
 streams, a recording that starts over) pictures are counted by decoding from the beginning: right, and slow.

@@ -18,6 +18,9 @@ from utils.text import short_reason
 _KEPT: dict[tuple[str, int, int], "Index"] = {}  # by path, size and time, the last used last
 _KEEP = 2_000_000  # packets of all of them, 8 to 60 bytes each: 1,600 videos of 40 seconds at 30 fps
 _RATE = 5e-4  # a rate so close to the container's is the container's; 29.97 and 30 are twice as far apart
+STEADY = 0.95  # share of pictures as far apart as usual where the rate was constant before some were lost
+_STILL = 0.5  # seconds without a picture, for which a video of a variable rate stands still; less is bridged
+_ON_GRID = 0.25  # of a frame, by which pictures of a constant rate may be off
 _TAIL = 16  # pictures at the end that may come late, and by how many frames
 _MOST_PIXELS = 8192 * 8192  # of a picture, 200 MB as RGB; a damaged or hostile file may claim any size
 _GAP = 10.0  # seconds without a picture in a transport stream: another recording begins
@@ -311,7 +314,7 @@ def ends_early(index: Index) -> str:
 
 
 def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[float, bool, np.ndarray]:
-    """Return (fps, whether the rate is constant, (len(shown),) int64 times of the pictures of frames).
+    """Return (fps, whether the rate is constant, (frames,) int64 times of the pictures of frames).
 
     Args:
         shown: (n,) int64, ascending times of pictures.
@@ -319,8 +322,9 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
         rates: those that the container states; one that is close enough to the average is taken for it.
 
     A rate is constant where each picture is within half a frame of its place. The last few may come late: a cut without
-    encoding leaves out pictures between them. Of a variable rate, frame i is the picture nearest to i / fps, of two the
-    earlier.
+    encoding leaves out pictures between them. Where some of a stated rate were lost on the way, frames go on at that
+    rate. Of a variable rate, frame i is the picture nearest to i / fps, of two the earlier. In a hole of over _STILL
+    it is the one before, which a player shows there, but for the hole's last frame.
     """
     count, span = len(shown), float(shown[-1] - shown[0]) * seconds
     if count < 2:
@@ -332,8 +336,19 @@ def frame_times(shown: np.ndarray, seconds: float, rates: list[float]) -> tuple[
         on_time = count if (np.abs(late) < 0.5).all() else int(np.argmax(np.abs(late) >= 0.5))
         if on_time >= count - tail and late.min() > -0.5 and late.max() < _TAIL:
             return fps, True, shown
-    fps = close[0]
-    grid = shown[0] + np.arange(count) / (fps * seconds)
+    fps = next((rate for rate in rates if _has_holes(shown, seconds * rate)), close[0])
+    grid = shown[0] + np.arange(round(span * fps) + 1) / (fps * seconds)
     right = np.searchsorted(shown, grid).clip(1, count - 1)
-    earlier = grid - shown[right - 1] <= shown[right] - grid + 1e-6
+    behind, ahead = grid - shown[right - 1], shown[right] - grid
+    still = (ahead + behind > _STILL / seconds) & (ahead > 1 / (fps * seconds) + 1e-6)
+    earlier = (behind <= ahead + 1e-6) | still
     return fps, False, np.where(earlier, shown[right - 1], shown[right])
+
+
+def _has_holes(shown: np.ndarray, rate: float) -> bool:
+    """Tell whether pictures were taken at a constant rate, in their unit of time, and some, under a half, were lost."""
+    place = (shown - shown[0]) * rate
+    if place[-1] > 2 * len(place):
+        return False
+    on_grid = np.abs(place - place.round()).max() < _ON_GRID
+    return on_grid and np.mean(np.abs(np.diff(place) - 1) < _ON_GRID) > STEADY

@@ -22,7 +22,7 @@ from av.video.frame import PictureType
 from torch import Tensor
 
 from datasets.video import Video
-from datasets.video_index import first_key
+from datasets.video_index import STEADY, first_key
 
 REFUSED = "the decoder refuses the data of a picture"
 MISSING = "a picture is missing"
@@ -38,7 +38,6 @@ _LONGEST = 80  # characters of a complaint
 _HELD = 64  # pictures at most that wait for one decoded before them
 _REORDERED = 16  # pictures at most that are shown before one decoded earlier
 _LONG_HOLE = 1.0  # seconds without a picture, in a video of a variable rate, where nothing else tells of damage
-_STEADY = 0.95  # share of pictures as far apart as usual where the rate was constant before some were lost
 _PADDING = 64  # zeros behind the data of a picture that some encoders add
 # Emulation prevention (H.264 and HEVC, 7.4.1) keeps these out of the data of a picture. In a byte stream, three bytes
 # 0, 0, 1 begin the next unit, and zeros may stand before them.
@@ -101,7 +100,7 @@ class SoundVideo(Video):
             return np.zeros(len(frame_ids), bool)
         apart = np.diff(index.shown)
         usual, ends = np.median(apart), index.shown[1:]
-        steady = np.mean(np.abs(apart - usual) < usual / 4) > _STEADY
+        steady = np.mean(np.abs(apart - usual) < usual / 4) > STEADY
         lost = (apart > 1.5 * usual) & (np.isin(ends, index.damaged) | np.isin(index.shown[:-1], index.damaged))
         lost |= (apart > 2.5 * usual) & (steady | (apart * index.seconds > _LONG_HOLE))
         times = index.shown[0] + frame_ids / (index.fps * index.seconds)

@@ -38,19 +38,29 @@ class Notifier:
         name: what the log calls it.
         deliver: delivers a line of JSON, or raises.
         waiting: messages that may wait.
+        abandon: ends the delivery that is on its way, where `close` waits for it no longer.
 
     Attributes: delivered, failed, dropped: how many.
     """
 
-    def __init__(self, name: str, deliver: Callable[[str], None], *, waiting: int = _WAITING):
-        self.name, self._deliver = name, deliver
+    def __init__(
+        self,
+        name: str,
+        deliver: Callable[[str], None],
+        *,
+        waiting: int = _WAITING,
+        abandon: Callable[[], None] = lambda: None,
+    ):
+        self.name, self._deliver, self._abandon = name, deliver, abandon
         self.delivered = self.failed = self.dropped = 0
+        self._sent, self._given_up = 0, False
         self._queue: queue.Queue[str | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._run, name=f"tad-notify-{name[:20]}", daemon=True)
         self._thread.start()
 
     def send(self, line: str) -> None:
         """Have a line of JSON delivered; returns at once."""
+        self._sent += 1
         try:
             self._queue.put_nowait(line)
         except queue.Full:
@@ -65,17 +75,21 @@ class Notifier:
             self._queue.put(None, timeout=timeout)
         self._thread.join(max(deadline - time.monotonic(), 0))
         if self._thread.is_alive():
-            self.dropped += max(self._queue.qsize(), 1)
+            self._given_up = True
+            self.dropped = self._sent - self.delivered - self.failed
             logger.warning(f"{self.name}: the last events were not delivered within {timeout:g} s")
+            self._abandon()
 
     def _run(self) -> None:
         # A command would inherit that they are blocked, and could not be ended; here the handlers note them as well.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        while (line := self._queue.get()) is not None:
+        while (line := self._queue.get()) is not None and not self._given_up:
             try:
                 self._deliver(line)
                 self.delivered += 1
             except Exception as e:  # whatever it is, the next event is told again
+                if self._given_up:  # and counted
+                    return
                 self.failed += 1
                 logger.warning(f"{self.name}: an event was not delivered ({short_reason(e)})")
 
@@ -93,18 +107,28 @@ def command_notifier(command: str, *, timeout: float = _LIMIT) -> Notifier:
     if not words or not shutil.which(words[0]):
         raise ValueError(f"the command {command!r}: there is no program {words[0] if words else ''!r} to run")
 
+    running: list[subprocess.Popen] = []
+
     def deliver(line: str) -> None:
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=2, start_new_session=True)
+        running.append(process)
         try:
             process.communicate(line.encode() + b"\n", timeout=timeout)
         except subprocess.TimeoutExpired as e:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise ValueError(f"it took more than {timeout:g} s and was ended") from e
+        finally:
+            running.clear()
         if process.returncode:
             raise ValueError(f"it ended with code {process.returncode}")
 
-    return Notifier(f"command {words[0]}", deliver)
+    def abandon() -> None:
+        for process in running:
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.killpg(process.pid, signal.SIGKILL)
+
+    return Notifier(f"command {words[0]}", deliver, abandon=abandon)
 
 
 def webhook_notifier(url: str, *, timeout: float = _LIMIT) -> Notifier:
@@ -187,6 +211,9 @@ class Alerts:
         line = json.dumps(
             {name: float(f"{v:.9g}") if isinstance(v, float) else v for name, v in (head | values).items()}
         )
-        print(line, file=self.out, flush=True)
+        try:
+            print(line, file=self.out, flush=True)
+        except OSError as e:
+            raise OSError(e.errno, f"{e.strerror}; is what reads the alerts still there?", "standard output") from e
         for notifier in self.notifiers:
             notifier.send(line)

@@ -14,7 +14,8 @@ from engine.fonts import fitting, font
 from utils.text import label_of
 
 SHOWN = 4  # frames of a picture
-_SIDE = 224  # pixels of a frame at least
+_SIDE = 224  # pixels of a frame's width at least
+_LARGEST = 640  # pixels of its longer side, for which that gives way
 _STRONGEST = 0.75  # share of the heat map's colour where it is 1
 _INK, _PAPER, _EDGE = (27, 27, 31), (255, 255, 255), 8
 _METHOD = "brighter: gradient x input is larger there, in this window; it shows what the score depends on, not why"
@@ -71,8 +72,8 @@ def explain_picture(
     count = len(frames)
     labels = labels or [f"frame {number + 1} of {count}" for number in range(count)]
     shown = np.unique(np.linspace(0, count - 1, SHOWN).round().astype(int)).tolist()
-    scale = max(1, -(-_SIDE // frames.shape[2]))
-    width, height = frames.shape[2] * scale, frames.shape[1] * scale
+    scale = min(max(1, -(-_SIDE // frames.shape[2])), _LARGEST / max(frames.shape[1:3]))
+    height, width = (max(round(side * scale), 1) for side in frames.shape[1:3])
     size = max(12, width // 18)
     line, pairs = round(1.7 * size), 2 if len(shown) > 1 else 1
     rows = -(-len(shown) // pairs)
@@ -86,7 +87,8 @@ def explain_picture(
     for place, number in enumerate(shown):
         x = _EDGE + place % pairs * (pair_width + 2 * _EDGE)
         y = 2 * line + place // pairs * (height + line + _EDGE)
-        frame = cv2.resize(np.ascontiguousarray(frames[number]), (width, height), interpolation=cv2.INTER_CUBIC)
+        how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        frame = cv2.resize(np.ascontiguousarray(frames[number]), (width, height), interpolation=how)
         image.paste(Image.fromarray(frame), (x, y))
         image.paste(Image.fromarray(_heated(frame, heat[number * len(heat) // count])), (x + width + _EDGE, y))
         draw.text((x, y + height + line // 2), labels[number], _INK, font(size), anchor="lm")

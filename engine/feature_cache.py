@@ -100,8 +100,9 @@ class FeatureCache:
 
     faults: what is wrong with clips, of all ranks.
 
-    Raises ConfigError where the folder cannot be written or has no room, CheckpointWriteError where it has none later,
-    what windows.agree raises, and Preempted after a signal that `catch_signals` caught.
+    Raises ConfigError where the folder cannot be written, has no room or is not shared by all nodes,
+    CheckpointWriteError where it has no room later, what windows.agree raises, and Preempted after a signal that
+    `catch_signals` caught.
     """
 
     def __init__(
@@ -278,7 +279,10 @@ def feature_like(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 def _load(path: Path) -> dict[str, Any]:
     until = time.monotonic() + _LATE
-    while not path.exists() and time.monotonic() < until:
+    while not path.exists():
+        if time.monotonic() > until:
+            what = f"{path}: is made, but not here {_LATE:g} s later"
+            raise ConfigError(f"{what}: --cache_features must be a folder that all nodes share")
         time.sleep(0.5)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

@@ -220,8 +220,8 @@ def follow(
 
     In real time, a picture that arrived more than max_delay seconds ago is not scored if a newer one waits: the
     windows get it, and the newest picture is scored. Where the model is slower still, the oldest of the pictures that
-    wait are dropped. The stream counts the scores left out as skipped, the monitor the pictures as dropped. Otherwise
-    the source waits for the model, and every score is made.
+    wait are dropped. The stream counts the scores left out as skipped, the monitor the pictures as dropped, with those
+    that wait where `stop` ends it. Otherwise the source waits for the model, and every score is made.
 
     Args:
         source: what is watched; it is stopped at the end.
@@ -260,6 +260,8 @@ def follow(
         source.stop()
         pictures.close()
         thread.join(_TO_END)
+        monitor.dropped = pictures.dropped + pictures.waiting
+        stream.finish()
 
 
 def _read(source: Source, stream: RiskStream, pictures: _Pictures) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.curve import RiskCurve
-from engine.fonts import fitting, font
+from engine.fonts import fitting
 from engine.summary import clock
 
 # States of a frame: words, colour.
@@ -90,7 +90,8 @@ class Panel:
         image = Image.new("RGB", (self._left, self.height), _BACKGROUND)
         draw, pad = ImageDraw.Draw(image), self.height // 12
         room = self._left - 2 * pad
-        draw.text((pad, int(0.27 * self.height)), score, _INK, font(int(0.42 * self.height)), anchor="lm")
+        large = fitting("0.00", int(0.42 * self.height), int(0.54 * room))  # a tall panel may be narrow
+        draw.text((pad, int(0.27 * self.height)), score, _INK, large, anchor="lm")
         small = fitting(time, int(0.17 * self.height), int(0.42 * room))
         draw.text((self._left - pad, int(0.27 * self.height)), time, _DIM, small, anchor="rm")
         box = (pad, int(0.56 * self.height), self._left - pad, self.height - pad)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,11 +27,14 @@ from engine.evaluate import EvaluationError
 from engine.events import EventRule
 from engine.overlay import write_overlay
 from engine.summary import peak_frames
+from utils.cli import ConfigError
 from utils.damage import parse_json
 from utils.record import write_json
 
 SCORES, EVENTS = "scores.csv", "events.json"
-DRAWN = ("curve.png", "overlay.mp4", "explain-*.png")
+_FILES = {"curve": "curve.png", "overlay": "overlay.mp4"}  # which a person may remove, to have them drawn again
+DRAWN = (*_FILES.values(), "explain-*.png")
+_HALF = ".*.tmp"  # what a run that was killed left of a file
 BYTES_OF_A_SCORE = 40  # of scores.csv, about
 
 
@@ -114,7 +117,8 @@ def load_result(folder: Path, name: str, of: Mapping[str, Any], rule: EventRule 
         gaps = tuple(Gap(**gap) for gap in known["gaps"])
         curve = RiskCurve(name, known["fps"], known["num_frames"], frame, score, warming_up, rule, gaps)
         same = known["rule"] == (rule and asdict(rule))
-        return VideoResult(name, curve, written=frozenset(known["written"] if same else ["scores"]))
+        gone = {output for output, file in _FILES.items() if not (folder / file).exists()}
+        return VideoResult(name, curve, written=frozenset(known["written"] if same else ["scores"]) - gone)
     except (OSError, ValueError, KeyError, TypeError, EvaluationError):
         return None  # never written, or damaged: it is scored again
 
@@ -136,6 +140,19 @@ def rule_by(spec: Mapping[str, Any], given: Mapping[str, float | None]) -> Event
     rule = EventRule.from_spec(stored)
     changed = ", ".join(given)
     return replace(rule, **given, source=f"{rule.source}, but for {changed}") if given else rule
+
+
+def require_apart(folder: Path, sources: Iterable[str]) -> None:
+    """Raise ConfigError where one of the absolute paths that are scored is in the folder of outputs, or is that.
+
+    Its outputs would come among what is scored, and the folder would count as one of predictions from then on.
+    """
+    own = os.path.realpath(folder)
+    for source in sources:
+        where, name = os.path.split(source)
+        path = os.path.join(os.path.realpath(where), name)
+        if path == own or path.startswith(os.path.join(own, "")):
+            raise ConfigError(f"--output_dir {folder}: {source} is in it, which is to be scored; choose another folder")
 
 
 class Pictures(Protocol):
@@ -179,9 +196,9 @@ class Outputs:
         missing = () if result.problem else sorted(self.draw.keys() - result.written)
         if {"scores", "events"} <= result.written and not missing:
             return
-        if "events" not in result.written:  # what was drawn of other events is not to stand beside these
-            for stale in [path for pattern in DRAWN for path in folder.glob(pattern)]:
-                stale.unlink()
+        drawn = DRAWN if "events" not in result.written else ()  # what was of other events is not to stand beside these
+        for stale in [path for pattern in (_HALF, *drawn) for path in folder.glob(pattern)]:
+            stale.unlink()
         save_result(folder, result, self._of(clip))
         for name in missing:
             self.draw[name](clip, result.curve, folder)

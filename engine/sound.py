@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from itertools import chain
 
 import av
 
@@ -133,15 +134,23 @@ class Sound:
         """Yield the sound from time 0 on in the form of the output, without holes, up to its end."""
         context, unit = self.stream.codec_context, float(source.time_base)
         shift = round(self._start / unit)
-        graph = av.filter.Graph()
+        frames, graph = self._decoded(source), av.filter.Graph()
+        if (first := next(frames, None)) is None:
+            return
         made = (
-            graph.add_abuffer(template=source),
+            # As frames come, which is not what the stream says of MP2 in a transport stream.
+            graph.add_abuffer(
+                sample_rate=first.sample_rate,
+                format=first.format,
+                layout=first.layout.name,
+                time_base=source.time_base,
+            ),
             graph.add("aresample", f"{context.sample_rate}:async=1:first_pts=0"),  # fills and cuts by timestamps
             graph.add("aformat", f"sample_fmts=fltp:channel_layouts={context.layout.name}"),
             graph.add("abuffersink"),
         )
         graph.link_nodes(*made).configure()
-        for frame in self._decoded(source):
+        for frame in chain([first], frames):
             frame.pts -= shift
             graph.push(frame)
             yield from self._pulled(graph)

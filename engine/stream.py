@@ -126,7 +126,7 @@ class RiskStream:
         """Take a picture, uint8 (H, W, 3) RGB, of a time in seconds; return the score of the newest frame due, if any.
 
         Frames that came due before it, without a picture of their own, are counted as skipped. Raises ValueError for
-        another picture or time, EvaluationError where logits are not finite.
+        another picture or time, EvaluationError where logits are not finite or the rate cannot be told.
         """
         self.add(self.prepare(frame), time)
         return self.score()
@@ -147,7 +147,10 @@ class RiskStream:
             self._early.append((picture, time))
             if len(self._early) < _LEARN:
                 return
-            self._set_rate(estimated_rate([time for _, time in self._early]))
+            try:
+                self._set_rate(estimated_rate([time for _, time in self._early]))
+            except ValueError as e:
+                raise EvaluationError(f"{e}; give the rate of the source (--stream_fps)") from e
             early, self._early = self._early, []
         else:
             early = [(picture, time)]
@@ -182,11 +185,16 @@ class RiskStream:
         at = self._begin + frame / self.fps
         return Score(at, self._number + frame, float(np.float32(probability)), warming_up, self.counts.stretches - 1)
 
+    def finish(self) -> None:
+        """Count the frames that a score is due for and that will have none as skipped; no picture comes any more."""
+        self._skip_rest()
+        self._scored = max(self._scored, self._last)
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def _set_rate(self, fps: float) -> None:
         if fps > _HIGHEST_RATE:
-            raise ValueError(f"{fps:g} pictures per second cannot be, {_HIGHEST_RATE:g} is the most; give the rate")
+            raise ValueError(f"{fps:g} pictures per second cannot be, {_HIGHEST_RATE:g} is the most")
         self.fps, self._offsets = fps, window_offsets(fps / self.view_fps, self.num_frames)
         self.max_gap = max(self.max_gap, 3 / fps)
 

@@ -15,8 +15,8 @@ printed; it must be within --tolerance, and where all logits are smaller than 1,
 Where the format keeps the weights as they are, they must be the same to the bit.
 
 The spec of the weights file stands inside the file and beside it, as FILE.spec.json (in a folder, spec.json), with the
-SHA-256 of what was written. models.load and `run_predict.py --weights` take all but the folder, and refuse a file whose
-content has changed.
+SHA-256 of what was written. models.load and `run_predict.py --weights` take all but the folder; a file whose content
+has changed is refused, and so is a folder given to --finetune or --from_ckpt.
 """
 
 import os
@@ -40,7 +40,7 @@ from models.weights.rebuild import load
 from models.weights.write import INPUT, WRITERS
 from utils.cli import ConfigError, Number, Parser
 from utils.exits import fail
-from utils.files import replaced, sync
+from utils.files import replaced, sync, temporary_beside
 
 PACKAGES = {ONNX: ("onnx", "onnxscript", "onnxruntime"), hf.HF: ("transformers",)}  # beyond requirements.txt
 BATCHES = (1, 2, 3)  # that are compared where the number of clips is free
@@ -156,17 +156,24 @@ def _write_folder(target: Path, model: nn.Module, spec: dict, kind: hf.Kind, pro
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target`, new or empty till then; after an exception nothing is left."""
+    """Yield a temporary folder that becomes `target`, new or empty till then; after an exception nothing is left.
+
+    Raises ConfigError where something is there, OSError, which names it, where it cannot be written.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists already; give another --output, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(target)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.iterdir():
             sync(file)
         os.replace(temporary, target)
+    except OSError as e:
+        if e.errno is None or e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(target)) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

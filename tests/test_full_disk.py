@@ -23,10 +23,11 @@ from datasets.tools.pack_clip import pack_clip
 from engine.checkpoint import CheckpointWriteError, save_weights
 from engine.evaluate import EvaluationError
 from engine.plots import FIGURES
+from engine.report import Options, write_report
 from models import create_model
 from models.weights import CheckpointError, fetch
 from utils.cli import ConfigError
-from utils.files import check_writable, replaced
+from utils.files import check_writable, replaced, temporary_beside
 from utils.flags import dapt_parser, finetune_parser
 from utils.logging import TensorBoard, append_json_line
 
@@ -42,7 +43,7 @@ def finetune(root, output, *more):
 def fill_up(path):
     """Let what this process writes to `path`, in one rename, find the disk full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_beside(path).symlink_to("/dev/full")
 
 
 def files(folder):
@@ -130,6 +131,18 @@ def test_a_report_that_cannot_be_written_loses_nothing(dota_root, weights, evalu
     assert re.search("The model .* a prior that knows nothing but where in its clip", said)
     assert f"report: {page}" in said and files(tmp_path) == files(evaluated)
     assert page.read_text().count("<img") == (evaluated / "report.html").read_text().count("<img")
+
+
+def test_a_report_of_scores_with_another_digit_says_so(evaluated, tmp_path):
+    """As after a flipped bit: it is a score like any other."""
+    scores = shutil.copytree(evaluated, tmp_path / "run") / "predictions.csv"
+    whole, said = scores.read_bytes(), []
+    at = re.search(rb"\n[^,]+,[^,]+,\d+,[^,]+,[^,]+,[^,]+,0\.\d\d(\d)", whole).start(1)
+    for damaged in (whole, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+        scores.write_bytes(damaged)
+        text, _ = write_report({"a": [scores]}, tmp_path, Options(replicates=20))
+        said.append(f"note: {scores} is not as the evaluation wrote it" in text)
+    assert said == [False, True]
 
 
 def test_a_report_without_the_data_at_hand_says_so(dota_root, weights, evaluated, tmp_path, no_scoring, capsys):
@@ -267,6 +280,17 @@ def test_a_pack_goes_on_once_there_is_room(dota_root, tmp_path, monkeypatch):
     assert 0 < done < len((tmp_path / "pack" / "clips.jsonl").read_text().splitlines()) == 13
 
 
+def test_processes_of_one_id_on_two_hosts_write_files_of_their_own(tmp_path, monkeypatch):
+    """As in containers of one image, where each first process is number 1, say."""
+    with replaced(tmp_path / "features.pth") as one:
+        one.write_text("one")
+        monkeypatch.setattr("utils.files._STARTED", b"another", raising=False)
+        with replaced(tmp_path / "features.pth") as other:
+            other.write_text("other, longer")
+        assert (tmp_path / "features.pth").read_text() == "other, longer"
+    assert (tmp_path / "features.pth").read_text() == "one" and files(tmp_path) == ["features.pth"]
+
+
 def test_a_download_that_finds_no_room_is_no_failed_download(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("models.weights.file.urlopen", lambda *_, **__: weights.open("rb"))
@@ -275,7 +299,7 @@ def test_a_download_that_finds_no_room_is_no_failed_download(weights, tmp_path, 
             path.unlink()
             path.mkdir()
             digest = hashlib.sha256(b"http://host/w.pth").hexdigest()[:8]
-            (path / f"{digest}-w.pth.{os.getpid()}.partial").symlink_to("/dev/full")
+            fill_up(path / f"{digest}-w.pth")
         else:
             path.touch()
         with pytest.raises(CheckpointError, match=rf"w.pth: cannot be written \({reason}\); set TORCH_HOME to another"):

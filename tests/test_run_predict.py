@@ -129,12 +129,15 @@ def test_what_is_there_is_not_scored_again(predicted, videos, weights, tmp_path,
     folder = shutil.copytree(predicted, tmp_path / "run")
     shutil.rmtree(folder / "day" / "b.mp4")
     (folder / "a.mp4" / "overlay.mp4").touch()
+    (folder / "a.mp4" / "curve.png").unlink()
+    (folder / "a.mp4" / ".overlay.mp4.1.tmp").touch()  # of a run that was killed
     before = {path: path.stat().st_mtime_ns for path in folder.glob("a.mp4/*")}
     predict(videos, "--weights", weights, "--output_dir", folder, "--threshold", 0.5)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("a.mp4/*")}[folder / "a.mp4/scores.csv"] == before[
         folder / "a.mp4/scores.csv"
     ]
     assert scores(folder / "day" / "b.mp4") == scores(predicted / "day" / "b.mp4")
+    assert {p.name for p in (folder / "a.mp4").iterdir()} == {p.name for p in (predicted / "a.mp4").iterdir()}
 
 
 def test_other_settings_need_another_folder(predicted, videos, weights):
@@ -150,6 +153,7 @@ def test_another_threshold_draws_anew_and_scores_nothing(predicted, videos, weig
     (event,) = json.loads((folder / "a.mp4" / "events.json").read_text())["events"]
     assert event["end"] - event["start"] > 1
     (folder / "a.mp4" / "explain-7.png").touch()  # of an event that there is no more
+    (folder / "a.mp4" / ".overlay.mp4.7.tmp").touch()  # of a run that was killed
     predict(videos / "a.mp4", "--weights", weights, "--output_dir", folder, "--threshold", 0.9, "--write", "scores")
     assert {path.name for path in (folder / "a.mp4").iterdir()} == {"events.json", "scores.csv"}
 
@@ -162,6 +166,21 @@ def test_the_same_weights_fed_otherwise_need_another_folder(predicted, videos, w
     predict(*words, tmp_path / "point.pth")
     with pytest.raises(ConfigError, match="holds scores of other settings .fingerprint: "):
         predict(*words, tmp_path / "other.pth")
+
+
+def test_outputs_do_not_come_among_the_videos(videos, weights, tmp_path):
+    """Of which the folder would be passed over afterwards, as one of predictions."""
+    root = shutil.copytree(videos, tmp_path / "trips")
+    shutil.unpack_archive(next(render_small(tmp_path / "dota").glob("frames/*/images.zip")), root / "day" / "pictures")
+    (tmp_path / "link").symlink_to(root)
+    before = set(root.rglob("*"))
+    pictures = next(path.parent for path in root.rglob("*.jpg"))
+    for inputs, folder in ((root, root), (root, root / "day"), (tmp_path / "link", root), (pictures, pictures)):
+        with pytest.raises(ConfigError, match=f"--output_dir {folder}: .* is in it, which is to be scored"):
+            predict(inputs, "--weights", weights, "--output_dir", folder)
+    assert {path.name for path in root.rglob("*") if path not in before} <= {"videos.json", ".lock"}
+    predict(root / "a.mp4", "--weights", weights, "--output_dir", root / "risk", "--write", "scores")
+    assert scores(root / "risk" / "a.mp4")
 
 
 def test_a_video_that_cannot_be_drawn_stops_no_other(videos, weights, tmp_path, monkeypatch):

@@ -41,8 +41,9 @@ class Parser(argparse.ArgumentParser):
         self.overridable: dict[str, bool] = {}  # those --override may change; whether windows come in another order
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        words = sys.argv[1:] if args is None else args
-        answers = [self._answer(*pair) for pair in zip(words, [*words[1:], ""], strict=False)]  # of no words, too
+        words = [*(sys.argv[1:] if args is None else args), "--"]
+        flags = words[: words.index("--")]  # what follows is none, such as a file -a.mp4
+        answers = [self._answer(*pair) for pair in zip(flags, [*flags[1:], ""], strict=False)]  # of no words, too
         if answers := list(dict.fromkeys(filter(None, answers))):
             self.error(answers[0] if len(answers) == 1 else "\n  ".join(["flags that are not known here:", *answers]))
         return super().parse_args(args, namespace)

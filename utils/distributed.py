@@ -26,6 +26,7 @@ from utils.exits import report, say_cause
 from utils.text import first_few
 
 _PATIENCE = timedelta(days=1)  # of ranks that wait for one that scans or downloads
+_patient: dist.ProcessGroup | None = None  # all ranks; formed where they meet, since that waits for its timeout, too
 # What gloo and NCCL say when another process is gone or late.
 _LOST = r"timed out|timeout|connection (closed|reset)|broken pipe|ncclRemoteError"
 
@@ -139,6 +140,8 @@ def _join(process: Process, same: Mapping[str, Any]) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=process.timeout, device_id=bound
     )
+    global _patient
+    _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def interface_towards(host: str) -> str | None:
@@ -312,14 +315,13 @@ def from_main(build: Callable[[], Any]) -> Any:
     """
     if not dist.is_initialized():
         return build()
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     outcome: tuple[Any, Exception | None] = (None, None)
     if dist.get_rank() == 0:
         try:
             outcome = (build(), None)
         except Exception as e:
             outcome = (None, e)
-    value, error = broadcast(outcome, group)
+    value, error = broadcast(outcome, _patient)
     if error:
         raise error
     return value
@@ -370,18 +372,16 @@ def local_main_first(process: Process) -> Iterator[None]:
 
     They wait for up to _PATIENCE, longer than collectives do elsewhere.
     """
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
-    if group and process.local_rank != 0:
-        dist.barrier(group)
+    if dist.is_initialized() and process.local_rank != 0:
+        dist.barrier(_patient)
     yield
-    if group and process.local_rank == 0:
-        dist.barrier(group)
+    if dist.is_initialized() and process.local_rank == 0:
+        dist.barrier(_patient)
 
 
 @contextmanager
 def ended_together() -> Iterator[None]:
     """Do the body, whose length differs from process to process, and wait for the others: for up to _PATIENCE."""
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if dist.is_initialized() else None
     yield
-    if group:
-        dist.barrier(group)
+    if dist.is_initialized():
+        dist.barrier(_patient)

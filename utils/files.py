@@ -3,9 +3,21 @@
 import errno
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_STARTED = os.urandom(8)  # tells this process, and those forked from it, from those with their ids on other hosts
+
+
+def temporary_beside(path: str | Path) -> Path:
+    """Return the path, in the folder of `path`, under which this process alone writes what is to replace it.
+
+    Hosts that share a file system, or containers of one image, often have processes of the same id.
+    """
+    path, process = Path(path), zlib.crc32(_STARTED + str(os.getpid()).encode())
+    return path.with_name(f".{path.name}.{process:08x}.tmp")
 
 
 @contextmanager
@@ -15,8 +27,7 @@ def replaced(path: str | Path) -> Iterator[Path]:
     After an exception the temporary file is removed and `path` is as it was. Raises OSError, which names `path`, where
     it cannot be written, also where a library raised RuntimeError for that.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, temporary = Path(path), temporary_beside(path)
     try:
         yield temporary
         sync(temporary)
@@ -52,7 +63,7 @@ def disk_error(path: Path) -> OSError | None:
 def check_writable(folder: str | Path, size: int = 0) -> None:
     """Make a folder, and find out whether `size` bytes can be written into it now. Raises OSError, which names it."""
     folder = Path(folder)
-    probe = folder / f".probe.{os.getpid()}.tmp"
+    probe = temporary_beside(folder / "probe")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -110,20 +110,21 @@ def _below(path: str) -> list[_Found]:
             if os.path.exists(path) or "://" in path:
                 raise DataError(f"{path}: neither a file nor a folder; --stream takes a camera, a pipe or a URL")
             raise DataError(f"{path}: no such file or folder; expected is {_KINDS}")
-        if item := _of_file(absolute, depth=1):
-            return [item]
+        if absolute.lower().endswith((*VIDEO_SUFFIXES, ".zip", *_PICTURES)) or is_video(Path(path)):
+            return [_of_file(absolute, depth=1)]
     return _listed(path)
 
 
-def _of_file(path: str, depth: int) -> _Found | None:
-    """Return what a file is; None for text, which may be a list."""
+def _of_file(path: str, depth: int) -> _Found:
+    """Return what a file is, by its name alone; a video where that does not tell."""
     name = path.lower()
     if name.endswith(".zip"):
         return _Found(path, depth, "zip")
     if name.endswith(_PICTURES):
         return _Found(path, depth, "video", "a single picture; a clip is a folder or zip of them")
-    if not is_video(Path(path)):
-        return None
+    if not os.path.isfile(path):  # opened, a pipe would wait
+        nowhere = "a link to a file that is not there, or that may not be read"
+        return _Found(path, depth, "video", "neither a file nor a folder" if os.path.exists(path) else nowhere)
     if os.path.exists(f"{path}.zip"):  # which a reader would take for its pack
         return _Found(path, depth, "video", f"{os.path.basename(path)}.zip is there too; move one of them away")
     return _Found(path, depth, "video")
@@ -139,7 +140,7 @@ def _listed(path: str) -> list[_Found]:
             nothing = _Found(target, 1, "folder", "no video and no numbered pictures in it or below")
             found += _searched(target) or [nothing]
         elif os.path.isfile(target):
-            found.append(_of_file(target, 1) or _Found(target, 1, "video"))  # the decoder says what it is not
+            found.append(_of_file(target, 1))  # the decoder says what it is not
         else:
             found.append(_Found(target, 1, "video", "no such file or folder"))
     if not any(os.path.exists(item.path) for item in found):
@@ -193,7 +194,7 @@ def _searched(root: str) -> list[_Found]:
                 found.append(_Found(where, max(depth, 1), "folder", problem))
     if outputs:
         logger.info(f"{len(outputs)} folders of predictions are passed over: {first_few(outputs, 3)}")
-    return sorted((item for item in found if item), key=lambda item: item.path)
+    return sorted(found, key=lambda item: item.path)
 
 
 def _holds_pictures(names: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 
 from engine.anticipation import ScoredClip
 from engine.baselines import LabelTable
+from utils.damage import parse_json
 
 FRAME_COLUMNS = {"clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc"}
 CLIP_COLUMNS = ("source", "is_positive", "event_time", "alert_time")  # what the report knows of them; others are groups
@@ -158,7 +160,19 @@ def read_frames(path: str | Path, *, scores: bool = True) -> ScoredFrames:
                     raise ScoresError(_why(path, line, rows, header, scores)) from None
     except (OSError, csv.Error) as e:
         raise ScoresError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
-    return parts.whole(path)
+    frames = parts.whole(path)
+    return replace(frames, notes=(*frames.notes, *_changed(path)))
+
+
+def _changed(path: Path) -> tuple[str, ...]:
+    """Note that scores are others than the evaluation in their folder wrote, by the sum in its eval_args.json."""
+    try:
+        written = parse_json((path.parent / "eval_args.json").read_bytes())["scores"]["crc32"]
+    except (OSError, ValueError, KeyError, TypeError):  # of another code, or of before there was a sum
+        return ()
+    if path.name != "predictions.csv" or zlib.crc32(path.read_bytes()) == written:
+        return ()
+    return (f"{path} is not as the evaluation wrote it: it was changed or is damaged, copy it again or score anew",)
 
 
 def _check_header(path: Path, header: Sequence[str], scores: bool) -> None:

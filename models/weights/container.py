@@ -4,6 +4,7 @@
     FILE.pt2            of torch.export.save: an extra file, spec.json
     FILE.safetensors    the entry "spec" of its metadata
     FILE.spec.json      the same record beside each of them, for other programs to read
+    spec.json           the record of a folder for transformers, whose sum is that of its tensors
 
 A record is the spec of the weights file, and under "export" what `export_record` says, the SHA-256 of all else in the
 file with it, by which a file with another weight is found; it has a sum of its own. Nothing here runs, unpickles or
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from utils.damage import parse_json, with_sum
+from utils.text import short_reason
 
 ONNX, PROGRAM, SAFETENSORS = "onnx", "torch_export", "safetensors"
 SUFFIXES = {ONNX: ".onnx", PROGRAM: ".pt2", SAFETENSORS: ".safetensors"}
@@ -100,7 +102,7 @@ def read_record(path: Path, kind: str, *, check: bool = True) -> dict[str, Any] 
     another record.
     """
     inside = _parsed(_READ[kind](path), "its spec")
-    outside = _parsed(beside(path).read_text(), beside(path).name) if beside(path).is_file() else None
+    outside = _parsed(beside(path).read_bytes(), beside(path).name) if beside(path).is_file() else None
     record = inside or outside
     if record is None and kind != SAFETENSORS:
         raise ExportedFileError(f"this {kind} file has no spec, so it is not of `python -m models.export`; {_AGAIN} "
@@ -119,7 +121,28 @@ def read_record(path: Path, kind: str, *, check: bool = True) -> dict[str, Any] 
     return record
 
 
-def _parsed(text: str | None, name: str) -> dict[str, Any] | None:
+def check_folder(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of a safetensors file with the sum in the record of its folder, where it has one.
+
+    Raises ExportedFileError where they have changed since the folder was exported, or the record is damaged.
+    """
+    file = path.with_name("spec.json")
+    if path.name != "model.safetensors" or not file.is_file():
+        return
+    try:
+        record = parse_json(file.read_bytes())
+        export = record["export"] if isinstance(record, dict) and "export" in record else {}
+        expected = export["sha256"] if export and export["format"] == "hf" else None  # else another code's
+    except (ValueError, KeyError, TypeError) as e:
+        raise ExportedFileError(f"{file.name} beside it is damaged ({short_reason(e)}); copy it again") from e
+    if expected is not None and sum_of_tensors(tensors) != expected:
+        raise ExportedFileError(
+            f"its content has changed since it was exported: it is not what the SHA-256 in {file.name} was made of; "
+            f"{_AGAIN} hf (or remove {file.name}, if that was on purpose)"
+        )
+
+
+def _parsed(text: str | bytes | None, name: str) -> dict[str, Any] | None:
     """Return a record from its text. Raises ExportedFileError where it is none."""
     if text is None:
         return None

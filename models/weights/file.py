@@ -34,6 +34,7 @@ from models.weights.plain import is_harmless, read_plain
 from utils.damage import zip_damage
 from utils.event_rule import check_operating_point
 from utils.exits import explain
+from utils.files import temporary_beside
 from utils.text import first_few, not_utf8
 
 _LARGE = 1 << 30  # bytes of a file whose tensors stay in it until they are used: it may hold more than one model
@@ -82,7 +83,7 @@ def fetch(path_or_url: str) -> str:
     target = _downloads() / f"{digest}-{name}"
     if target.exists():
         return str(target)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urlopen(path_or_url, timeout=60) as response, partial.open("wb") as f:
@@ -121,9 +122,14 @@ def _load(file: Path, *, mapped: bool) -> object:
         record = container.read_record(file, kind, check=not mapped)
         if kind != container.SAFETENSORS:
             return {"spec": record, "program": kind}
-        if record is None or mapped:
-            return load_file(file) if record is None else {"spec": record}
-        return {"model": load_file(file), "spec": record}
+        if mapped and record is not None:
+            return {"spec": record}
+        tensors = load_file(file)
+        if record is not None:
+            return {"model": tensors, "spec": record}
+        if not mapped:
+            container.check_folder(file, tensors)
+        return tensors
     with file.open("rb") as f:
         is_zip = f.read(2) == b"PK"
     if is_zip and (damage := zip_damage(file, leave_out=r".*/data/\d+" if mapped else "")):

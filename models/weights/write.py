@@ -1,5 +1,6 @@
 """Writing exported files: ONNX, torch.export, safetensors. What they hold and how they are read: `container`."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def write_program(path: Path, model: nn.Module, spec: dict, *, batch: str, toler
     with quiet_export(), torch.no_grad():
         program = torch.export.export(model, (_example(model, batch),), dynamic_shapes=_dynamic(batch), strict=False)
     _strip(program)
-    with path.open("wb") as f:
-        torch.export.save(program, f)
+    content = io.BytesIO()  # on a disk that is full, PyTorch's writer would end the process
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
     record = export_record(spec, kind=PROGRAM, batch=batch, tolerance=tolerance, sha256=sum_of(path, PROGRAM))
     add_program_record(path, record)
     return record

@@ -117,6 +117,7 @@ def test_no_picture_is_wrong_and_none_is_shifted(made, tmp_path, name):
             came = list(reader.sound_frames(range(count), range(count)))
         lost = [i for i, frame in enumerate(came) if isinstance(frame, str)]
         assert lost or clip.num_frames < FRAMES
+        assert clip.fps == intact[0].fps, "what comes before would be other pictures"
         for i in set(range(count)) - set(lost):
             picture = came[i].numpy().tobytes()
             assert picture in times, (at, size, kind, i)

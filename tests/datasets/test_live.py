@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import av
+import cv2
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_a_file_gives_what_the_recorded_path_reads(folder, name):
     assert source.fps == reader.fps
     for picture, frame in zip(pictures, reader.frames(range(FRAMES)), strict=True):
         assert np.array_equal(picture.pixels, frame.numpy())
-    assert (source.kind, source.live, source.about()) == ("file", False, {"reconnects": 0, "corrupt": 0})
+    assert (source.kind, source.live, source.about()) == ("file", False, {"reconnects": 0, "corrupt": 0, "early": 0})
 
 
 def test_a_file_can_be_played_in_real_time(folder):
@@ -223,6 +224,35 @@ def test_standard_input(folder, monkeypatch):
         assert numbers(source) == list(range(FRAMES)) and source.counts.reconnects == 0
 
 
+@pytest.mark.parametrize(("given", "fps"), [(None, FPS), (12, 12)])
+def test_a_raw_stream_has_the_times_of_its_rate(tmp_path, fifo, given, fps):
+    """FFmpeg makes up times of 25 per second for it."""
+    path = tmp_path / "a.h264"
+    write_video(path, map(burned, range(FRAMES)), size=SIZE, fps=FPS, g="10", bf="2", preset="veryfast")
+    with working(feed, fifo, path.read_bytes()):
+        source = LiveSource(str(fifo), fps=given, reconnect=0)
+        pictures = list(source)
+    assert numbers(pictures) == list(range(FRAMES)) and source.fps == fps
+    assert Video(str(path)).fps == FPS and times(pictures) == pytest.approx(np.arange(FRAMES) / fps)
+    paced = take(LiveSource(str(path), paced=True), 10)
+    assert times(paced) == pytest.approx(np.arange(10) / FPS)
+
+
+def jpegs(count):
+    """The bytes of pictures that show the numbers from 0 on."""
+    return [cv2.imencode(".jpg", burned(i)[..., ::-1])[1].tobytes() for i in range(count)]
+
+
+def test_a_rate_that_nobody_states_is_said_to_be_assumed(fifo, caplog):
+    for given in (None, FPS):
+        with working(feed, fifo, b"".join(jpegs(20))):
+            pictures = list(LiveSource(str(fifo), fps=given, reconnect=0))
+        assert numbers(pictures) == list(range(20))
+        assert times(pictures) == pytest.approx(np.arange(20) / (given or 25))
+    (message,) = (record.message for record in caplog.records)
+    assert "25 pictures per second are assumed; give the right rate (--stream_fps)" in message
+
+
 def test_stopping_ends_the_wait_for_a_silent_pipe(folder, monkeypatch):
     read, write = os.pipe()
     monkeypatch.setattr(sys, "stdin", os.fdopen(read))
@@ -246,20 +276,25 @@ def test_a_terminal_is_no_video(monkeypatch):
 
 
 @contextmanager
-def server(data, *, length=False, fail=0):
-    """Serve bytes by HTTP at any path: a stream, or with its length a file; the first `fail` requests break it off."""
+def server(data, *, length=False, fail=0, kind="video/mp2t"):
+    """Serve bytes by HTTP at any path: a stream, or with its length a file; the first `fail` requests break it off.
+
+    data: the bytes, or a function that yields them.
+    """
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
             self.send_response(200)
+            self.send_header("Content-Type", kind)
             if length:
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            body = data[: len(data) // 2] if len(requests) <= fail else data
+            parts = data() if callable(data) else [data[: len(data) // 2] if len(requests) <= fail else data]
             with suppress(OSError):  # the client has had enough
-                self.wfile.write(body)
+                for part in parts:
+                    self.wfile.write(part)
 
         def log_message(self, *_):
             pass
@@ -285,6 +320,22 @@ def test_a_stream_that_breaks_off_is_opened_again(folder):
     assert found[again : again + 40] == list(range(40)) and source.counts.reconnects >= 1
     times(pictures)
     assert not [o for o in gc.get_objects() if type(o) is av.container.InputContainer]  # each holds 20 to 60 MB
+
+
+def test_pictures_without_times_that_came_while_a_stream_was_opened_are_counted(monkeypatch):
+    """Cameras send JPEGs without a time each; those that FFmpeg has read to see what they are come at once."""
+    monkeypatch.setattr(live, "_AT_ONCE", 0.5)
+
+    def body():
+        for i, picture in enumerate(jpegs(25)):
+            time.sleep(1.0 if i == 20 else 0.05 if i > 20 else 0)
+            yield b"--next\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture) + picture + b"\r\n"
+
+    with server(body, kind="multipart/x-mixed-replace; boundary=next") as (url, _):
+        source = LiveSource(url)
+        pictures = take(source, 5)
+    assert source.fps is None and source.about() == {"reconnects": 0, "corrupt": 0, "early": 20}
+    assert numbers(pictures) == list(range(20, 25)) and times(pictures)[-1] >= 0.19
 
 
 def test_a_recording_on_a_server_ends(folder):
@@ -375,3 +426,13 @@ def test_the_clock_without_timestamps():
     assert clock((None, 5), (None, 5.3), (None, 5.35)) == [0, 0.3, 0.4]
     assert clock((None, 5), (None, 5.3), (None, 9), live_source=False) == [0, 0.1, 0.2]
     assert clock((None, 5), (3.0, 5.3), (3.2, 5.4)) == [0, 0.3, 0.5]
+
+
+def test_the_clock_without_timestamps_stays_with_ours():
+    """Where some come late, and in spite of a rate that is given: what is late does not add up."""
+    rng = np.random.default_rng(0)
+    late = rng.uniform(0, 0.06, 1000)
+    found = clock(*((None, 5 + 0.1 * i + late[i]) for i in range(1000)))
+    assert all(a < b for a, b in pairwise(found)) and 99.9 <= found[-1] <= 99.9 + 0.06
+    at_once = clock(*((None, 5 + 0.1 * max(i - 20, 0)) for i in range(1000)))  # the first were held up
+    assert at_once == pytest.approx(0.1 * np.arange(1000))

@@ -224,8 +224,24 @@ def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
         ([5, 38, 72, 105, 138], [30.0], (30.0, True, [5, 38, 72, 105, 138])),  # in whole milliseconds
         ([7], [24.0], (24.0, True, [7])),
         ([0, 100, 200, 700, 800], [], (5.0, False, [0, 200, 200, 700, 800])),  # 400 is as near to 200 as it may be
+        (
+            [0, 100, 200, 300, 750, 850],
+            [],
+            (5.882353, False, [0, 200, 300, 300, 750, 850]),
+        ),  # 510: 300; 680: the nearest
+        (
+            [0, 100, 200, 300, 1400, 1500],
+            [],
+            (3.333333, False, [0, 300, 300, 300, 1400, 1500]),
+        ),  # 900: 300, as a player
+        ([0, 100, 10**9], [10.0], (2e-6, False, [0, 100, 10**9])),  # no frames are made up for that
         ([0, 100, 300, 400], [], (7.5, True, [0, 100, 300, 400])),  # within half a frame
         ([*range(0, 3900, 100), 4000], [10.0], (10.0, True, [*range(0, 3900, 100), 4000])),  # the cut end
+        (  # of 10 per second four are lost
+            [*range(0, 2000, 100), *range(2400, 4500, 100)],
+            [10.0],
+            (10.0, False, [*range(0, 2000, 100), 1900, 1900, 2400, 2400, *range(2400, 4500, 100)]),
+        ),
     ],
 )
 def test_frame_times(shown, rates, expected):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -19,6 +20,13 @@ from engine.stream import Score
 
 LIMIT = 180  # seconds that anything here may take on a slow machine
 RULE = EventRule(threshold=0.5, alert_after=0.2, gap=0.3)
+
+
+def until(condition):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def told(scores, *, stretches=None, notifiers=()):
@@ -69,7 +77,7 @@ def test_a_line_that_cannot_be_written_is_an_error():
             raise BrokenPipeError(32, "Broken pipe")
 
     alerts = Alerts("cam", EventRule(0.5), out=Broken())
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(BrokenPipeError, match="Broken pipe; is what reads the alerts still there.*standard output"):
         alerts.push(Score(0, 0, 0.9))
 
 
@@ -104,6 +112,19 @@ def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path, caplog):
     assert notifier.failed == 1 and "took more than 0.7 s" in caplog.text and time.monotonic() - began < LIMIT
     time.sleep(2)
     assert not (tmp_path / "alive").exists()
+
+
+def test_a_command_that_is_given_up_at_the_end_is_ended(tmp_path):
+    script = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); time.sleep({LIMIT})"
+    notifier = command_notifier(f'{sys.executable} -c "{script}"', timeout=LIMIT)
+    for _ in range(3):
+        notifier.send("{}")
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    notifier.close(0.1)
+    assert (notifier.dropped, notifier.failed) == (3, 0)
+    until(lambda: not os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}"))
+    notifier._thread.join(LIMIT)
+    assert (notifier.dropped, notifier.failed, notifier._thread.is_alive()) == (3, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +208,14 @@ def test_a_slow_receiver_holds_nobody_up(caplog):
     assert got == ["0", "1", "2", "3"] and notifier.delivered == 4
 
 
-def test_what_is_not_delivered_in_time_is_counted():
-    hold = threading.Event()
-    notifier = Notifier("stuck", lambda line: hold.wait(LIMIT))
-    for i in range(3):
+@pytest.mark.parametrize("waiting", [100, 2])
+def test_what_is_not_delivered_in_time_is_counted(waiting):
+    hold, called = threading.Event(), threading.Event()
+    notifier = Notifier("stuck", lambda line: (called.set(), hold.wait(LIMIT)), waiting=waiting)
+    notifier.send("0")
+    assert called.wait(LIMIT)
+    for i in range(1, 5):
         notifier.send(str(i))
     notifier.close(0.3)
-    assert notifier.dropped >= 3
+    assert notifier.dropped == 5
     hold.set()

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from engine.curve import Gap, RiskCurve, Thumbnail, envelope, read_scores
 from engine.evaluate import EvaluationError
 from engine.summary import clock, peak_frames, summary_row, write_summary
+from utils.files import temporary_beside
 
 GAPS = (Gap(4.0, 4.8, "12 pictures cannot be decoded"),)
 ODD = "ü$x^2$_" + "very_long_name_" * 20 + "\udcff\n中.mp4"
@@ -79,7 +79,7 @@ def test_other_files_are_refused_by_name(tmp_path, content, why):
 
 def test_full_disk_names_the_file(tmp_path):
     for name, write in (("s.csv", bumpy(200).write_csv), ("c.png", bumpy(50).plot)):
-        (tmp_path / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        temporary_beside(tmp_path / name).symlink_to("/dev/full")
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/{name}'"):
             write(tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -109,3 +109,9 @@ def test_picture_follows_time():
         colourful[y : y + rows // 2, x : x + columns // 2].mean() for y in (0, rows // 2) for x in (0, columns // 2)
     ]
     assert quarter[0] > 0.2 and quarter[3] > 0.2 and quarter[1] < 0.01 and quarter[2] < 0.01
+
+
+@pytest.mark.parametrize("size", [(2160, 3840), (3840, 2160), (540, 960), (1, 1), (4000, 2)], ids=str)
+def test_picture_of_any_size_of_frames_can_be_looked_at(size):
+    picture = explain_picture(np.full((2, *size, 3), 90, np.uint8), np.ones((1, 4, 4), np.float32), "clip", ["", ""])
+    assert max(picture.shape) < 3000 and picture.shape[1] >= (4 * 224 if size[1] > 2 or size[0] == 1 else 0)

@@ -223,6 +223,16 @@ def test_a_disk_that_fills_up_later_is_named_and_what_is_there_stays(copy, model
     assert len(files(copy)) == 3 and not list(copy.rglob("*.tmp"))
 
 
+def test_a_folder_that_another_node_has_for_itself_is_refused(copy, model, monkeypatch):
+    """What this rank is told is made, it does not find."""
+    other, state_of = files(copy)[1], feature_cache._state_of
+    other.unlink()
+    monkeypatch.setattr(feature_cache, "_state_of", lambda part, like: state_of(part, like) * (part.path != other))
+    monkeypatch.setattr(feature_cache, "_LATE", 0.0)
+    with pytest.raises(ConfigError, match=rf"^{other}: .* --cache_features must be a folder that all nodes share$"):
+        cache_of(copy, model)
+
+
 def test_all_tokens_are_kept_for_an_attentive_head(tmp_path, tokens_model):
     cache = cache_of(tmp_path, tokens_model)
     assert cache.bytes_of_a_window == 32 * 128 * 4

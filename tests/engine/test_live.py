@@ -163,6 +163,21 @@ def test_in_real_time_only_the_newest_is_scored_and_all_others_are_counted(count
     assert scores[-1].score == pytest.approx(1 / (1 + np.exp(4 - 4 * sum(levels))), abs=1e-5)
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_where_it_is_stopped_every_picture_is_accounted_for(live):
+    hold, scores = threading.Event(), []
+    stream = make_stream(Risk(hold), max_gap=60)
+    source = Fake(300, live=live, after_two=stream.model.called)
+    monitor = Monitor(source, stream)
+    with release_after(hold, source.ended.is_set if live else lambda: source.given >= 9):
+        scores += follow(source, stream, monitor, max_delay=0, stop=lambda: stream.counts.pictures >= 5)
+    counts = stream.counts
+    assert source.ended.wait(LIMIT) and source.given == counts.pictures + monitor.dropped
+    assert monitor.dropped > 3 and counts.pictures >= 5
+    assert counts.pictures + counts.repeated == 1 + counts.scores + counts.skipped  # a window takes two frames
+    assert len(scores) == counts.scores and bool(counts.skipped) == live
+
+
 def test_pictures_that_come_together_are_all_scored_where_that_is_quick():
     source = Fake(60, live=True)
     stream = make_stream()

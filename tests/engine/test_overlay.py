@@ -13,8 +13,9 @@ from curves import bumpy
 from datasets.video import Video
 from engine.curve import Gap, read_scores
 from engine.overlay import NARROWEST, OverlayError, write_overlay
-from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, frame_states
+from engine.overlay_panel import ALERT, AT_RISK, BELOW, NO_PICTURE, SCORED, STATES, WARMING_UP, Panel, frame_states
 from tests.datasets.video_files import FFMPEG, SIZE, X264, burned, ffmpeg, number_of
+from utils.files import temporary_beside
 
 FPS, FRAMES = 30, 105
 
@@ -101,11 +102,12 @@ SOURCES = {  # name: commands, seconds by which the pictures come late beside th
     "late.mov": ([f"-itsoffset 0.75 -i video.mp4 {BEEPS}5 {INTO} -c:a pcm_mulaw -ar 8000 late.mov"], 0.75),
     "vorbis.mkv": ([f"-i video.mp4 -itsoffset 0.5 {BEEPS}3 {INTO} -c:a libvorbis vorbis.mkv"], -0.5),
     "motion.avi": ([f"-i video.mp4 {BEEPS}4 -map 0:v -map 1:a -c:v mjpeg -q:v 2 -c:a adpcm_ms motion.avi"], 0),
+    "mp2.ts": ([f"-i video.mp4 {BEEPS}4 {INTO} -c:a mp2 mp2.ts"], 0),  # decoded to another form than it states
     "holes.mkv": ([f"-i video.mp4 {BEEPS}4 {INTO} -af {HOLE} -c:a pcm_s16le holes.mkv"], 0),
     "short.mkv": ([f"-i video.mp4 {BEEPS}1.5 {INTO} -c:a libopus short.mkv"], 0),
     "long.mp4": ([f"-i video.mp4 {BEEPS}9 {INTO} -c:a aac long.mp4"], 0),
 }
-ENCODED = {"shifted.mkv", "late.mov", "vorbis.mkv", "motion.avi", "holes.mkv"}
+ENCODED = {"shifted.mkv", "late.mov", "vorbis.mkv", "motion.avi", "mp2.ts", "holes.mkv"}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,15 @@ def test_panel_shows_the_state(tmp_path):
     assert np.allclose(filled, np.nan_to_num(score), atol=0.06)
 
 
+@pytest.mark.parametrize(("width", "height"), [(480, 72), (480, 138), (960, 86), (1080, 160), (1920, 160)])
+def test_score_and_time_stand_apart(width, height):
+    """The panel of a portrait video is tall and narrow."""
+    panel = Panel(bumpy(100), width, height)
+    nothing, score, time = (panel._draw_words(BELOW, *words) for words in (("", ""), ("0.88", ""), ("", "59.99 s")))
+    columns = [np.flatnonzero((words != nothing).any(axis=(0, 2))) for words in (score, time)]
+    assert columns[0].max() + 2 < columns[1].min() and np.ptp(columns[0]) > 50
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What goes wrong
 
@@ -248,7 +259,7 @@ def test_an_error_of_the_reader_passes_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("frames", [10, 400])
 def test_full_disk(tmp_path, frames):
     rng = np.random.default_rng(0)
-    (tmp_path / f".o.mp4.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_beside(tmp_path / "o.mp4").symlink_to("/dev/full")
     noise = (rng.integers(0, 255, (240, 480, 3), np.uint8) for _ in range(frames))
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/o.mp4'"):
         write_overlay(tmp_path / "o.mp4", curve_for(frames), None, noise, preset="ultrafast")

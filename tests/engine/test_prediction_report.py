@@ -3,7 +3,6 @@
 import base64
 import csv
 import io
-import os
 import re
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -16,6 +15,7 @@ from PIL import Image
 from engine.curve import Gap, RiskCurve, Thumbnail
 from engine.prediction_report import NOT_A_SAFETY_DEVICE, About, write_report
 from engine.summary import peak_frames, write_summary
+from utils.files import temporary_beside
 
 ODD = '<script>alert("1")</script>&amp;\u202e\udcff\n.mp4'
 ABOUT = About("runs/a/best.pth", "vit_small_patch16_224", "DoTA train (3275 clips)", 9, RULE, stride=2, warm_up=True)
@@ -268,7 +268,7 @@ def test_nothing_scored_and_no_rule(tmp_path):
 
 
 def test_full_disk_leaves_no_page(tmp_path):
-    (tmp_path / f".r.html.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_beside(tmp_path / "r.html").symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/r.html'"):
         write_report(tmp_path / "r.html", RESULTS, ABOUT)
     assert not list(tmp_path.iterdir())

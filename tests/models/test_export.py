@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import run
+from helpers import complete, run
 from onnx import numpy_helper
 from safetensors.torch import load_file, safe_open, save_file
 
@@ -292,6 +293,50 @@ def test_another_record_beside_is_refused(source, files, kind):
     beside.write_text(text.replace("0.485", "0.585"))
     with pytest.raises(CheckpointError, match=r"weights\S+spec.json is damaged, or was changed by hand"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_record_beside_that_is_no_text_is_named(source, files, kind):
+    """As after a flipped bit."""
+    beside = container.beside(files[kind])
+    beside.write_bytes((source[0] / beside.name).read_bytes().replace(b"DoTA", b"Do\xd4A"))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(beside.name)} is damaged.*utf-8"):
+        load(files[kind])
+
+
+def test_a_changed_folder_is_refused(source, tmp_path):
+    folder = shutil.copytree(source[0] / "weights-hf", tmp_path / "folder")
+    load_pretrained(create_model(TINY), str(folder))
+    weights, record = folder / "model.safetensors", folder / "spec.json"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    match = rf"{weights}: its content has changed since .* SHA-256 in spec.json .* --to hf \(or remove spec.json"
+    with pytest.raises(CheckpointError, match=match):
+        load_pretrained(create_model(TINY), str(folder))
+    whole = record.read_text()
+    record.write_text(whole[:-9])
+    with pytest.raises(CheckpointError, match=rf"{weights}: spec.json beside it is damaged .*; copy it again"):
+        load_pretrained(create_model(TINY), str(folder))
+    record.write_text('{"name": "of another code"}')
+    load_pretrained(create_model(TINY), str(folder))
+
+
+def test_a_program_that_cannot_be_written_is_named_in_one_line(tmp_path):
+    """PyTorch's writer would end the process, with a page of C++, on a file that it cannot write to its end."""
+    weights, target = saved(tmp_path, trained()), tmp_path / "out" / "x.pt2"
+    words = [sys.executable, "-m", "models.export", weights, "--to", "torch_export", "--output", target]
+    done = complete(["bash", "-c", 'ulimit -f 1000; exec "$@"', "-", *words], timeout=240)
+    assert (done.returncode, done.stderr) == (1, f"error: {target}: File too large\n")
+    assert not os.listdir(target.parent)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "save", lambda *_: memoryview(b""))  # written to a disk that is full
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path}/out'$"):
+        export.export(saved(tmp_path, trained()), "hf", str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["weights.pth"]
 
 
 def test_safetensors_with_their_record_beside_alone(source, files):

@@ -361,7 +361,7 @@ def test_downloads_are_whole_and_not_mixed_up(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="download failed .*; fetch it by hand"):
             fetch(bad)
     server.shutdown()
-    assert not list(tmp_path.glob("**/*.partial"))
+    assert not list(tmp_path.glob("**/*.tmp"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,11 @@ def test_mistakes_are_answered(words, answer, capsys):
     assert exit_.value.code == 2 and answer in capsys.readouterr().err
 
 
+def test_a_file_may_be_called_like_a_flag():
+    words = ["--weights", "w", "--output_dir", "o", "--", "-dash.mp4", "--threshold"]
+    assert predict_parser("x").parse_args(words).inputs == words[-2:]
+
+
 def rule(parser, name):
     """What a resumed run may do with a flag."""
     return "free" if name in parser.free_on_resume else "override" if name in parser.overridable else "fixed"

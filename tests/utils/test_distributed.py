@@ -1,7 +1,13 @@
+import os
+import re
+import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 import torch
+from helpers import ROOT
 
 from utils.cli import ConfigError
 from utils.distributed import interface_towards, process_group
@@ -57,3 +63,36 @@ def test_a_rank_without_a_group_is_no_rank(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with process_group("cpu", timeout=timedelta(minutes=1)) as process:
         assert process.is_main and process.world_size == 1
+
+
+ENDS = """
+import os, sys
+from datetime import timedelta
+from utils.distributed import barrier, ended_together, from_main, process_group
+with process_group("cpu", timeout=timedelta(minutes=30)) as process:
+    barrier()
+    if process.rank == 1:
+        os._exit(3)
+    with ended_together():
+        from_main(int)
+"""
+
+
+def test_a_process_that_ends_is_missed_by_one_that_would_wait_for_a_day_without_a_torchrun_to_end_it():
+    """As on another node, whose torchrun knows nothing of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ENDS]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **group, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    try:
+        said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 3]
+    assert re.search("^error: lost the other processes: one has ended", said[0], re.MULTILINE), said[0]

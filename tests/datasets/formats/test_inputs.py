@@ -1,5 +1,6 @@
 """Whatever a person wants scored: what becomes a clip, what it is called, and what is said of the rest."""
 
+import codecs
 import logging
 import os
 import shutil
@@ -90,6 +91,30 @@ def test_a_folder_that_mixes_everything(tmp_path, video, found, caplog):
     assert "1 folders of predictions are passed over" in caplog.text and "1 of 7 clips cannot be read" in caplog.text
     with open_clip(next(clip for clip in table if clip.name == "clips/two/images.zip")) as reader:
         assert [int(frame[0, 0, 0]) for frame in reader.frames(range(6))] == list(range(3, 9))
+
+
+def test_what_cannot_be_opened_stops_no_other(as_nobody, video):
+    folder, drop = as_nobody
+    root = folder / "in"
+    copy(video, root / "a.mp4", root / "closed.mp4", root / "closed.bin")
+    for closed in root.glob("closed.*"):
+        closed.chmod(0)
+    (root / "nowhere.mp4").symlink_to(folder / "gone.mp4")
+    os.mkfifo(root / "pipe.mp4")
+    (root / "list.txt").write_text("a.mp4\nclosed.mp4\nclosed.bin\npipe.mp4\n")
+    (folder / "scan").mkdir()
+    (folder / "scan").chmod(0o777)
+    scan = VideoScan(folder / "scan" / "scan.json", workers=1)
+    codecs.lookup("utf-8-sig")  # from the library of Python, which only root may read here
+    with drop():
+        searched, listed = (load_inputs([str(path)], scan, 30.0) for path in (root, root / "list.txt"))
+    assert [clip.name for clip in searched] == [clip.name for clip in listed] == ["a.mp4"]
+    assert {name: reason.partition(": ")[2] for name, reason in searched.unreadable.items()} == {
+        "closed.mp4": "Permission denied",
+        "nowhere.mp4": "a link to a file that is not there, or that may not be read",
+        "pipe.mp4": "neither a file nor a folder",
+    }
+    assert list(listed.unreadable) == ["closed.mp4", "closed.bin", "pipe.mp4"]
 
 
 def test_arguments_keep_their_order_and_a_file_is_used_once(tmp_path, video, found, caplog, monkeypatch):

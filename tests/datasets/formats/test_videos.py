@@ -311,12 +311,14 @@ def test_what_an_earlier_version_kept_is_found_out_anew(videos, tmp_path):
     path = str(videos / "a.mp4")
     status = os.stat(path)
     entry = [[status.st_size, status.st_mtime_ns], 99, 30.0, ""]
-    for content in ({path: entry}, {}, {"version": 1, "videos": {path: entry}}):
+    for content in ({path: entry}, {}, {"version": VERSION - 1, "videos": {path: entry}}):
         (tmp_path / "scan.json").write_text(json.dumps(content))
         assert VideoScan(tmp_path / "scan.json", workers=1)([path])[0].frames == 30
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"a": 3}', '{"a": [1]}', '{"version": 2, "videos": {"a": [1]}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"a": 3}', '{"a": [1]}', f'{{"version": {VERSION}, "videos": {{"a": [1]}}}}']
+)
 def test_a_damaged_cache_is_named(videos, tmp_path, content):
     (tmp_path / "scan.json").write_text(content)
     with pytest.raises(DataError, match="scan.json: not a scan of videos .* remove it to scan again"):
