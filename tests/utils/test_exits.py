@@ -63,6 +63,7 @@ def without(tmp_path):
         ("torch", "torch", ["-m", "datasets.tools.synthetic", "."]),
         ("torch", "torch", ["-m", "models.weights", "a.pth"]),
         ("numpy", "numpy", ["-m", "benchmarks.data"]),
+        ("numpy", "numpy", ["-c", "import tad; tad.report()", "scores.csv"]),
         ("msgpack", "msgpack", ["other_models/ViViT/ckpt_vivit.py", "a", "b"]),
     ],
 )
