@@ -228,12 +228,12 @@ def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
             [0, 100, 200, 300, 750, 850],
             [],
             (5.882353, False, [0, 200, 300, 300, 750, 850]),
-        ),  # 510: 300; 680: the nearest
+        ),  # 510: 300
         (
             [0, 100, 200, 300, 1400, 1500],
             [],
             (3.333333, False, [0, 300, 300, 300, 1400, 1500]),
-        ),  # 900: 300, as a player
+        ),  # 900: 300
         ([0, 100, 10**9], [10.0], (2e-6, False, [0, 100, 10**9])),  # no frames are made up for that
         ([0, 100, 300, 400], [], (7.5, True, [0, 100, 300, 400])),  # within half a frame
         ([*range(0, 3900, 100), 4000], [10.0], (10.0, True, [*range(0, 3900, 100), 4000])),  # the cut end
