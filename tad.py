@@ -29,8 +29,9 @@ def dapt() -> NoReturn:
 
 def report() -> NoReturn:
     """tad-report is python -m engine.report."""
-    module = "import runpy, sys; sys.path[0] = sys.argv.pop(1); runpy.run_module('engine.report', run_name='__main__')"
-    _become("engine/report/__main__.py", "-c", module, str(ROOT))
+    as_started = "import runpy, sys; sys.path[0] = sys.argv.pop(1); sys.argv[0] = '-m'"  # as the package expects it
+    run = "runpy.run_module('engine.report', run_name='__main__')"
+    _become("engine/report/__main__.py", "-c", f"{as_started}; {run}", str(ROOT))
 
 
 def _become(script: str, *instead: str) -> NoReturn:

@@ -42,7 +42,7 @@ from utils.files import check_writable, disk_error, replaced, sync
 from utils.logging import drop_records_from
 from utils.pickles import refused_code
 from utils.record import write_run_record
-from utils.text import short_reason
+from utils.text import not_utf8, short_reason
 
 LAST = "checkpoint-last"
 STATE = "state.pth"
@@ -226,6 +226,8 @@ def load_last(folder: str | Path) -> dict[str, Any]:
     ranks of a node share what they read in memory.
     """
     path = Path(folder, STATE)
+    if odd := not_utf8(str(path)):
+        raise ConfigError(odd)
     if damage := zip_damage(path):
         refusal = refused_code(path, ValueError(damage))  # a pickle alone is no zip
         raise ConfigError(f"{path}: {refusal}" if refusal else f"{path} is damaged ({damage}); {_way_on(path.parent)}")

@@ -138,7 +138,7 @@ def main(words: list[str]) -> None:
         executor = submitit.AutoExecutor(args.folder or output_dir / "submitit", cluster=args.cluster)
         if args.cluster != "debug":
             executor.update_parameters(
-                name=args.name or output_dir.name,
+                name=args.name or output_dir.absolute().name,
                 nodes=args.nodes,
                 tasks_per_node=1,
                 gpus_per_node=args.gpus_per_node,
@@ -153,7 +153,11 @@ def main(words: list[str]) -> None:
     except (RuntimeError, ValueError) as e:  # no Slurm here, an option it refuses
         raise ConfigError(f"--cluster {args.cluster}: {e}") from e
     print(f"job {job.job_id}, its log: {job.paths.stdout}", flush=True)
-    if args.cluster != "slurm" and (error := job.exception()):
+    try:
+        error = job.exception() if args.cluster != "slurm" else None
+    except SystemExit:  # preempted, in this process: --cluster debug
+        sys.exit(EXIT_CODE)
+    if error:
         if isinstance(error, submitit.core.utils.UncompletedJobError) and (output_dir / MARKER).exists():
             error = "interrupted six times; the state is saved, the same command continues"
         sys.exit(f"error: {error}")

@@ -252,6 +252,12 @@ def test_pre_training_goes_on_with_other_settings_too(dota_root, go_on, tmp_path
         (finetune, ["--eval", "--input_size", 60], "input_size 60 must be a multiple of the patch size 16"),
         (dapt, ["--mask_ratio", 0.05], "mask_ratio 0.05 of the 16 tokens of a frame: some must be masked and some not"),
         (dapt, ["--input_size", 60], "input_size 60 must be a multiple of the patch size 16"),
+        (
+            dapt,
+            ["--output_dir", "a\udcff"],
+            "--output_dir a\\udcff: its name is not in UTF-8, and PyTorch opens no other",
+        ),
+        (finetune, ["--freeze_encoder", "--cache_features", "\udcff"], "--cache_features \\udcff: its name is not in"),
         (dapt, ["--min_lr", 0.1], "--min_lr 0.1, the final rate, must not be above --lr 0.0003"),
         (dapt, ["--warmup_epochs", 3], "--warmup_epochs 3 must be below --epochs 2"),
     ],

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = [*(sys.argv[1:] if args is None else args), "--"]
         flags = words[: words.index("--")]  # what follows is none, such as a file -a.mp4
-        answers = [self._answer(*pair) for pair in zip(flags, [*flags[1:], ""], strict=True)]
+        answers = [self._answer(*pair) for pair in zip(flags, [*flags[1:], ""], strict=False)]  # of no words, too
         if answers := list(dict.fromkeys(filter(None, answers))):
             self.error(answers[0] if len(answers) == 1 else "\n  ".join(["flags that are not known here:", *answers]))
         return super().parse_args(args, namespace)
@@ -140,6 +140,13 @@ def from_to(low: float, high: float) -> Number:
     return Number(low, high, whole=True)
 
 
+def folder(text: str) -> str:
+    """Return the name of a folder. Raises argparse's error for none, as of a variable of a shell that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a folder; . is the current one")
+    return text
+
+
 positive = Number(whole=True, above=True)
 natural = Number(whole=True)
 positive_float = Number(above=True)
@@ -147,7 +154,7 @@ rate = Number(0, 1000)  # of learning or decay, or a scale: larger ones make NaN
 positive_rate = Number(0, 1000, above=True)
 share = Number(0, 1)
 share_below_1 = Number(0, 1, below=True)
-frame_rate = Number(0, 1000, above=True)
+frame_rate = Number(0, 1000, above=True, below=True)
 frame_rate_or_0 = Number(0, 1000)
 pixels = from_to(1, 4096)
 pixels_or_0 = from_to(0, 4096)

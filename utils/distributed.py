@@ -68,13 +68,12 @@ def process_group(
         device: "cuda" or "cpu". timeout: of every wait for the others. expected: exceptions whose message says all.
         same: what every process must have been started with, by name, in plain types.
 
-    Raises ConfigError where CUDA is asked for and absent, or where processes differ in `same`.
+    Raises ConfigError where CUDA is asked for and absent, the environment announces no group that can be, or processes
+    differ in `same`.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, world_size = _announced()
     cuda_or_cpu = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     process = Process(rank, local_rank, world_size, cuda_or_cpu, timeout)
     if device == "cuda":
@@ -100,6 +99,28 @@ def process_group(
         sys.exit(1)
     finally:
         _leave(together)
+
+
+def _announced() -> tuple[int, int, int]:
+    """Return the global rank, that on the node and the number of processes, by the environment; 0, 0, 1 without them.
+
+    Raises ConfigError where some of what torchrun sets is missing, or no such number.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    said = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], "MASTER_ADDR": "", **os.environ}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    odd = [f"{name} is {said.get(name, '')!r}" for name in names if not re.fullmatch("[0-9]{1,9}", said.get(name, ""))]
+    odd += ["MASTER_ADDR is ''"] if not said["MASTER_ADDR"] else []
+    rank, size, local_rank, local_size = (0, 1, 0, 1) if odd else (int(said[name]) for name in names[:4])
+    if not odd and not (rank < size and local_rank < local_size <= size):
+        odd = [f"{name} is {said[name]}" for name in names[:4]]
+    if odd:
+        raise ConfigError(
+            f"the environment has WORLD_SIZE, which torchrun sets, but {', '.join(odd)}: start this by torchrun, or "
+            "unset WORLD_SIZE for a single process"
+        )
+    return rank, local_rank, size
 
 
 def _join(process: Process, same: Mapping[str, Any]) -> None:

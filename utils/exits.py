@@ -54,6 +54,8 @@ def explain(error: BaseException) -> str | None:
             remedy = package if package in _EXTRAS else "-r requirements.txt"
             return f"error: the package {name} is missing: pip install {remedy}"
         return f"error: {error}: pip install -r requirements.txt"
+    if isinstance(error, RuntimeError) and "operator torchvision::" in str(error):  # of another build than torch
+        return f"error: torchvision is not of this torch ({error}): pip install both anew, from one place"
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return f"error: {place}{error.strerror}"

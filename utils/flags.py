@@ -11,6 +11,7 @@ from utils import names, retired
 from utils.cli import (
     Number,
     Parser,
+    folder,
     frame_count,
     frame_rate,
     from_to,
@@ -228,7 +229,8 @@ def _add_optimizer_flags(parser: Parser, *, min_lr: float, warmup_epochs: int, b
 
 def _add_output_flags(parser: Parser, *, save_ckpt_freq: int) -> None:
     group = FlagGroup(parser, "output and resuming")
-    group.free("output_dir", None, "folder for checkpoints, logs and results", required=True, metavar="DIR")
+    help = "folder for checkpoints, logs and results"
+    group.free("output_dir", None, help, required=True, type=folder, metavar="DIR")
     group.free("log_dir", None, "folder for TensorBoard events (default: --output_dir)", metavar="DIR")
     group.free("auto_resume", True, "continue from --output_dir/checkpoint-last if there is one")
     group.free("resume", None, "start from this checkpoint-last folder if --output_dir has none", metavar="DIR")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from utils.cli import ConfigError
 from utils.damage import parse_json
 from utils.files import replaced
-from utils.text import first_few, short_reason
+from utils.text import first_few, one_line, short_reason
 
 logger = logging.getLogger("tad")
 
@@ -148,8 +148,9 @@ class TensorBoard:
             threading.excepthook = _no_trace_of_tensorboard
             try:
                 self._writer = SummaryWriter(log_dir=str(folder), purge_step=steps_done + 1)
-            except OSError as e:
-                raise ConfigError(f"--log_dir {folder}: cannot be written ({e.strerror})") from e
+            except (OSError, UnicodeError) as e:  # TensorBoard takes names in UTF-8 alone
+                reason = e.strerror if isinstance(e, OSError) else "its name is not in UTF-8; give another --log_dir"
+                raise ConfigError(f"--log_dir {one_line(str(folder))}: cannot be written ({reason})") from e
             atexit.register(self.close)  # for a run that does not come to its end
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:

@@ -1,6 +1,6 @@
 """The flags of run_predict.py, in groups. `fixed` ones are in the scores: a folder is continued with the same."""
 
-from utils.cli import Number, Parser, frame_rate, from_to, positive, share, wait
+from utils.cli import Number, Parser, folder, frame_rate, from_to, positive, share, wait
 from utils.event_rule import seconds
 from utils.flags import FlagGroup
 
@@ -61,9 +61,8 @@ def _add_live_flags(parser: Parser) -> None:
 
 def _add_output_flags(parser: Parser) -> None:
     group = FlagGroup(parser, "output")
-    group.free(
-        "output_dir", None, "folder for what is written, a folder in it for each video", required=True, metavar="DIR"
-    )
+    help = "folder for what is written, a folder in it for each video"
+    group.free("output_dir", None, help, required=True, type=folder, metavar="DIR")
     help = (
         "what to write, with commas: scores (scores.csv and events.json, always written), curve (curve.png), overlay "
         "(overlay.mp4), report (summary.csv and report.html over all videos)"

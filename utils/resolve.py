@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.cli import ConfigError
+from utils.text import not_utf8
 
 INPUT = ("num_frames", "view_fps", "input_size", "tubelet_size")  # flags that say how a model is fed
 OVERRIDABLE = ("num_frames", "view_fps", "input_size", "gelu", "pos_embed", "normalize_target")  # see --override_spec
@@ -79,11 +80,14 @@ def keep_history(args: argparse.Namespace, resumed: Mapping[str, Any] | None) ->
 def resolve_runtime(args: argparse.Namespace, *, cuda: bool) -> None:
     """Fill device, precision, log_dir, pin_mem and augment_on in place. cuda: whether there is a GPU.
 
-    Raises ConfigError where --save_every_minutes has nothing to save, --select_split nothing to choose by, or weights
-    are an empty name.
+    Raises ConfigError where --save_every_minutes has nothing to save, --select_split nothing to choose by, weights are
+    an empty name, or the name of a folder is not in UTF-8.
     """
     if empty := [name for name in ("finetune", "from_ckpt") if getattr(args, name, None) == ""]:
         raise ConfigError(f"--{empty[0]} is empty: give a path or URL, or leave it out")
+    for name in ("output_dir", "cache_features"):
+        if odd := not_utf8(getattr(args, name, None) or ""):
+            raise ConfigError(f"--{name} {odd}, or give another")
     if args.save_every_minutes and not args.save_ckpt:
         raise ConfigError("--save_every_minutes needs checkpoints: leave out --no_save_ckpt")
     if getattr(args, "select_split", None) is not None and args.disable_eval_during_finetuning:

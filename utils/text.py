@@ -23,6 +23,12 @@ def unicode_name(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def not_utf8(path: str) -> str:
+    """Say that PyTorch opens no file of a name that is not in UTF-8; "" where it is."""
+    name = unicode_name(path)
+    return "" if name == path else f"{name}: its name is not in UTF-8, and PyTorch opens no other: rename it"
+
+
 def one_line(name: str) -> str:
     """Return a name with escapes for what is not Unicode, and for control characters, line breaks and tabs among them.
 

@@ -202,15 +202,24 @@ def _safetensors_content(path: Path) -> Iterator[Any]:
 # torch.export: a zip
 
 
+def _opened_program(path: Path) -> zipfile.ZipFile:
+    """Open a zip that unpacks to no more than it is. Raises ExportedFileError for another."""
+    z = zipfile.ZipFile(path)
+    if any(info.compress_type != zipfile.ZIP_STORED for info in z.infolist()):
+        z.close()
+        raise ExportedFileError(f"it is compressed, as no file of torch.export is; {_AGAIN} {PROGRAM}")
+    return z
+
+
 def _program_record(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as z:
+    with _opened_program(path) as z:
         found = [name for name in z.namelist() if _EXTRA.fullmatch(name)]
         return z.read(found[0]).decode() if len(found) == 1 else None
 
 
 def _program_content(path: Path) -> Iterator[bytes]:
     try:
-        with zipfile.ZipFile(path) as z:
+        with _opened_program(path) as z:
             for name in sorted(z.namelist()):
                 if not _EXTRA.fullmatch(name) and not _OF_THE_COPY.fullmatch(name):
                     yield f"{name.partition('/')[2] or name}\n".encode()

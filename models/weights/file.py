@@ -35,7 +35,7 @@ from utils.damage import zip_damage
 from utils.event_rule import check_operating_point
 from utils.exits import explain
 from utils.files import temporary_beside
-from utils.text import first_few
+from utils.text import first_few, not_utf8
 
 _LARGE = 1 << 30  # bytes of a file whose tensors stay in it until they are used: it may hold more than one model
 _LONGEST_NAME = 200  # characters of a file name; systems allow 255 with what is put before and behind
@@ -154,6 +154,8 @@ def _read(path: str, *, mapped: bool = False) -> dict:
     Raises CheckpointError: missing, empty, truncated or foreign file, parts that are not those of their index.
     """
     file = Path(fetch(str(path)))
+    if odd := not_utf8(str(file)):
+        raise CheckpointError(odd)
     if file.is_dir():
         file = hf_folder.weights_file(file)
         path = str(file)

@@ -131,6 +131,9 @@ def test_a_local_job_that_is_stopped_again_and_again(tmp_path):
     torchrun.chmod(0o755)
     words = ["--cluster", "local", "run_finetune.py", "--", "--data_path", "x", "--output_dir", output_dir]
     words = [tmp_path / "bin" / "python", "jobs/submit.py", *words]
+    output_dir.mkdir()
+    debug = complete([*words[:3], "debug", *words[4:]], timeout=200)
+    assert debug.returncode == 75 and debug.stdout.count("stopped\n") == 1 and not debug.stderr
     done = complete(words, timeout=200)
     assert done.returncode == 1 and Path(done.stdout.split("its log: ")[1].strip()).read_text().count("stopped\n") == 6
     assert done.stderr == "error: interrupted six times; the state is saved, the same command continues\n"

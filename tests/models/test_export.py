@@ -361,6 +361,17 @@ def test_a_part_of_a_file_is_refused(files, kind, share):
         load(path)
 
 
+def test_a_compressed_program_is_refused_before_it_is_unpacked(files, tmp_path):
+    """Which may be to any size; those of PyTorch are as large as what is in them."""
+    packed = tmp_path / "packed.pt2"
+    with zipfile.ZipFile(files["torch_export"]) as z, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in z.namelist():
+            out.writestr(name, z.read(name))
+    for read in (load, read_spec):
+        with pytest.raises(CheckpointError, match="packed.pt2: .*it is compressed, as no file of torch.export is; exp"):
+            read(str(packed))
+
+
 def test_programs_of_others_are_refused(files, tmp_path):
     model = onnx.load(files["onnx"])
     del model.metadata_props[:]

@@ -53,6 +53,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
+        ([], "required: --data_path, --output_dir\n(--help lists every flag)"),
         (["--layer_deca", "0.6"], "unknown flag --layer_deca, did you mean --layer_decay?"),
         (["--data-path=x"], "unknown flag --data-path, did you mean --data_path?"),
         (["--zzz"], "unknown flag --zzz\n"),
@@ -61,6 +62,7 @@ def test_help_is_quick_and_imports_nothing_heavy(script):
         (["--update_freq", "0"], "--update_freq: '0' is not a whole number above 0"),
         (["--model", "vit_small_patch16_224"], "required: --data_path, --output_dir"),
         (["--data_path", "x", "--output_dir", "y", "--loss", "hinge"], "invalid choice: 'hinge'"),
+        (["--data_path", "x", "--output_dir", ""], "--output_dir: it is empty: give a folder; . is the current one"),
         (["--data_path", "x", "--output_dir", "y", "stray"], "unrecognized arguments: stray"),
         (["--data_path", "x", "--output_dir", "y", "--lr", "fast"], "--lr: 'fast' is not a number above 0"),
         (["--data_path", "x", "--output_dir", "y", "--clip_grad", "-1"], "--clip_grad: '-1' is not a number above 0"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from utils.cli import ConfigError
 from utils.distributed import interface_towards, process_group
 
 
@@ -27,6 +28,41 @@ def test_float32_is_multiplied_in_tf32_on_cuda_alone(device, precision, monkeypa
 def test_the_interface_towards_a_host_is_found():
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("::1") is None  # gloo looks for itself then
+
+
+WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+WHOLE |= {"MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"RANK": None}, "RANK is ''"),
+        ({"WORLD_SIZE": "", "LOCAL_WORLD_SIZE": None}, "WORLD_SIZE is '', LOCAL_WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"LOCAL_RANK": "9" * 5000}, "LOCAL_RANK is '999"),
+        ({"RANK": "2"}, "RANK is 2, WORLD_SIZE is 2"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_PORT is '', MASTER_ADDR is ''"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(change, said, monkeypatch):
+    """As images of clusters leave a variable or two of it."""
+    for name, value in (WHOLE | change).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ConfigError, match=f"WORLD_SIZE, which torchrun sets, but {said}"),
+        process_group("cpu", timeout=timedelta(minutes=1)),
+    ):
+        pass
+
+
+def test_a_rank_without_a_group_is_no_rank(monkeypatch):
+    """The only process writes the files, whatever a variable says."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    with process_group("cpu", timeout=timedelta(minutes=1)) as process:
+        assert process.is_main and process.world_size == 1
 
 
 ENDS = """

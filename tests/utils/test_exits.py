@@ -30,6 +30,9 @@ CAUSE = "error: /nowhere/dataset/train_split.txt: split file not found"
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
         (ModuleNotFoundError("No module named 'engine.nothing'", name="engine.nothing"), None),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset"), None),
+        (RuntimeError("operator torchvision::nms does not exist"),
+         "error: torchvision is not of this torch (operator torchvision::nms does not exist): pip install both anew, "
+         "from one place"),
         (KeyError("bug"), None),
     ],
 )  # fmt: skip
@@ -60,6 +63,7 @@ def without(tmp_path):
         ("torch", "torch", ["-m", "datasets.tools.synthetic", "."]),
         ("torch", "torch", ["-m", "models.weights", "a.pth"]),
         ("numpy", "numpy", ["-m", "benchmarks.data"]),
+        ("numpy", "numpy", ["-c", "import tad; tad.report()", "scores.csv"]),
         ("msgpack", "msgpack", ["other_models/ViViT/ckpt_vivit.py", "a", "b"]),
     ],
 )

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 import sys
 import time
 
@@ -9,7 +10,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.averages import Averages
+from utils.cli import ConfigError
 from utils.logging import TensorBoard, append_json_line, drop_records_from, progress_bar, setup_logging
+
+
+def test_tensorboard_takes_no_folder_whose_name_is_not_in_utf8(tmp_path):
+    with pytest.raises(ConfigError, match=r"--log_dir \S+a\\udcff: cannot be written \(its name is not in UTF-8; give"):
+        TensorBoard(tmp_path / os.fsdecode(b"a\xff"))
 
 
 def test_log_lines_survive_a_kill_in_the_middle(tmp_path):

@@ -60,6 +60,17 @@ def test_a_pickle_without_code_that_is_not_read_is_called_whole(tmp_path):
         read_checkpoint(str(path))
 
 
+def test_a_name_that_is_not_utf8_is_no_damage(tmp_path):
+    """PyTorch writes into such a folder and does not read in it."""
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    folder.mkdir()
+    torch.save({"model": {}}, folder / "state.pth")
+    for read, error in ((lambda: read_checkpoint(str(folder / "state.pth")), CheckpointError),
+                        (lambda: load_last(folder), ConfigError)):  # fmt: skip
+        with pytest.raises(error, match="udcff/state.pth: its name is not in UTF-8, and PyTorch opens no other"):
+            read()
+
+
 def test_what_is_no_pickle_pickles_no_code(tmp_path):
     path = tmp_path / "file"
     for content in (b"", b"text", b"\x80\x04", pickle.dumps({"x": Calls(os.system, "")})[:9]):
