@@ -30,7 +30,7 @@ from utils.lock import end_with_torchrun, folder_lock
 from utils.predict_flags import OUTPUTS, predict_parser
 from utils.record import differing, read_run_record, write_run_record
 from utils.resolve import common_flags, leave_gpus_alone
-from utils.signals import EXIT_CODE, MARKER, Preempted, catch_signals, first_signal, remove_marker, stop_requested
+from utils.signals import EXIT_CODE, Preempted, catch_signals, marked_if_stopped, remove_marker, stop_requested
 
 if __name__ == "__main__":  # before torch is imported: --help and a misspelt flag answer at once
     ARGS = predict_parser(__doc__).parse_args()
@@ -39,16 +39,18 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt fl
     end_with_torchrun()
 
 import logging
+import math
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ from utils.logging import setup_logging
 from utils.text import first_few, label_of
 
 ERRORS = (CheckpointError, ConfigError, DataError, EvaluationError, OverlayError)
-SCORED_WITH = ("fingerprint", "stride", "warm_up", "assume_fps", "precision")  # what scores depend on
+SCORED_WITH = ("weights_sha256", "stride", "warm_up", "assume_fps", "precision")  # what scores depend on
 logger = logging.getLogger("tad")
 
 
@@ -124,6 +126,15 @@ class VideoScorer:
     num_workers: int = 2
     read_timeout: float = 60.0
     pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers that cannot be."""
+        for name, least in (("stride", 1), ("batch_size", 1), ("num_workers", 0)):
+            if not isinstance(value := getattr(self, name), Integral) or value < least:
+                raise ValueError(f"{name}={value!r}: expected is a whole number of at least {least}")
+        for name in ("assume_fps", "read_timeout"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value!r}: expected is a number above 0")
 
     def __call__(self, path: str | Path) -> RiskCurve:
         """Return the curve of one video: a file, or a zip or folder of pictures.
@@ -207,7 +218,7 @@ def load_scorer(weights: str | Path, *, device: str | None = None, **options: An
         device: "cuda" or "cpu"; None: cuda where there is one.
         options: fields of VideoScorer.
 
-    Raises CheckpointError: an unreadable file, one without a spec, or of a masked autoencoder.
+    Raises CheckpointError: an unreadable file, one without a spec, or of a masked autoencoder; ValueError: an option.
     """
     model, spec = load(str(weights))
     if classifier_of(spec["model"]) != spec["model"] or len(spec["classes"]) != 2:
@@ -282,14 +293,14 @@ def predict(args: Namespace, process: Process) -> None:
     if process.is_main:
         remove_marker(output_dir)
         say_what_it_rests_on(scorer)
-    args.fingerprint = fingerprint(scorer.model, fetch(args.weights))
+    args.weights_sha256 = fingerprint(scorer.model, fetch(args.weights))
     clips = from_main(lambda: begin(args, scorer, process))
     of = {name: getattr(args, name) for name in SCORED_WITH}
     draw = {"curve": partial(draw_curve, open_clip), "overlay": partial(draw_overlay, open_clip)}
     draw = {name: function for name, function in draw.items() if name in args.write}
     draw |= {"explain": partial(explain, scorer)} if args.explain else {}
     outputs = Outputs(output_dir, of, scorer.rule, draw)
-    with ended_together(), marked_if_stopped(output_dir):
+    with ended_together(), marked_if_stopped(output_dir, "the videos that are not written yet"):
         done = from_main(lambda: {n: known for n, clip in enumerate(clips) if (known := outputs.known(clip))})
         if done:
             logger.info(f"{len(done)} of {len(clips)} videos are scored already")
@@ -312,7 +323,7 @@ def write(outputs: Outputs, clip: Clip, result: VideoResult) -> None:
         raise Preempted(EXIT_CODE)
     try:
         outputs.write(clip, result)
-    except (DataError, OverlayError) as e:
+    except (DataError, EvaluationError, OverlayError) as e:
         logger.error(f"{clip.name}: scored, but not drawn: {e}")
     if result.problem:
         logger.error(f"{clip.name}: not scored: {result.problem}")
@@ -379,17 +390,6 @@ def watch_source(args: Namespace, process: Process) -> None:
         realtime=args.realtime or None,
         max_delay=args.max_delay,
     )
-
-
-@contextmanager
-def marked_if_stopped(output_dir: Path) -> Iterator[None]:
-    """Leave the sign for the job's launcher that the same command goes on, where a signal stops the body."""
-    try:
-        yield
-    except Preempted:
-        logger.info(f"stopped on {first_signal()}; the same command goes on with the videos that are not written yet")
-        (output_dir / MARKER).write_text(f"{first_signal()}\n")
-        raise
 
 
 def begin(args: Namespace, scorer: VideoScorer, process: Process) -> ClipTable:

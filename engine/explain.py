@@ -10,6 +10,7 @@ from einops import reduce
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from engine.evaluate import EvaluationError
 from engine.fonts import fitting, font
 from utils.text import label_of
 
@@ -33,7 +34,8 @@ def saliency(model: nn.Module, video: Tensor) -> np.ndarray:
             no gradients.
         video: uint8 (3, T, H, W) RGB, a window as the model takes it, on any device.
 
-    Raises ValueError: a model without a head of two classes, another shape, gradients that are not finite.
+    Raises ValueError: a model without a head of two classes, or another shape; EvaluationError: gradients that are not
+    finite.
     """
     was_training, device = model.training, next(model.parameters()).device
     with torch.inference_mode(False), torch.enable_grad():
@@ -53,7 +55,7 @@ def saliency(model: nn.Module, video: Tensor) -> np.ndarray:
         (gradient * window.detach())[0].double(), "c (t a) (h p) (w q) -> t h w", "sum", a=a, p=p, q=q
     ).abs()
     if not torch.isfinite(weights).all():
-        raise ValueError(f"{model.name}: the gradients of a window are not finite")
+        raise EvaluationError(f"{model.name}: the gradients of a window are not finite")
     largest = weights.max()
     return (weights / largest if largest > 0 else weights).float().cpu().numpy()
 

@@ -163,7 +163,7 @@ def test_the_same_weights_fed_otherwise_need_another_folder(predicted, videos, w
     torch.save(content | {"spec": content["spec"] | {"view_fps": 10.0}}, tmp_path / "other.pth")
     words = [videos / "a.mp4", "--output_dir", predicted, "--threshold", 0.5, "--weights"]
     predict(*words, tmp_path / "point.pth")
-    with pytest.raises(ConfigError, match="holds scores of other settings .fingerprint: "):
+    with pytest.raises(ConfigError, match="holds scores of other settings .weights_sha256: "):
         predict(*words, tmp_path / "other.pth")
 
 
@@ -204,6 +204,15 @@ def test_three_lines(predicted, videos, weights, tmp_path):
     curve.plot(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
     assert np.allclose(list(scores(predicted / "a.mp4").values()), curve.score, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stride", 0), ("stride", 1.5), ("batch_size", 0), ("num_workers", -1), ("assume_fps", 0), ("read_timeout", -1)],
+)
+def test_a_number_that_cannot_be_is_refused_by_name(weights, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: expected is a .*number"):
+        load_scorer(weights, device="cpu", **{name: value})
 
 
 def test_a_stream_gets_the_same_scores(predicted, videos, weights, tmp_path):

@@ -17,10 +17,13 @@ torchrun passes TERM and INT on; for USR1 and USR2 it needs
 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2.
 """
 
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -28,6 +31,7 @@ MARKER = "REQUEUE"
 EXIT_CODE = 75
 _THIRD_WITHIN = 5.0  # seconds within which the third signal counts as "now"
 _SAME_WITHIN = 0.5  # seconds within which the same signal has come by several ways
+logger = logging.getLogger("tad")
 _arrivals: list[tuple[float, int]] = []  # (time, signal) of each in this process
 
 
@@ -74,6 +78,17 @@ def _note(number: int) -> None:
     if len(_arrivals) == 1 and os.isatty(2):
         text = f"{first_signal()}: this stops as soon as what is done is kept; the third within 5 seconds ends it\n"
         os.write(2, text.encode())
+
+
+@contextmanager
+def marked_if_stopped(output_dir: str | Path, rest: str) -> Iterator[None]:
+    """Write the marker where a signal stops the body. rest: what the same command goes on with, for the log."""
+    try:
+        yield
+    except Preempted:
+        logger.info(f"stopped on {first_signal()}; the same command goes on with {rest}")
+        Path(output_dir, MARKER).write_text(f"{first_signal()}\n")
+        raise
 
 
 def remove_marker(output_dir: str | Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.evaluate import EvaluationError
 from engine.explain import explain_picture, saliency
 from models import create_model
 
@@ -73,7 +74,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="expected a video of shape"):
         saliency(model, video[..., :32])
     torch.nn.init.constant_(model.head.weight, float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(EvaluationError, match="not finite"):
         saliency(model, video)
 
 
