@@ -18,7 +18,7 @@ from utils.damage import parse_json
 FRAME_COLUMNS = {"clip", "filename", "frame", "time", "logits_safe", "logits_risk", "score", "label", "ttc"}
 CLIP_COLUMNS = ("source", "is_positive", "event_time", "alert_time")  # what the report knows of them; others are groups
 FAR = -100.0  # ttc of a frame that is far from any anomaly
-_MOST = 10**7  # frames of a clip, and seconds; a number beyond is damage
+_MOST = 10**13  # number of a frame, and seconds; pictures may be called by the milliseconds since 1970
 _ROWS = 500  # that are read at a time: more fall out of the processor's cache
 _OF_DOTA = re.compile(r".+_\d{6}")  # <YouTube video>_<number>: the video is what a clip was cut from
 

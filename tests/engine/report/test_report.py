@@ -301,8 +301,8 @@ def by_name(frames, other):
         ({"score": "high"}, "line 3: .*'high'"),
         ({"label": "2"}, "line 3: label '2', which is not 0, 1 or empty"),
         ({"frame": "15"}, "frame 15 of clip .* is there twice"),
-        ({"frame": "9" * 30}, "line 3: a frame beyond 10000000"),
-        ({"time": "1e308"}, "line 3: a time of more than 10000000 seconds"),
+        ({"frame": "9" * 30}, "line 3: a frame beyond 10000000000000"),
+        ({"time": "1e308"}, "line 3: a time of more than 10000000000000 seconds"),
         ({"time": "-1"}, r"the column time goes back from frame 15 to 16 of clip vid0_000000"),
     ],
 )
