@@ -19,6 +19,14 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("survival"))
 
 
+@pytest.fixture(autouse=True)
+def ordinary_process():
+    """No test leaves real-time priority behind: what is started then starves all else, and processes wait for ever."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
+
+
 @pytest.fixture
 def as_nobody():
     """A folder, and a context in which this process, root in a container, is held to permissions as a user is."""
