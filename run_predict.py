@@ -92,7 +92,7 @@ from models.weights import CheckpointError, fetch
 from models.weights.programs import ExportedModel
 from utils.distributed import Process, ended_together, from_main, local_main_first, process_group, require_same
 from utils.logging import setup_logging
-from utils.text import first_few, label_of
+from utils.text import first_few
 
 ERRORS = (CheckpointError, ConfigError, DataError, EvaluationError, OverlayError)
 SCORED_WITH = ("weights_sha256", "stride", "warm_up", "assume_fps", "precision")  # what scores depend on
@@ -343,7 +343,7 @@ def explain(scorer: VideoScorer, clip: Clip, curve: RiskCurve, folder: Path) -> 
         with open_clip(clip) as reader:
             pictures = reader.read(frames)
         heat = saliency(scorer.model, EvalTransform(scorer.spec["input_size"])(pictures).transpose(0, 1))
-        caption = f"{label_of(clip.name)}, event {number}: score {event.peak_score:.3f} at {event.peak:.2f} s"
+        caption = f"{clip.name}, event {number}: score {event.peak_score:.3f} at {event.peak:.2f} s"
         labels = [f"{frame / curve.fps:.2f} s" for frame in frames.tolist()]
         with replaced(folder / f"explain-{number}.png") as temporary:
             Image.fromarray(explain_picture(pictures.numpy(), heat, caption, labels)).save(temporary, "PNG")

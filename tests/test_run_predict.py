@@ -15,6 +15,7 @@ import run_finetune
 import run_predict
 from datasets.tools import synthetic
 from engine.checkpoint import save_weights
+from engine.evaluate import EvaluationError
 from engine.overlay import OverlayError
 from models import create_model
 from run_predict import load_scorer
@@ -182,20 +183,30 @@ def test_outputs_do_not_come_among_the_videos(videos, weights, tmp_path):
     assert scores(root / "risk" / "a.mp4")
 
 
-def test_a_video_that_cannot_be_drawn_stops_no_other(videos, weights, tmp_path, monkeypatch):
-    def fail(path, *_):
-        raise OverlayError(f"{path}: not written")
+@pytest.mark.parametrize(
+    ("what", "error", "flags", "drawn"),
+    [
+        ("engine.prediction.write_overlay", OverlayError, [], []),
+        ("run_predict.saliency", EvaluationError, ["--explain"], ["explain"]),
+    ],
+)
+def test_a_video_that_cannot_be_drawn_stops_no_other(
+    videos, weights, tmp_path, monkeypatch, capsys, what, error, flags, drawn
+):
+    def fail(*_):
+        raise error("for a test")
 
-    words = [videos / "a.mp4", videos / "day", "--weights", weights, "--output_dir", tmp_path / "run"]
+    words = [videos / "a.mp4", videos / "day", "--weights", weights, "--output_dir", tmp_path / "run", *flags]
     with monkeypatch.context() as patch:
-        patch.setattr("engine.prediction.write_overlay", fail)
+        patch.setattr(what, fail)
         predict(*words, "--threshold", 0.5)
+    assert capsys.readouterr().out.count("scored, but not drawn: for a test") == 2
     for name in ("a.mp4", "b.mp4"):
         assert json.loads((tmp_path / "run" / name / "events.json").read_text())["written"] == ["events", "scores"]
     predict(*words, "--threshold", 0.5)
     for name in ("a.mp4", "b.mp4"):
         known = json.loads((tmp_path / "run" / name / "events.json").read_text())
-        assert known["written"] == ["curve", "events", "overlay", "scores"]
+        assert known["written"] == sorted(["curve", "events", "overlay", "scores", *drawn])
 
 
 def test_three_lines(predicted, videos, weights, tmp_path):

@@ -107,7 +107,8 @@ def test_every_loss_trains_the_model(loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_trains_in_the_precision_asked_for(dtype):
+def test_the_model_trains_in_the_precision_asked_for(dtype, caplog):
+    caplog.set_level("INFO", "tad")
     seen = []
 
     def objective(model, batch):
@@ -121,6 +122,7 @@ def test_the_model_trains_in_the_precision_asked_for(dtype):
     run = session(optimization, Progress(steps_per_epoch=1))
     train_one_epoch(model, [torch.ones(2, 3)], objective, run, Reporting(clips_per_step=1))
     assert seen == [(True, dtype)]
+    assert "step 1/1  loss" in caplog.text  # and no time to the epoch's end
 
 
 def mean_of(model, batch):
