@@ -234,7 +234,8 @@ def test_a_file_that_lost_its_end_since_the_scan_is_named(made, tmp_path):
             [],
             (3.333333, False, [0, 300, 300, 300, 1400, 1500]),
         ),  # 900: 300
-        ([0, 100, 10**9], [10.0], (2e-6, False, [0, 100, 10**9])),  # no frames are made up for that
+        # No frames are made up for a hole so long.
+        ([*range(0, 4000, 100), 10**9], [10.0], (4e-5, False, [0, *[3900] * 38, 10**9, 10**9])),
         ([0, 100, 300, 400], [], (7.5, True, [0, 100, 300, 400])),  # within half a frame
         ([*range(0, 3900, 100), 4000], [10.0], (10.0, True, [*range(0, 3900, 100), 4000])),  # the cut end
         (  # of 10 per second four are lost
